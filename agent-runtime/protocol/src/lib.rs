@@ -1,0 +1,45 @@
+//! The wire protocol between the host and Ratoon's runtime in the guest.
+//!
+//! One byte stream (a vsock connection, joined to a Unix socket on the host) carries many *calls*.
+//! Everything on it is a [`Frame`]: a fixed 24-byte header and a bounded payload. A call's id is
+//! chosen by the client; output frames carry the stream's byte offset and are acknowledged, so a
+//! later protocol revision can resume a call on a new connection without a change of framing.
+//!
+//! ```text
+//!  client                                   runtime
+//!    |  <------------- HELLO ------------------ |   once a connection, call 0
+//!    |  -- CALL id=1 {"method":"exec",...} ---> |
+//!    |  <------------- EVENT id=1 started ----- |
+//!    |  -- STDIN id=1 offset=0 ---------------> |
+//!    |  <------------- ACK id=1 (stdin, n) ---- |
+//!    |  <------------- STDOUT id=1 offset=0 --- |
+//!    |  -- ACK id=1 (stdout, n) --------------> |
+//!    |  <------------- REPLY id=1 {...} ------- |   or ERROR: either ends the call
+//! ```
+//!
+//! The crate does no I/O and never panics on bytes from the other side: see [`Decoder`].
+//! `docs/protocol.md` describes the same byte by byte.
+
+mod frame;
+mod message;
+
+pub use frame::{Decoder, Frame, FrameError, HEADER_LEN, Kind, MAX_PAYLOAD_LEN};
+pub use message::{
+    Call, ErrorCode, ErrorReply, Event, ExecParams, ExitStatus, Hello, Pong, SignalParams,
+};
+
+/// The protocol version that this crate speaks, the header's `version` byte.
+pub const VERSION: u8 = 1;
+
+/// The vsock port on which the runtime listens in the guest, and, on the host's side, the port to
+/// which it connects once at boot (`<vsock socket>_1024`) to say that it is ready.
+pub const RUNTIME_PORT: u32 = 1024;
+
+/// How many bytes of one stream (stdin, stdout or stderr of one call) may be sent and not yet
+/// acknowledged. A sender that has filled it waits; a receiver acknowledges at the latest when
+/// half of it has come in.
+pub const STREAM_WINDOW: u64 = 256 * 1024;
+
+/// How many calls may be open on one connection; the next is refused with
+/// [`ErrorCode::TooManyCalls`].
+pub const MAX_OPEN_CALLS: usize = 256;

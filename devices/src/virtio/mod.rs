@@ -1,0 +1,174 @@
+//! What all virtio devices share: the trait between a device and its transport.
+//!
+//! ```text
+//!  vCPU thread --MMIO--> mmio::Transport --activate/reset/config--> dyn Device
+//!  event loop  --eventfd (kick), host fd------------------------^      |
+//!                                          Interrupt (irqfd) <---------+
+//! ```
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// What a transport hands to a device when the driver sets DRIVER_OK.
+#[derive(Debug)]
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemoryMmap,
+    /// One queue for each entry of [`Device::queue_max_sizes`]; each has been checked with
+    /// `QueueT::is_valid`.
+    pub queues: Vec<Queue>,
+    /// The features that driver and device agreed on, VIRTIO_F_VERSION_1 among them.
+    pub features: u64,
+    /// How the device raises its interrupt.
+    pub interrupt: Interrupt,
+}
+
+/// A device's interrupt line (virtio 1.2, 4.2.2: InterruptStatus).
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    line: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// InterruptStatus bit 0: the device used a buffer.
+    pub const USED_BUFFER: u32 = 1;
+    /// InterruptStatus bit 1: the configuration or the device status changed.
+    pub const CONFIG_CHANGE: u32 = 2;
+
+    /// An interrupt whose line is `line`, which KVM turns into the guest's IRQ.
+    pub fn new(line: EventFd) -> Self {
+        Self {
+            status: Arc::new(AtomicU32::new(0)),
+            line: Arc::new(line),
+        }
+    }
+
+    /// Tells the driver that buffers were used.
+    pub fn used_buffer(&self) {
+        self.raise(Self::USED_BUFFER);
+    }
+
+    /// Tells the driver that configuration or status changed.
+    pub fn config_change(&self) {
+        self.raise(Self::CONFIG_CHANGE);
+    }
+
+    /// The InterruptStatus register.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver wrote `bits` to InterruptACK.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The eventfd to be bound to an IRQ.
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        if let Err(error) = self.line.write(1) {
+            // The counter is non-blocking and full only if KVM never took 2^64 - 2 of them.
+            tracing::error!(%error, "interrupt line");
+        }
+    }
+}
+
+/// Why a device cannot go on until the driver resets it.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver broke the virtio rules.
+    #[error("the driver broke the virtio rules: {0}")]
+    Driver(&'static str),
+    /// A queue's rings cannot be used.
+    #[error("queue {index}")]
+    Queue {
+        /// Which queue.
+        index: usize,
+        /// What virtio-queue says.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// Guest memory cannot be reached where the driver said.
+    #[error("guest memory")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+    /// The host's side of the device failed.
+    #[error("{what}")]
+    Host {
+        /// What was tried, on what.
+        what: String,
+        /// The operating system's word.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A virtio device behind a transport. All methods are called with the transport's lock held: on a
+/// vCPU thread for registers and activation, on the event loop for queues and host events.
+///
+/// A [`DeviceError`] from any of them makes the transport set DEVICE_NEEDS_RESET and raise a
+/// configuration change; no method but [`Device::reset`] is called from then on.
+pub trait Device: Send {
+    /// The device type's number (virtio 1.2, section 5).
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue, a power of two up to 32768.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Offered feature bits, VIRTIO_F_VERSION_1 and VIRTIO_RING_F_EVENT_IDX where supported.
+    fn features(&self) -> u64;
+
+    /// Reads the device's configuration space. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space. The default ignores it: most devices have no
+    /// writable field.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready.
+    ///
+    /// # Errors
+    /// When the device cannot start so.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Back to the state before activation: queues and interrupt dropped, host connections closed.
+    fn reset(&mut self);
+
+    /// The driver has put buffers into queue `index`. Only called while active, and `index` is
+    /// within the queues.
+    ///
+    /// # Errors
+    /// When the queue's content makes it impossible to go on.
+    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError>;
+
+    /// A descriptor that becomes readable when the host's side has something to do: a tap, an
+    /// epoll. It is the same for the device's life. It is watched *edge-triggered*: a device takes
+    /// all that there is, or remembers that it stopped and goes on in [`Device::process_queue`].
+    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// [`Device::host_fd`] is ready. Also called right after activation. Only while active.
+    ///
+    /// # Errors
+    /// As [`Device::process_queue`].
+    fn process_host(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Counters for `metrics`, name and value since creation.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}

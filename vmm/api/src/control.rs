@@ -1,0 +1,155 @@
+//! Replies of the control socket, and the report that a VM leaves.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Where a VM is in its life.
+///
+/// ```text
+/// created -> running <-> paused
+///               \          /
+///            stopped | failed
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Built; no guest instruction has run.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are held between two instructions.
+    Paused,
+    /// It ended as it or its owner wished.
+    Stopped,
+    /// It ended because something went wrong.
+    Failed,
+}
+
+/// What kind of KVM the host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HostClass {
+    /// VT-x or AMD-V.
+    Hardware,
+    /// Guest kernels run in KVM's instruction emulator (`kvm_pvm`): slow, and worked around.
+    Emulated,
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest asked for a reset (`reboot`); a Ratoon VM ends then.
+    Reset,
+    /// The guest's kernel panicked; the serial log has its last words.
+    Panicked,
+    /// `stop` on the control socket, or SIGTERM.
+    Stopped,
+    /// The command that owned the VM went away.
+    Orphaned,
+    /// The VMM could not go on.
+    Failed {
+        /// The chain of causes, outermost first.
+        causes: Vec<String>,
+    },
+}
+
+impl Outcome {
+    /// The state of a VM that ended so.
+    pub fn state(&self) -> VmState {
+        match self {
+            Self::PoweredOff | Self::Reset | Self::Stopped | Self::Orphaned => VmState::Stopped,
+            Self::Panicked | Self::Failed { .. } => VmState::Failed,
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::PoweredOff => f.write_str("the guest powered off"),
+            Self::Reset => f.write_str("the guest reset itself"),
+            Self::Panicked => f.write_str("the guest's kernel panicked"),
+            Self::Stopped => f.write_str("stopped"),
+            Self::Orphaned => f.write_str("its owner went away"),
+            Self::Failed { causes } => f.write_str(&causes.join(": ")),
+        }
+    }
+}
+
+/// What a VM leaves in the file named by `exit_report`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExitReport {
+    /// The VM's id.
+    pub id: String,
+    /// Why it ended.
+    pub outcome: Outcome,
+}
+
+/// `GET /v1/status`, and the reply to `POST /v1/pause`, `/v1/resume` and `/v1/stop`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StatusReply {
+    /// The VM's id.
+    pub id: String,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// The VMM's version.
+    pub version: String,
+    /// The VMM's process id.
+    pub pid: u32,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// What kind of KVM it runs on.
+    pub host_class: HostClass,
+    /// Time since the VMM began, in milliseconds.
+    pub uptime_ms: u64,
+}
+
+/// When each phase of the start ended: CLOCK_MONOTONIC in nanoseconds, so that another process on
+/// the host can subtract its own reading. In the order in which they happened.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Phases {
+    /// `main` was entered.
+    pub main_ns: u64,
+    /// The configuration is read and checked.
+    pub configured_ns: u64,
+    /// The VM exists in KVM with its memory slots.
+    pub memory_ns: u64,
+    /// The interrupt controller and vCPUs exist.
+    pub vcpus_ns: u64,
+    /// Kernel and initramfs are in guest memory.
+    pub loaded_ns: u64,
+    /// Devices are wired.
+    pub devices_ns: u64,
+    /// vCPU 0 is about to run its first instruction (R1).
+    pub first_instruction_ns: u64,
+}
+
+/// KVM's own statistics of one vCPU, by the kernel's names (`exits`, `insn_emulation`, …).
+pub type VcpuStats = BTreeMap<String, u64>;
+
+/// `GET /v1/metrics`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MetricsReply {
+    /// When each phase of the start ended.
+    pub phases: Phases,
+    /// One map a vCPU; counters are since the VM's creation.
+    pub vcpus: Vec<VcpuStats>,
+    /// KVM's statistics of the VM as a whole.
+    pub vm: VcpuStats,
+    /// Ratoon's own counters by name, e.g. `block.root.reads`, `vsock.connections`.
+    pub devices: BTreeMap<String, u64>,
+}
+
+/// The body of every reply that is not a success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorReply {
+    /// What failed and why.
+    pub error: String,
+}

@@ -1,0 +1,18 @@
+//! What `ratoon-vmm` is told and what it answers, as plain types.
+//!
+//! * [`VmConfig`]: the JSON document that it reads once at start.
+//! * [`StatusReply`], [`MetricsReply`], [`ErrorReply`]: bodies of its control socket's replies; the
+//!   OpenAPI document (`ratoon-vmm --openapi`, `GET /openapi.json`) is generated from them.
+//! * [`ExitReport`]: what it leaves behind when it ends.
+
+mod config;
+mod control;
+
+pub use config::{
+    ConfigError, DiskConfig, MAX_DISKS, MAX_MEMORY_MIB, MAX_NETWORKS, MAX_VCPUS, MIN_MEMORY_MIB,
+    NetConfig, SerialConfig, VmConfig, VsockConfig,
+};
+pub use control::{
+    ErrorReply, ExitReport, HostClass, MetricsReply, Outcome, Phases, StatusReply, VcpuStats,
+    VmState,
+};
