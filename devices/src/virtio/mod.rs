@@ -1,10 +1,12 @@
 //! What all virtio devices share: the trait between a device and its transport.
 //!
 //! ```text
-//!  vCPU thread --MMIO--> mmio::Transport --activate/reset/config--> dyn Device
-//!  event loop  --eventfd (kick), host fd------------------------^      |
+//!  vCPU thread --MMIO--> MmioTransport --activate/reset/config--> dyn Device
+//!  event loop  --eventfd (kick), host fd------^                         |
 //!                                          Interrupt (irqfd) <---------+
 //! ```
+
+pub mod mmio;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -32,6 +34,7 @@ pub struct Activation {
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,
+    config_generation: Arc<AtomicU32>,
     line: Arc<EventFd>,
 }
 
@@ -45,6 +48,7 @@ impl Interrupt {
     pub fn new(line: EventFd) -> Self {
         Self {
             status: Arc::new(AtomicU32::new(0)),
+            config_generation: Arc::new(AtomicU32::new(0)),
             line: Arc::new(line),
         }
     }
@@ -56,7 +60,13 @@ impl Interrupt {
 
     /// Tells the driver that configuration or status changed.
     pub fn config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.raise(Self::CONFIG_CHANGE);
+    }
+
+    /// The ConfigGeneration register: it differs after each [`Self::config_change`].
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
     }
 
     /// The InterruptStatus register.
