@@ -6,7 +6,10 @@
 //!                                          Interrupt (irqfd) <---------+
 //! ```
 
+pub mod chain;
 pub mod mmio;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
