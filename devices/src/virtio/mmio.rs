@@ -510,3 +510,6 @@ impl MmioTransport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
