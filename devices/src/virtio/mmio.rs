@@ -23,6 +23,7 @@
 use std::error::Error;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -122,7 +123,7 @@ pub struct MmioTransport {
     memory: GuestMemoryMmap,
     device: Box<dyn Device>,
     interrupt: Interrupt,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
 
     status: u32,
     /// Queues are the device's and nothing has gone wrong.
@@ -416,6 +417,7 @@ impl MmioTransport {
             queues,
             features: self.driver_features,
             interrupt: self.interrupt.clone(),
+            kicks: Arc::clone(&self.kicks),
         })?;
         self.active = true;
         self.device.process_host()?;

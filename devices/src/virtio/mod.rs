@@ -31,6 +31,10 @@ pub struct Activation {
     pub features: u64,
     /// How the device raises its interrupt.
     pub interrupt: Interrupt,
+    /// One eventfd a queue. A device that has worked enough for one turn writes its queue's, and
+    /// is called again after the others: else a driver that adds buffers without end holds the
+    /// event loop.
+    pub kicks: Arc<[EventFd]>,
 }
 
 /// A device's interrupt line (virtio 1.2, 4.2.2: InterruptStatus).
@@ -183,5 +187,21 @@ pub trait Device: Send {
     /// Counters for `metrics`, name and value since creation.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+}
+
+/// Asks for another [`Device::process_queue`] of queue `index`, after everything else that waits.
+/// `kicks` are [`Activation::kicks`].
+///
+/// # Errors
+/// When the eventfd cannot be written.
+pub fn kick_again(kicks: &[EventFd], index: usize) -> Result<(), DeviceError> {
+    match kicks[index].write(1) {
+        // The counter is full: a kick is pending.
+        Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(DeviceError::Host {
+            what: "queue eventfd".into(),
+            source: error,
+        }),
+        _ => Ok(()),
     }
 }

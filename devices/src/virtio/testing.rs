@@ -346,6 +346,19 @@ impl MockDriver {
         self.write32(register::QUEUE_NOTIFY, index as u32);
     }
 
+    /// Does what the event loop does for queues whose eventfd was written, by a device that wants
+    /// to go on. True when there were any.
+    pub fn run_kicks(&mut self) -> bool {
+        let mut any = false;
+        for index in 0..self.queues.len() {
+            if self.transport.queue_eventfds()[index].read().is_ok() {
+                self.transport.kick(index);
+                any = true;
+            }
+        }
+        any
+    }
+
     /// The used ring's entries that were not returned before.
     pub fn used(&mut self, index: usize) -> Vec<Used> {
         let ring = Self::areas(index)[2];
