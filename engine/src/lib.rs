@@ -1,1 +1,4 @@
-//! Being written.
+//! Ratoon on the host: images, VM records and the life of a sandbox.
+
+pub mod dirs;
+pub mod vm;

@@ -1,0 +1,1 @@
+//! Virtual machines: records, start, life and end.
