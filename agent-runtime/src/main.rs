@@ -1,3 +1,61 @@
-//! Being written.
+//! `ratoon-runtime`: `/init` of the guest; with `--serve-unix PATH` a server for tests on the host.
+//!
+//! As PID 1 it ends only with the machine. What cannot be mended in start-up ends it with one line
+//! on the console and the kernel panics ("Attempted to kill init"): the VMM reports that, and the
+//! line before says why. A clean end is a power-off.
 
-fn main() {}
+use std::env;
+use std::os::unix::net::UnixListener;
+use std::process::ExitCode;
+
+use ratoon_protocol::RUNTIME_PORT;
+use ratoon_runtime::{boot, power, server::Server, sys};
+
+fn main() -> ExitCode {
+    let mut args = env::args_os().skip(1);
+    let result = match (args.next(), args.next(), args.next()) {
+        (Some(flag), Some(path), None) if flag == "--serve-unix" => serve_unix(path.as_ref()),
+        _ if rustix::process::getpid().is_init() => serve_machine(),
+        _ => {
+            eprintln!(
+                "usage: ratoon-runtime --serve-unix PATH   (without arguments only as PID 1)"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ratoon-runtime: {}", boot::one_line(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn serve_machine() -> Result<()> {
+    let signals = sys::block_signals()?;
+    boot::boot()?;
+    let null = boot::open_null()?;
+    let listener = sys::vsock_listen(RUNTIME_PORT)
+        .map_err(|source| boot::BootError::Step("listen on vsock port 1024", source))?;
+    let mut server = Server::new(listener, signals, null, true);
+    match sys::vsock_connect_host(RUNTIME_PORT) {
+        Ok(connection) => server.add(connection, false),
+        Err(error) => eprintln!("ratoon-runtime: cannot connect to the host: {error}"),
+    }
+    server.run()?;
+    Err(power::power_off().into())
+}
+
+fn serve_unix(path: &std::path::Path) -> Result<()> {
+    let signals = sys::block_signals()?;
+    // As PID 1 would, so that orphans are reaped here in tests too.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    let null = boot::open_null()?;
+    Server::new(listener.into(), signals, null, false).run()?;
+    Ok(())
+}

@@ -18,7 +18,8 @@ pub const HEADER_LEN: usize = 24;
 /// The longest payload of one frame, in bytes. A longer one is an error, never an allocation.
 pub const MAX_PAYLOAD_LEN: usize = 64 * 1024;
 
-/// Flag bit 0 of a stream frame: this is the stream's last byte range.
+/// Flag bit 0 of a stream frame: this is the stream's last byte range. Of an acknowledgement: the
+/// receiver wants no more.
 const FLAG_END: u16 = 1;
 
 /// What a frame is.
@@ -42,7 +43,7 @@ pub enum Kind {
     /// Runtime to client: bytes of the process's standard error.
     Stderr = 18,
     /// Either way: all bytes before `offset` of the stream whose kind is the payload's one byte
-    /// have been taken.
+    /// have been taken. With the end flag: the receiver wants no more of this stream.
     Ack = 19,
 }
 
@@ -74,7 +75,8 @@ pub struct Frame {
     /// Stream frames: the offset of the payload's first byte in its stream, in bytes.
     /// [`Kind::Ack`]: how many bytes of the stream have been taken. Otherwise 0.
     pub offset: u64,
-    /// Stream frames: nothing follows on this stream after this payload.
+    /// Stream frames: nothing follows on this stream after this payload. [`Kind::Ack`]: the
+    /// receiver wants no more of the stream; what the sender sends all the same is dropped.
     pub end: bool,
     /// At most [`MAX_PAYLOAD_LEN`] bytes.
     pub payload: Vec<u8>,
@@ -133,6 +135,14 @@ impl Frame {
             offset,
             end: false,
             payload: vec![stream as u8],
+        }
+    }
+
+    /// An acknowledgement that also says: send no more of `stream`, nobody reads it.
+    pub fn ack_and_stop(call: u64, stream: Kind, offset: u64) -> Self {
+        Self {
+            end: true,
+            ..Self::ack(call, stream, offset)
         }
     }
 

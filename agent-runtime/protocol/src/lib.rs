@@ -17,6 +17,10 @@
 //!    |  <------------- REPLY id=1 {...} ------- |   or ERROR: either ends the call
 //! ```
 //!
+//! An ERROR for call 0 is about the connection itself and its last frame: it says which rule the
+//! other side broke. Frames for a call that has ended are no error (they cross its reply on the
+//! way) and are dropped.
+//!
 //! The crate does no I/O and never panics on bytes from the other side: see [`Decoder`].
 //! `docs/protocol.md` describes the same byte by byte.
 
@@ -36,8 +40,8 @@ pub const VERSION: u8 = 1;
 pub const RUNTIME_PORT: u32 = 1024;
 
 /// How many bytes of one stream (stdin, stdout or stderr of one call) may be sent and not yet
-/// acknowledged. A sender that has filled it waits; a receiver acknowledges at the latest when
-/// half of it has come in.
+/// acknowledged. A sender that has filled it waits; a receiver acknowledges at the latest when it
+/// has taken half of it (written it on to the process, or to the client's own output).
 pub const STREAM_WINDOW: u64 = 256 * 1024;
 
 /// How many calls may be open on one connection; the next is refused with

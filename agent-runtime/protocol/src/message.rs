@@ -77,13 +77,15 @@ impl Call {
 pub struct ExecParams {
     /// Program and arguments; the program is looked up in the new environment's `PATH`.
     pub argv: Vec<String>,
-    /// The whole environment, name and value. Empty: the runtime's default (`PATH`, `HOME`, …).
+    /// The environment, name and value. `PATH`, `HOME`, `USER`, `LOGNAME` and `LANG` are added
+    /// where they are missing; nothing else is.
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// Where to start; default `/`, or the user's home when it exists.
+    /// Where to start; default the user's home, or `/` when there is no such directory.
     #[serde(default)]
     pub cwd: Option<String>,
-    /// Name or number of the user, as in the guest's `/etc/passwd`; default root.
+    /// `user` or `user:group`, each by name or number, as in the guest's `/etc/passwd` and
+    /// `/etc/group`; default root. Without a group: the user's own and supplementary ones.
     #[serde(default)]
     pub user: Option<String>,
     /// Whether the client will send [`crate::Kind::Stdin`] frames; otherwise it is `/dev/null`.
@@ -173,8 +175,10 @@ pub enum ErrorCode {
     BadRequest,
     /// The runtime has no such call.
     UnknownMethod,
-    /// The call id is in use on this connection.
+    /// The call id is in use on this connection (or is 0): the connection ends.
     DuplicateCall,
+    /// The other side broke the protocol; comes with call 0 and is the connection's last frame.
+    Protocol,
     /// Over [`crate::MAX_OPEN_CALLS`].
     TooManyCalls,
     /// No such program, directory, user or call.

@@ -1,0 +1,21 @@
+//! Ratoon's runtime: init of the guest, and the server that runs commands for the host.
+//!
+//! ```text
+//!  main --(PID 1)--> boot: mounts, root disk, loopback --> server --+--> session (one a connection)
+//!    \---(--serve-unix PATH, for tests)--------------------> server --+--> spawn, users
+//!                                                                  \--> power: the machine's end
+//! ```
+//!
+//! One thread, one poll loop, nothing in it blocks. How it fails: start-up failures are
+//! [`boot::BootError`], printed as one line on the console before PID 1 ends (and the kernel
+//! panics, which the VMM reports); once it serves, a client's mistake ends the client's call or
+//! connection, never the runtime. `docs/protocol.md` describes what it speaks.
+
+pub mod boot;
+pub mod power;
+pub mod process;
+pub mod server;
+pub mod session;
+pub mod spawn;
+pub mod sys;
+pub mod users;
