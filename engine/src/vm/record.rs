@@ -1,0 +1,364 @@
+//! A VM's record: what is written about it, and how it reads back.
+//!
+//! `record.json` is replaced by rename, so a reader sees the old or the new one. What cannot be
+//! read (cut short by a full disk, edited by hand, from a newer Ratoon) is an error that names the
+//! file; it never stops other records from being used.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use ratoon_vmm_api::{ExitReport, VmConfig};
+use serde::{Deserialize, Serialize};
+
+use super::process::ProcessRef;
+
+/// The record format that this version writes.
+const FORMAT: u32 = 1;
+/// A longer file is no record.
+const MAX_RECORD_LEN: u64 = 1 << 20;
+
+/// An image as a VM was started from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// The name that was asked for.
+    pub name: String,
+    /// What it stood for then.
+    pub digest: String,
+}
+
+/// What is written about a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The record's format; see [`RecordError::Format`].
+    pub format: u32,
+    /// The VM's id, also its directory's name.
+    pub id: String,
+    /// Its name, unique among all records.
+    pub name: Option<String>,
+    /// The image of its root disk.
+    pub image: Option<ImageRef>,
+    /// When it was made, in milliseconds after the Unix epoch.
+    pub created_ms: u64,
+    /// It belongs to the process in `owner` and is removed with it.
+    pub ephemeral: bool,
+    /// The runtime in the guest has answered once.
+    pub ready: bool,
+    /// The process that started it.
+    pub owner: Option<ProcessRef>,
+    /// Its VMM, from the moment that there is one.
+    pub vmm: Option<ProcessRef>,
+    /// What the VMM was told.
+    pub config: VmConfig,
+}
+
+/// Why a record cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The file is not there or cannot be read.
+    #[error("reading {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file could not be replaced.
+    #[error("writing {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file's content is not a record.
+    #[error("{} is damaged", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The record is of another version of Ratoon.
+    #[error("{} has format {format}; this Ratoon reads format {FORMAT}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: u32,
+    },
+    /// The record was copied or moved from another VM's directory.
+    #[error("{} belongs to VM {id}", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// The id that it names.
+        id: String,
+    },
+}
+
+/// The files of one VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmDir(PathBuf);
+
+impl VmDir {
+    /// The files under `path`, whose last component is the VM's id.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The VM's id.
+    pub fn id(&self) -> String {
+        self.0
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    }
+
+    /// The [`Record`].
+    pub fn record(&self) -> PathBuf {
+        self.0.join("record.json")
+    }
+
+    /// The serial console's newest output; older output is in the file with `.1` at its end.
+    pub fn serial_log(&self) -> PathBuf {
+        self.0.join("serial.log")
+    }
+
+    /// What the VMM has to say.
+    pub fn vmm_log(&self) -> PathBuf {
+        self.0.join("vmm.log")
+    }
+
+    /// The VMM's control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    /// The Unix socket through which the host reaches the guest.
+    pub fn vsock_socket(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
+    /// The Unix socket to which the guest's runtime connects when it serves.
+    pub fn ready_socket(&self) -> PathBuf {
+        self.0
+            .join(format!("vsock.sock_{}", ratoon_protocol::RUNTIME_PORT))
+    }
+
+    /// What the guest has written to its root disk.
+    pub fn layer(&self) -> PathBuf {
+        self.0.join("layer.qcow2")
+    }
+
+    /// The VMM's [`ExitReport`].
+    pub fn exit_report(&self) -> PathBuf {
+        self.0.join("exit.json")
+    }
+
+    /// Reads the VMM's last word; `None` when it left none.
+    pub fn read_exit_report(&self) -> Option<ExitReport> {
+        serde_json::from_slice(&read_limited(&self.exit_report()).ok()?).ok()
+    }
+
+    /// Reads the record.
+    ///
+    /// # Errors
+    /// [`RecordError`] when there is none or it is not usable.
+    pub fn read_record(&self) -> Result<Record, RecordError> {
+        /// What every format has.
+        #[derive(Deserialize)]
+        struct Versioned {
+            format: u32,
+        }
+        let path = self.record();
+        let json = match read_limited(&path) {
+            Ok(json) => json,
+            Err(source) => return Err(RecordError::Read { path, source }),
+        };
+        let parsed = serde_json::from_slice(&json).and_then(|Versioned { format }| {
+            if format == FORMAT {
+                serde_json::from_slice(&json).map(Ok)
+            } else {
+                Ok(Err(format))
+            }
+        });
+        match parsed {
+            Ok(Ok(record)) => {
+                let record: Record = record;
+                if record.id == self.id() {
+                    Ok(record)
+                } else {
+                    Err(RecordError::Foreign {
+                        path,
+                        id: record.id,
+                    })
+                }
+            }
+            Ok(Err(format)) => Err(RecordError::Format { path, format }),
+            Err(source) => Err(RecordError::Damaged { path, source }),
+        }
+    }
+
+    /// Replaces the record. The caller holds the store's lock.
+    ///
+    /// # Errors
+    /// [`RecordError::Write`]; the old record is then still whole.
+    pub fn write_record(&self, record: &Record) -> Result<(), RecordError> {
+        let path = self.record();
+        let temporary = self.0.join("record.tmp");
+        let write = || {
+            let json = serde_json::to_vec_pretty(record).map_err(std::io::Error::other)?;
+            let mut file = std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(&json)?;
+            std::fs::rename(&temporary, &path)
+        };
+        write().map_err(|source| {
+            // Best effort: on a full disk the remainder would only be in the way.
+            let _ = std::fs::remove_file(&temporary);
+            RecordError::Write {
+                path: path.clone(),
+                source,
+            }
+        })
+    }
+}
+
+impl Record {
+    /// A record of a VM that is about to be started by this process.
+    pub fn new(config: VmConfig, name: Option<String>, image: Option<ImageRef>) -> Self {
+        Self {
+            format: FORMAT,
+            id: config.id.clone(),
+            name,
+            image,
+            created_ms: unix_ms(SystemTime::now()),
+            ephemeral: true,
+            ready: false,
+            owner: ProcessRef::current(),
+            vmm: None,
+            config,
+        }
+    }
+
+    /// Whether its VMM runs.
+    pub fn vmm_is_alive(&self) -> bool {
+        self.vmm.as_ref().is_some_and(ProcessRef::is_alive)
+    }
+
+    /// Whether the process that started it runs.
+    pub fn owner_is_alive(&self) -> bool {
+        self.owner.as_ref().is_some_and(ProcessRef::is_alive)
+    }
+
+    /// Whether nobody will ever use it again: its owner went away before it was handed out, or it
+    /// was to go with its owner.
+    pub fn is_abandoned(&self) -> bool {
+        (self.ephemeral || !self.ready) && !self.owner_is_alive()
+    }
+}
+
+fn unix_ms(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+fn read_limited(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(MAX_RECORD_LEN)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn config(id: &str) -> VmConfig {
+        serde_json::from_value(serde_json::json!({
+            "id": id, "vcpus": 1, "memory_mib": 128, "kernel": "/k"
+        }))
+        .unwrap()
+    }
+
+    fn sample() -> (tempfile::TempDir, VmDir, Record) {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = VmDir::new(temp.path().join("0123456789ab"));
+        std::fs::create_dir(dir.path()).unwrap();
+        let record = Record::new(config("0123456789ab"), Some("x".into()), None);
+        dir.write_record(&record).unwrap();
+        (temp, dir, record)
+    }
+
+    #[test]
+    fn a_record_reads_back_as_it_was_written() {
+        let (_temp, dir, record) = sample();
+        assert_eq!(dir.read_record().unwrap(), record);
+        assert!(!dir.path().join("record.tmp").exists());
+    }
+
+    #[test]
+    fn a_record_cut_short_at_any_byte_is_damaged() {
+        let (_temp, dir, _) = sample();
+        let whole = std::fs::read(dir.record()).unwrap();
+        for len in 0..whole.len() {
+            std::fs::write(dir.record(), &whole[..len]).unwrap();
+            assert!(
+                matches!(dir.read_record(), Err(RecordError::Damaged { .. })),
+                "{len} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn a_record_of_a_later_ratoon_is_refused_by_its_format() {
+        let (_temp, dir, _) = sample();
+        std::fs::write(dir.record(), br#"{"format":2,"new":true}"#).unwrap();
+        let error = dir.read_record().unwrap_err();
+        assert!(
+            matches!(error, RecordError::Format { format: 2, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_record_from_another_directory_is_refused() {
+        let (temp, dir, _) = sample();
+        let other = VmDir::new(temp.path().join("ffffffffffff"));
+        std::fs::rename(dir.path(), other.path()).unwrap();
+        let error = other.read_record().unwrap_err();
+        assert!(
+            matches!(&error, RecordError::Foreign { id, .. } if id == "0123456789ab"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn only_what_nobody_will_use_again_is_abandoned() {
+        let (_temp, _, mut record) = sample();
+        assert!(!record.is_abandoned(), "its owner lives");
+        record.owner.as_mut().unwrap().start_ticks += 1;
+        assert!(record.is_abandoned());
+        record.ready = true;
+        assert!(record.is_abandoned(), "ephemeral");
+        record.ephemeral = false;
+        assert!(!record.is_abandoned());
+        record.ready = false;
+        assert!(record.is_abandoned(), "never handed out");
+    }
+}
