@@ -5,5 +5,6 @@
 //! [`virtio::DeviceError`], its transport then sets DEVICE_NEEDS_RESET, and the VMM lives on.
 
 pub mod legacy;
+pub mod net;
 pub mod rng;
 pub mod virtio;

@@ -241,6 +241,15 @@ impl<'m> Iovecs<'m> {
         Ok(())
     }
 
+    /// Adds a buffer of our own.
+    pub fn push_host(&mut self, buffer: &'m mut [u8]) {
+        self.len_bytes += buffer.len() as u64;
+        self.list.push(libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        });
+    }
+
     /// Bytes in all.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
@@ -257,7 +266,8 @@ impl<'m> Iovecs<'m> {
     /// The call's.
     pub fn read_from(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
         // SAFETY: each iovec lies in a mapping of guest memory that outlives `self` ('m), and is
-        // memory that may change at any time, of which no Rust reference exists.
+        // memory that may change at any time, of which no Rust reference exists; or it is a buffer
+        // that is borrowed mutably for as long.
         let read = unsafe {
             libc::readv(
                 file.as_raw_fd(),

@@ -10,6 +10,7 @@ pub mod chain;
 pub mod mmio;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod used;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
