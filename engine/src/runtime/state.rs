@@ -1,0 +1,382 @@
+//! What the client knows of its calls, without I/O. Bytes from the guest come in, checked
+//! [`Happening`]s come out; a fuzz target feeds it anything.
+//!
+//! A runtime may send frames only for calls that are open, output only in order, within the window
+//! and before its end, and replies that fit their call. All else is
+//! [`RuntimeError::Violation`]. Strings of the guest are cleared of control characters.
+
+use std::collections::BTreeMap;
+
+use ratoon_protocol::{
+    Call, Decoder, ErrorReply, Event, ExitStatus, Frame, Hello, Kind, MAX_PAYLOAD_LEN, Pong,
+    STREAM_WINDOW,
+};
+
+use super::RuntimeError;
+
+/// Which output of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Standard output.
+    Stdout = 0,
+    /// Standard error.
+    Stderr = 1,
+}
+
+impl Output {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Stdout => Kind::Stdout,
+            Self::Stderr => Kind::Stderr,
+        }
+    }
+}
+
+/// Something that the runtime said, checked.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Happening {
+    /// First of all.
+    Hello(Hello),
+    /// A ping's answer.
+    Pong {
+        /// The call, now ended.
+        call: u64,
+        /// The answer.
+        pong: Pong,
+    },
+    /// The process of an exec call runs.
+    Started {
+        /// The call.
+        call: u64,
+        /// Process id in the guest.
+        pid: i32,
+    },
+    /// Output; then [`State::taken`] or [`State::stop`].
+    Output {
+        /// The call.
+        call: u64,
+        /// Which.
+        output: Output,
+        /// In order, without gaps.
+        bytes: Vec<u8>,
+    },
+    /// The process has ended.
+    Exited {
+        /// The call, now ended.
+        call: u64,
+        /// How.
+        status: ExitStatus,
+    },
+    /// A signal or shutdown call is done.
+    Done {
+        /// The call, now ended.
+        call: u64,
+    },
+    /// A call failed.
+    Failed {
+        /// The call, now ended.
+        call: u64,
+        /// Why.
+        error: ErrorReply,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Inbound {
+    received: u64,
+    taken: u64,
+    acked: u64,
+    ended: bool,
+    stopped: bool,
+}
+
+#[derive(Debug, Default)]
+struct Stdin {
+    sent: u64,
+    acked: u64,
+    ended: bool,
+    stopped: bool,
+}
+
+#[derive(Debug)]
+enum Open {
+    Ping,
+    Simple,
+    Exec {
+        stdin: Option<Stdin>,
+        out: [Inbound; 2],
+    },
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct State {
+    decoder: Decoder,
+    greeted: bool,
+    last_id: u64,
+    calls: BTreeMap<u64, Open>,
+    out: Vec<u8>,
+}
+
+fn violation(what: impl Into<String>) -> RuntimeError {
+    RuntimeError::Violation(what.into())
+}
+
+/// The guest's words may end on a terminal.
+fn clean(text: &mut String) {
+    if text.contains(char::is_control) {
+        *text = text.replace(char::is_control, "\u{fffd}");
+    }
+}
+
+impl State {
+    /// A new connection.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Begins a call; its frame waits in [`State::unsent`]. Returns the call's id.
+    ///
+    /// # Errors
+    /// [`RuntimeError::TooLarge`].
+    pub fn call(&mut self, call: &Call) -> Result<u64, RuntimeError> {
+        let payload = serde_json::to_vec(call).map_err(|error| RuntimeError::Io(error.into()))?;
+        if payload.len() > MAX_PAYLOAD_LEN {
+            return Err(RuntimeError::TooLarge { len: payload.len() });
+        }
+        let open = match call {
+            Call::Ping => Open::Ping,
+            Call::Signal(_) | Call::Shutdown => Open::Simple,
+            Call::Exec(params) => Open::Exec {
+                stdin: params.stdin.then(Stdin::default),
+                out: Default::default(),
+            },
+        };
+        self.last_id += 1;
+        self.calls.insert(self.last_id, open);
+        Frame::new(Kind::Call, self.last_id, payload).encode_into(&mut self.out);
+        Ok(self.last_id)
+    }
+
+    /// Takes bytes from the guest; appends what they say.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Frame`], [`RuntimeError::Violation`], [`RuntimeError::Rejected`]: the
+    /// connection is to be closed.
+    pub fn receive(
+        &mut self,
+        bytes: &[u8],
+        happenings: &mut Vec<Happening>,
+    ) -> Result<(), RuntimeError> {
+        self.decoder.feed(bytes);
+        while let Some(frame) = self.decoder.next_frame().map_err(RuntimeError::Frame)? {
+            self.frame(frame, happenings)?;
+        }
+        Ok(())
+    }
+
+    fn frame(&mut self, frame: Frame, happenings: &mut Vec<Happening>) -> Result<(), RuntimeError> {
+        if frame.kind == Kind::Hello {
+            return self.hello(&frame, happenings);
+        }
+        if !self.greeted {
+            return Err(violation(format!("{:?} before HELLO", frame.kind)));
+        }
+        if frame.kind == Kind::Error && frame.call == 0 {
+            return Err(RuntimeError::Rejected(error_reply(&frame)?));
+        }
+        let id = frame.call;
+        let Some(open) = self.calls.get_mut(&id) else {
+            return Err(violation(format!(
+                "{:?} for call {id}, which is not open",
+                frame.kind
+            )));
+        };
+        match (frame.kind, open) {
+            (Kind::Reply, _) => {
+                let happening = self.reply(&frame)?;
+                happenings.push(happening);
+            }
+            (Kind::Error, _) => {
+                let error = error_reply(&frame)?;
+                self.calls.remove(&id);
+                happenings.push(Happening::Failed { call: id, error });
+            }
+            (Kind::Event, _) => {
+                // An event of a newer runtime is none of our business.
+                if let Ok(Event::Started { pid }) = serde_json::from_slice(&frame.payload) {
+                    happenings.push(Happening::Started { call: id, pid });
+                }
+            }
+            (Kind::Stdout, Open::Exec { out, .. }) => {
+                output(&mut out[0], frame, Output::Stdout, happenings)?;
+            }
+            (Kind::Stderr, Open::Exec { out, .. }) => {
+                output(&mut out[1], frame, Output::Stderr, happenings)?;
+            }
+            (
+                Kind::Ack,
+                Open::Exec {
+                    stdin: Some(stdin), ..
+                },
+            ) if frame.acked_stream() == Some(Kind::Stdin) => {
+                if !(stdin.acked..=stdin.sent).contains(&frame.offset) {
+                    return Err(violation(format!("call {id}: an ACK of input never sent")));
+                }
+                stdin.acked = frame.offset;
+                stdin.stopped |= frame.end;
+            }
+            (kind, _) => return Err(violation(format!("{kind:?} does not fit call {id}"))),
+        }
+        Ok(())
+    }
+
+    fn hello(
+        &mut self,
+        frame: &Frame,
+        happenings: &mut Vec<Happening>,
+    ) -> Result<(), RuntimeError> {
+        if self.greeted || frame.call != 0 {
+            return Err(violation("HELLO is not the first frame"));
+        }
+        let mut hello: Hello = serde_json::from_slice(&frame.payload)
+            .map_err(|error| violation(format!("HELLO: {error}")))?;
+        clean(&mut hello.runtime);
+        hello.methods.iter_mut().for_each(clean);
+        self.greeted = true;
+        happenings.push(Happening::Hello(hello));
+        Ok(())
+    }
+
+    fn reply(&mut self, frame: &Frame) -> Result<Happening, RuntimeError> {
+        let call = frame.call;
+        let bad = |error: serde_json::Error| violation(format!("reply of call {call}: {error}"));
+        let happening = match self.calls.remove(&call) {
+            Some(Open::Ping) => Happening::Pong {
+                call,
+                pong: serde_json::from_slice(&frame.payload).map_err(bad)?,
+            },
+            Some(Open::Exec { .. }) => {
+                let status = serde_json::from_slice(&frame.payload).map_err(bad)?;
+                match status {
+                    ExitStatus::Code(0..=255) | ExitStatus::Signal(1..=64) => {}
+                    _ => return Err(violation(format!("call {call} ended with {status:?}"))),
+                }
+                Happening::Exited { call, status }
+            }
+            _ => Happening::Done { call },
+        };
+        Ok(happening)
+    }
+
+    /// Output of this length has been written on: acknowledges it when it is time.
+    pub fn taken(&mut self, call: u64, output: Output, len_bytes: usize) {
+        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&call) else {
+            return;
+        };
+        let stream = &mut out[output as usize];
+        stream.taken = (stream.taken + len_bytes as u64).min(stream.received);
+        if !stream.ended && stream.taken - stream.acked >= STREAM_WINDOW / 2 {
+            stream.acked = stream.taken;
+            Frame::ack(call, output.kind(), stream.acked).encode_into(&mut self.out);
+        }
+    }
+
+    /// Nobody reads this output any more: the process is to be told (as by a closed pipe).
+    pub fn stop(&mut self, call: u64, output: Output) {
+        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&call) else {
+            return;
+        };
+        let stream = &mut out[output as usize];
+        if !stream.stopped && !stream.ended {
+            stream.stopped = true;
+            stream.acked = stream.received;
+            Frame::ack_and_stop(call, output.kind(), stream.acked).encode_into(&mut self.out);
+        }
+    }
+
+    /// How much input may be sent now, in one go; `None` when no more is wanted at all.
+    pub fn stdin_room(&self, call: u64) -> Option<usize> {
+        match self.calls.get(&call) {
+            Some(Open::Exec {
+                stdin: Some(stdin), ..
+            }) if !stdin.ended && !stdin.stopped => {
+                let room = STREAM_WINDOW - (stdin.sent - stdin.acked);
+                Some(room.min(MAX_PAYLOAD_LEN as u64) as usize)
+            }
+            _ => None,
+        }
+    }
+
+    /// Sends input, at most [`State::stdin_room`] bytes; `end` closes it.
+    pub fn stdin(&mut self, call: u64, bytes: &[u8], end: bool) {
+        let Some(Open::Exec {
+            stdin: Some(stdin), ..
+        }) = self.calls.get_mut(&call)
+        else {
+            return;
+        };
+        if stdin.ended || stdin.stopped {
+            return;
+        }
+        let header = Frame::header(Kind::Stdin, call, stdin.sent, end, bytes.len());
+        stdin.sent += bytes.len() as u64;
+        stdin.ended = end;
+        self.out.extend_from_slice(&header);
+        self.out.extend_from_slice(bytes);
+    }
+
+    /// What waits to be sent.
+    pub fn unsent(&self) -> &[u8] {
+        &self.out
+    }
+
+    /// `len_bytes` of [`State::unsent`] have gone out.
+    pub fn sent(&mut self, len_bytes: usize) {
+        self.out.drain(..len_bytes.min(self.out.len()));
+    }
+}
+
+fn error_reply(frame: &Frame) -> Result<ErrorReply, RuntimeError> {
+    let mut error: ErrorReply = serde_json::from_slice(&frame.payload)
+        .map_err(|error| violation(format!("error of call {}: {error}", frame.call)))?;
+    clean(&mut error.message);
+    Ok(error)
+}
+
+fn output(
+    stream: &mut Inbound,
+    frame: Frame,
+    output: Output,
+    happenings: &mut Vec<Happening>,
+) -> Result<(), RuntimeError> {
+    let call = frame.call;
+    if stream.ended {
+        return Err(violation(format!("call {call}: {output:?} after its end")));
+    }
+    if frame.offset != stream.received {
+        return Err(violation(format!(
+            "call {call}: {output:?} goes on at {}, not at {}",
+            stream.received, frame.offset
+        )));
+    }
+    stream.received = stream.received.saturating_add(frame.payload.len() as u64);
+    if stream.received - stream.acked > STREAM_WINDOW {
+        return Err(violation(format!(
+            "call {call}: {output:?} overruns its window"
+        )));
+    }
+    stream.ended = frame.end;
+    if !frame.payload.is_empty() && !stream.stopped {
+        happenings.push(Happening::Output {
+            call,
+            output,
+            bytes: frame.payload,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;
