@@ -6,6 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -22,10 +23,10 @@ pub(super) struct Scratch {
 impl Scratch {
     /// Makes a new one under `parent`.
     pub(super) fn create(parent: &Path) -> Result<Self> {
-        let mut number = 0_u32;
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let id = format!("{}-{number}", std::process::id());
-            number += 1;
             let path = parent.join(&id);
             let lock_path = parent.join(format!("{id}.lock"));
             let opened = OpenOptions::new()
@@ -39,9 +40,7 @@ impl Scratch {
             };
             flock(&lock, FlockOperation::LockExclusive).at("lock", &lock_path)?;
             // A sweeper may have taken and removed the file between our open and our lock.
-            let still_ours = fs::symlink_metadata(&lock_path)
-                .is_ok_and(|now| lock.metadata().is_ok_and(|ours| ours.ino() == now.ino()));
-            if !still_ours {
+            if !is_same_file(&lock, &lock_path) {
                 continue;
             }
             fs::DirBuilder::new().mode(0o700).create(&path).at("create", &path)?;
@@ -61,6 +60,12 @@ impl Drop for Scratch {
         let _ = remove_tree(&self.path);
         let _ = fs::remove_file(&self.lock_path);
     }
+}
+
+/// Whether `path` still names the open `file`.
+fn is_same_file(file: &File, path: &Path) -> bool {
+    let Ok(ours) = file.metadata() else { return false };
+    fs::symlink_metadata(path).is_ok_and(|now| ours.ino() == now.ino())
 }
 
 /// Removes a folder whatever the modes inside are.
@@ -83,6 +88,10 @@ pub(super) fn sweep(parent: &Path) -> Result<usize> {
             continue; // Its owner finished just now.
         };
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        // Its owner may have finished, and another may have taken the same name, before our lock.
+        if !is_same_file(&lock, &lock_path) {
             continue;
         }
         let folder = lock_path.with_extension("");
