@@ -9,31 +9,68 @@ use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use ratoon_devices::virtio::mmio::{register, status};
 use ratoon_devices::virtio::testing::{Call, Echo, MockDriver};
-use ratoon_fuzz::{address, poke_register, send_chain};
+use ratoon_fuzz::{address, poke_register, rarely, send_chain};
+
+/// A probe; rarely a queue is set up again with one register wrong, or a step is left out.
+fn probe(driver: &mut MockDriver, input: &mut Unstructured<'_>) -> Result<()> {
+    let mut features = driver.offered();
+    if rarely(input)? {
+        features = input.arbitrary()?;
+    }
+    driver.negotiate(features);
+    for queue in 0..2 {
+        if rarely(input)? {
+            continue;
+        }
+        driver.set_up_queue(queue);
+        if rarely(input)? {
+            driver.write32(register::QUEUE_READY, 0);
+            break_queue(driver, input)?;
+            driver.write32(register::QUEUE_READY, 1);
+        }
+    }
+    if !rarely(input)? {
+        driver.add_status(status::DRIVER_OK);
+    }
+    Ok(())
+}
+
+/// Rewrites one register of the selected queue.
+fn break_queue(driver: &mut MockDriver, input: &mut Unstructured<'_>) -> Result<()> {
+    let offset = *input.choose(&[
+        register::QUEUE_DESC_LOW,
+        register::QUEUE_DRIVER_LOW,
+        register::QUEUE_DEVICE_LOW,
+        register::QUEUE_NUM,
+    ])?;
+    if offset == register::QUEUE_NUM {
+        driver.write32(
+            offset,
+            *input.choose(&[0, 1, 2, 3, 64, 65, 128, 1 << 16, u32::MAX])?,
+        );
+    } else {
+        let mut address = address(input)?;
+        if input.arbitrary()? {
+            address &= !0xf;
+        }
+        driver.write32(offset, address as u32);
+        driver.write32(offset + 4, (address >> 32) as u32);
+    }
+    Ok(())
+}
 
 fn step(driver: &mut MockDriver, input: &mut Unstructured<'_>) -> Result<()> {
     match input.int_in_range(0..=11u8)? {
         0 => driver.reset(),
-        1 => drop(driver.probe(input.arbitrary()?)),
-        2 => drop(driver.negotiate(input.arbitrary()?)),
+        1 | 2 => probe(driver, input)?,
         3 => driver.set_up_queue(input.int_in_range(0..=1)?),
         4 => {
             let bit = *input.choose(&[1, 2, 4, 8, 64, 128])?;
             driver.add_status(bit);
         }
-        5 => {
-            let offset = *input.choose(&[
-                register::QUEUE_DESC_LOW,
-                register::QUEUE_DRIVER_LOW,
-                register::QUEUE_DEVICE_LOW,
-            ])?;
-            let address = address(input)?;
-            driver.write32(offset, address as u32);
-            driver.write32(offset + 4, (address >> 32) as u32);
-        }
-        6 => driver.write32(register::QUEUE_NUM, input.arbitrary()?),
-        7 => driver.write32(register::QUEUE_READY, input.int_in_range(0..=2)?),
-        8 => {
+        5 => break_queue(driver, input)?,
+        6 => driver.write32(register::QUEUE_READY, input.int_in_range(0..=2)?),
+        7 | 8 => {
             let queue = input.int_in_range(0..=1)?;
             send_chain(driver, input, queue, &[8], &[16])?;
         }
@@ -49,7 +86,7 @@ fn run(mut input: Unstructured<'_>) -> Result<()> {
     let calls = device.calls();
     let mut driver = MockDriver::new(device);
     if input.arbitrary()? {
-        driver.probe(u64::MAX);
+        probe(&mut driver, &mut input)?;
     }
     while !input.is_empty() {
         step(&mut driver, &mut input)?;

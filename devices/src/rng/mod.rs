@@ -25,8 +25,8 @@ pub const MAX_REQUEST_BYTES: u64 = 64 << 10;
 const QUEUE_SIZE: u16 = 64;
 /// Requests served in one turn of the event loop.
 const TURN_REQUESTS: u16 = 2 * QUEUE_SIZE;
-/// Bytes fetched at a time; getrandom(2) gives up to 256 whole, whatever the signals.
-const PIECE_BYTES: usize = 256;
+/// Bytes fetched at a time.
+const PIECE_BYTES: usize = 4096;
 
 /// An entropy device.
 #[derive(Default)]
