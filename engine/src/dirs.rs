@@ -71,11 +71,6 @@ impl Dirs {
         self.state.join("vms")
     }
 
-    /// The image store.
-    pub fn images(&self) -> PathBuf {
-        self.cache.join("images")
-    }
-
     /// The guest kernel that is used when none is named.
     pub fn default_kernel(&self) -> PathBuf {
         self.cache.join("kernel/default/vmlinux")

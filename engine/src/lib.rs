@@ -1,7 +1,41 @@
 //! Ratoon on the host: images, VM records and the life of a sandbox.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use ratoon_engine::dirs::Dirs;
+//! use ratoon_engine::runtime::{ExecIo, RuntimeClient};
+//! use ratoon_engine::vm::command::{CommandSpec, resolve};
+//! use ratoon_engine::{Engine, RunSpec};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let engine = Engine::open(Dirs::from_env()?)?;
+//! let mut started = engine.start(&RunSpec::new("debian"), None)?;
+//! let stream = started.vm.take_runtime().ok_or("taken once")?;
+//! let mut runtime = RuntimeClient::from_stream(stream, Duration::from_secs(10))?;
+//! let command = CommandSpec {
+//!     argv: vec!["uname".into(), "-r".into()],
+//!     ..CommandSpec::default()
+//! };
+//! let (mut out, mut err) = (Vec::new(), Vec::new());
+//! let status = runtime.exec(
+//!     &resolve(&started.command, &command)?,
+//!     ExecIo { stdin: None, stdout: &mut out, stderr: &mut err },
+//! )?;
+//! assert_eq!(status.shell_code(), 0);
+//! started.vm.end()?; // or drop it; `detach` would leave it running
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod dirs;
+mod engine;
 pub mod image;
 pub mod initramfs;
 pub mod runtime;
 pub mod vm;
+
+pub use engine::{
+    DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,
+    image_command,
+};

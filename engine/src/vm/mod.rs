@@ -1,5 +1,26 @@
 //! Virtual machines: records, start, life and end.
+//!
+//! ```text
+//!  launch ──> starting ──(runtime connects)──> running <──> paused
+//!                │                                │
+//!                └── fails: nothing left          └──> stopped | failed | killed ── rm
+//! ```
+//!
+//! * [`store`] and [`record`]: what is known of each VM, in a directory of its own.
+//! * [`launch`]: from a description to a [`Vm`] whose runtime has connected.
+//! * [`life`]: state, stop, kill and removal of VMs that any process started.
+//! * [`control`]: client of a VMM's control socket. [`serial`]: its console's log.
 
+pub mod command;
+pub mod control;
+mod end;
+pub mod launch;
+pub mod life;
 pub mod process;
 pub mod record;
+pub mod serial;
+mod spawn;
 pub mod store;
+
+pub use end::EndCause;
+pub use launch::{Launch, LaunchError, Machine, Vm};

@@ -134,9 +134,8 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         // Its exit is seen when it has become a zombie; only then is it reaped.
-        let handle = ProcessHandle(
-            pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap(),
-        );
+        let handle =
+            ProcessHandle(pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap());
         assert!(handle.wait(Duration::from_secs(60)).unwrap());
         assert_eq!(ProcessRef::of(pid), None);
         child.wait().unwrap();

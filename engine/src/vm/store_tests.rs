@@ -93,7 +93,10 @@ fn updates_at_once_lose_nothing() {
             });
         }
     });
-    assert_eq!(dir.read_record().unwrap().created_ms, before.created_ms + 80);
+    assert_eq!(
+        dir.read_record().unwrap().created_ms,
+        before.created_ms + 80
+    );
 }
 
 #[test]
@@ -105,10 +108,7 @@ fn a_damaged_record_is_listed_as_broken_and_can_be_removed() {
     let listed = store.list().unwrap();
     assert_eq!(listed.len(), 2);
     assert_eq!(listed[0].dir, good);
-    assert!(matches!(
-        listed[1].record,
-        Err(RecordError::Damaged { .. })
-    ));
+    assert!(matches!(listed[1].record, Err(RecordError::Damaged { .. })));
     let found = store.find(&bad.id()[..11]).unwrap();
     assert!(found.record.is_err());
     store.remove(&found.dir).unwrap();

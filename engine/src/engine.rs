@@ -1,0 +1,262 @@
+//! The engine: images, kernel and programs put together into running VMs.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ratoon_vmm_api::NetConfig;
+
+use crate::dirs::Dirs;
+use crate::image::{self, ContainerConfig, ImageStore};
+use crate::initramfs::{self, InitramfsError};
+use crate::vm::command::ImageCommand;
+use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
+use crate::vm::life::{self, LifeError, VmInfo};
+use crate::vm::record::ImageRef;
+use crate::vm::store::{Store, StoreError};
+
+/// Guest memory when none is asked for, in MiB. Debian with Python and a package manager at work
+/// needs about 300; what a guest does not touch costs the host nothing.
+pub const DEFAULT_MEMORY_MIB: u64 = 512;
+/// How long a guest may take to boot when nothing else is said: 15 times what it takes on the
+/// slowest kind of host, where the guest's kernel is emulated.
+pub const DEFAULT_BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// The binaries that the engine starts or packs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// One VM's process.
+    pub vmm: PathBuf,
+    /// The guest's runtime.
+    pub runtime: PathBuf,
+}
+
+/// A VM to be made from an image.
+#[derive(Debug, Clone)]
+pub struct RunSpec {
+    /// Name or digest of the image.
+    pub image: String,
+    /// The VM's own name.
+    pub name: Option<String>,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// An uncompressed ELF `vmlinux` in place of the default one.
+    pub kernel: Option<PathBuf>,
+    /// Words added to the kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// Existing tap devices.
+    pub networks: Vec<NetConfig>,
+    /// It outlives this process.
+    pub detached: bool,
+    /// How long the runtime may take to answer.
+    pub boot_timeout: Duration,
+}
+
+impl RunSpec {
+    /// One vCPU, [`DEFAULT_MEMORY_MIB`], no network, ending with this process.
+    pub fn new(image: impl Into<String>) -> Self {
+        Self {
+            image: image.into(),
+            name: None,
+            cpus: 1,
+            memory_mib: DEFAULT_MEMORY_MIB,
+            kernel: None,
+            kernel_args: Vec::new(),
+            networks: Vec::new(),
+            detached: false,
+            boot_timeout: DEFAULT_BOOT_TIMEOUT,
+        }
+    }
+}
+
+/// Why a VM could not be made from an image.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// The archive that carries the runtime.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// A path that cannot be made absolute.
+    #[error("{}", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The start itself.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+}
+
+/// A running VM and what its image says about commands.
+#[derive(Debug)]
+pub struct Started {
+    /// The VM.
+    pub vm: Vm,
+    /// The image's own command and settings.
+    pub command: ImageCommand,
+}
+
+/// The engine. See the crate's example. Any number of engines, in any number of processes, may use
+/// the same directories.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    dirs: Dirs,
+    programs: Programs,
+    store: Store,
+}
+
+impl Programs {
+    /// `RATOON_VMM` and `RATOON_RUNTIME` where they are set, else `ratoon-vmm` and
+    /// `ratoon-runtime` beside this executable.
+    pub fn beside_this_executable() -> Self {
+        let beside = std::env::current_exe()
+            .ok()
+            .and_then(|exe| exe.parent().map(Path::to_owned))
+            .unwrap_or_default();
+        let find = |variable: &str, name: &str| {
+            std::env::var_os(variable)
+                .filter(|value| !value.is_empty())
+                .map_or_else(|| beside.join(name), PathBuf::from)
+        };
+        Self {
+            vmm: find("RATOON_VMM", "ratoon-vmm"),
+            runtime: find("RATOON_RUNTIME", "ratoon-runtime"),
+        }
+    }
+}
+
+impl Engine {
+    /// An engine over these directories.
+    pub fn new(dirs: Dirs, programs: Programs) -> Self {
+        let store = Store::new(dirs.vms());
+        Self {
+            dirs,
+            programs,
+            store,
+        }
+    }
+
+    /// An engine over these directories with the programs beside this executable; removes what
+    /// killed commands have left there.
+    ///
+    /// # Errors
+    /// When something abandoned cannot be removed.
+    pub fn open(dirs: Dirs) -> Result<Self, LifeError> {
+        let engine = Self::new(dirs, Programs::beside_this_executable());
+        life::sweep(&engine.store)?;
+        Ok(engine)
+    }
+
+    /// Its directories.
+    pub fn dirs(&self) -> &Dirs {
+        &self.dirs
+    }
+
+    /// Its programs.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// All VM records.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The images.
+    ///
+    /// # Errors
+    /// When the store's directory cannot be made.
+    pub fn images(&self) -> image::Result<ImageStore> {
+        ImageStore::open(self.dirs.cache())
+    }
+
+    /// All VMs, oldest first.
+    ///
+    /// # Errors
+    /// When the state directory cannot be read.
+    pub fn vms(&self) -> Result<Vec<VmInfo>, StoreError> {
+        Ok(self.store.list()?.iter().map(life::info).collect())
+    }
+
+    /// The kernel that a VM gets: the one named, `RATOON_KERNEL`, or the default one.
+    pub fn kernel(&self, named: Option<&Path>) -> PathBuf {
+        named
+            .map(Path::to_owned)
+            .or_else(|| {
+                std::env::var_os("RATOON_KERNEL")
+                    .filter(|value| !value.is_empty())
+                    .map(PathBuf::from)
+            })
+            .unwrap_or_else(|| self.dirs.default_kernel())
+    }
+
+    /// Starts a VM and waits until its runtime has connected. `cancel` becoming readable ends the
+    /// wait. While the VM runs, its image cannot be removed.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing of the VM is left.
+    pub fn start(
+        &self,
+        spec: &RunSpec,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Started, StartError> {
+        let image = self.images()?.get(&spec.image)?;
+        let lock = OwnedFd::from(image.open_locked()?);
+        let runtime = absolute(&self.programs.runtime)?;
+        let initramfs = initramfs::ensure(&runtime, &self.dirs.cache().join("initramfs"))?;
+        let vm = launch(
+            &self.store,
+            &Launch {
+                vmm: absolute(&self.programs.vmm)?,
+                name: spec.name.clone(),
+                image: Some(ImageRef {
+                    name: spec.image.clone(),
+                    digest: image.digest().to_owned(),
+                }),
+                detached: spec.detached,
+                boot_timeout: spec.boot_timeout,
+                keep_open: vec![lock],
+                machine: Machine {
+                    cpus: spec.cpus,
+                    memory_mib: spec.memory_mib,
+                    kernel: absolute(&self.kernel(spec.kernel.as_deref()))?,
+                    kernel_args: spec.kernel_args.join(" "),
+                    initramfs,
+                    root_disk: image.disk.clone(),
+                    networks: spec.networks.clone(),
+                },
+            },
+            cancel,
+        )?;
+        Ok(Started {
+            vm,
+            command: image_command(&image.config.container),
+        })
+    }
+}
+
+/// What a container image's configuration says about commands.
+pub fn image_command(container: &ContainerConfig) -> ImageCommand {
+    ImageCommand {
+        env: container.env.clone(),
+        user: container.user.clone(),
+        workdir: container.workdir.clone(),
+        entrypoint: container.entrypoint.clone(),
+        cmd: container.cmd.clone(),
+    }
+}
+
+/// The VMM runs in `/`, so a path must mean the same there.
+fn absolute(path: &Path) -> Result<PathBuf, StartError> {
+    std::path::absolute(path).map_err(|source| StartError::Path {
+        path: path.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,495 @@
+//! Starting a VM: from a description to a runtime that answers.
+//!
+//! ```text
+//!  Launch -> check -> record + directory -> sockets -> VMM -> runtime connected (R3) -> Vm
+//!                          \___________________\________\____ any failure: VMM ended, all removed
+//! ```
+//!
+//! The engine listens at `vsock.sock_1024` before the VMM starts; the runtime connects to it once
+//! it serves. That first connection is the [`Vm`]'s control connection to the runtime.
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use ratoon_vmm_api::{ConfigError, DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::end::EndCause;
+use super::process::{ProcessHandle, ProcessRef, timespec};
+use super::record::{ImageRef, Record, VmDir};
+use super::serial::last_lines;
+use super::spawn::{Inherited, spawn};
+use super::store::{Store, StoreError};
+
+/// The guest's context id. Each VM has a vsock of its own, so all may have the same.
+const GUEST_CID: u32 = 3;
+/// How many of the serial console's last lines an error carries.
+const SERIAL_LINES: usize = 12;
+/// How large the serial logs of a VM may become, in bytes.
+pub const SERIAL_LIMIT_BYTES: u64 = 4 << 20;
+/// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The machine itself.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// An uncompressed ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// Words added to the kernel's command line.
+    pub kernel_args: String,
+    /// The archive that carries the runtime.
+    pub initramfs: PathBuf,
+    /// The read-only root disk, over which the VM has a layer of its own.
+    pub root_disk: PathBuf,
+    /// Network devices.
+    pub networks: Vec<NetConfig>,
+}
+
+/// A VM to be started.
+#[derive(Debug)]
+pub struct Launch {
+    /// The `ratoon-vmm` binary.
+    pub vmm: PathBuf,
+    /// A name of its own.
+    pub name: Option<String>,
+    /// What `root_disk` was made from.
+    pub image: Option<ImageRef>,
+    /// It outlives this process; otherwise it ends with it, however that ends.
+    pub detached: bool,
+    /// How long the runtime may take to answer.
+    pub boot_timeout: Duration,
+    /// Descriptors that the VMM keeps open, such as the image's lock.
+    pub keep_open: Vec<OwnedFd>,
+    /// The machine.
+    pub machine: Machine,
+}
+
+/// Why a VM did not start. Nothing of it is left then.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The machine cannot be built so.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file that the VM needs.
+    #[error("{what} {} cannot be read; {remedy}", path.display())]
+    File {
+        /// Which file.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VM's record.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A socket or pipe.
+    #[error("{action} for VM {id}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// The VM.
+        id: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM's process could not be made.
+    #[error("starting {}", program.display())]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VM ended while it was booting.
+    #[error("the VM ended before the runtime in it answered")]
+    Ended {
+        /// The serial console's last lines, printable.
+        serial: Vec<String>,
+        /// Why.
+        #[source]
+        source: EndCause,
+    },
+    /// The runtime did not answer in time.
+    #[error("the runtime in the VM did not answer within {} s; --boot-timeout allows more", after.as_secs())]
+    Timeout {
+        /// How long it was given.
+        after: Duration,
+        /// The serial console's last lines, printable.
+        serial: Vec<String>,
+    },
+    /// The caller's `cancel` became readable.
+    #[error("cancelled while the VM was booting")]
+    Cancelled,
+}
+
+impl LaunchError {
+    /// The serial console's last lines, printable, when the guest is to blame.
+    pub fn serial(&self) -> &[String] {
+        match self {
+            Self::Ended { serial, .. } | Self::Timeout { serial, .. } => serial,
+            _ => &[],
+        }
+    }
+}
+
+/// A running VM whose runtime has connected. Dropped, it is ended and removed, unless it was
+/// [detached](Vm::detach).
+#[derive(Debug)]
+pub struct Vm {
+    parts: Option<Parts>,
+}
+
+#[derive(Debug)]
+struct Parts {
+    store: Store,
+    dir: VmDir,
+    record: Record,
+    child: Child,
+    process: ProcessHandle,
+    runtime: Option<UnixStream>,
+    /// Cut when this process ends; the VMM then ends too and removes the directory.
+    _lifeline: Option<OwnedFd>,
+}
+
+/// Starts a VM and waits until its runtime has connected. `cancel` becoming readable ends the wait.
+///
+/// # Errors
+/// [`LaunchError`]; nothing of the VM is left.
+pub fn launch(
+    store: &Store,
+    launch: &Launch,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    check_files(&launch.machine)?;
+    config(launch, &VmDir::new("/check")).check()?;
+    let (dir, _) = store.create(launch.name.as_deref(), launch.image.clone(), |dir| {
+        config(launch, dir)
+    })?;
+    let started = start(store, launch, &dir, cancel);
+    if started.is_err() {
+        // The first error is the one to tell; what this leaves the next sweep removes.
+        let _ = store.remove(&dir);
+    }
+    started
+}
+
+fn start(
+    store: &Store,
+    launch: &Launch,
+    dir: &VmDir,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    let system = |action| {
+        move |source| LaunchError::System {
+            action,
+            id: dir.id(),
+            source,
+        }
+    };
+    let control =
+        UnixListener::bind(dir.control_socket()).map_err(system("binding the control socket"))?;
+    let ready =
+        UnixListener::bind(dir.ready_socket()).map_err(system("binding the runtime's socket"))?;
+    ready
+        .set_nonblocking(true)
+        .map_err(system("preparing the runtime's socket"))?;
+    let (lifeline, held) = if launch.detached {
+        (None, None)
+    } else {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC)
+            .map_err(|error| system("making the lifeline")(error.into()))?;
+        (Some(read), Some(write))
+    };
+    let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
+    let child = spawn(
+        &launch.vmm,
+        &record.config,
+        &dir.vmm_log(),
+        Inherited {
+            control,
+            lifeline,
+            keep_open: &launch.keep_open,
+        },
+    )
+    .map_err(|source| LaunchError::Spawn {
+        program: launch.vmm.clone(),
+        source,
+    })?;
+    let child = KillOnDrop(Some(child));
+    let pid = i32::try_from(child.id()).unwrap_or(0);
+    let process = ProcessRef::of(pid);
+    let Some((process, handle)) = process.and_then(|p| p.open().map(|handle| (p, handle))) else {
+        // It has ended already: it is our child, so nobody else can have its pid.
+        return Err(ended(dir));
+    };
+    store.update(dir, |record| record.vmm = Some(process))?;
+    let runtime = wait_ready(&ready, &handle, dir, launch.boot_timeout, cancel)?;
+    drop(ready);
+    let _ = std::fs::remove_file(dir.ready_socket());
+    let record = store.update(dir, |record| record.ready = true)?;
+    Ok(Vm {
+        parts: child.release().map(|child| Parts {
+            store: store.clone(),
+            dir: dir.clone(),
+            record,
+            child,
+            process: handle,
+            runtime: Some(runtime),
+            _lifeline: held,
+        }),
+    })
+}
+
+/// Waits for a connection on which something has come: the runtime's first frame.
+fn wait_ready(
+    listener: &UnixListener,
+    vmm: &ProcessHandle,
+    dir: &VmDir,
+    timeout: Duration,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<UnixStream, LaunchError> {
+    let end = Instant::now() + timeout;
+    let mut stream: Option<UnixStream> = None;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let guest = stream.as_ref().map_or(listener.as_fd(), AsFd::as_fd);
+        let mut fds = vec![
+            PollFd::new(vmm.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(guest, PollFlags::IN),
+        ];
+        fds.extend(cancel.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match poll(&mut fds, Some(&timespec(left))) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                return Err(LaunchError::System {
+                    action: "waiting for the runtime",
+                    id: dir.id(),
+                    source: error.into(),
+                });
+            }
+        }
+        let is_set = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        let (vmm_ended, guest_moved, cancelled) = (is_set(0), is_set(1), is_set(2));
+        if cancelled {
+            return Err(LaunchError::Cancelled);
+        }
+        if vmm_ended {
+            return Err(ended(dir));
+        }
+        if guest_moved {
+            stream = match stream.take() {
+                None => accept(listener),
+                Some(stream) if has_data(&stream) => return Ok(stream),
+                // Hung up without a word: the next connection may be the runtime's.
+                Some(_) => None,
+            };
+        } else if left.is_zero() {
+            return Err(LaunchError::Timeout {
+                after: timeout,
+                serial: last_lines(&dir.serial_log(), SERIAL_LINES),
+            });
+        }
+    }
+}
+
+fn accept(listener: &UnixListener) -> Option<UnixStream> {
+    let (stream, _) = listener.accept().ok()?;
+    // On Linux the accepted socket is blocking whatever the listener is.
+    Some(stream)
+}
+
+fn has_data(stream: &UnixStream) -> bool {
+    use rustix::net::{RecvFlags, recv};
+    let mut byte = [0];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match recv(stream, &mut byte[..], flags) {
+        Ok((len, _)) => len > 0,
+        Err(Errno::AGAIN | Errno::INTR) => true,
+        Err(_) => false,
+    }
+}
+
+fn ended(dir: &VmDir) -> LaunchError {
+    LaunchError::Ended {
+        serial: last_lines(&dir.serial_log(), SERIAL_LINES),
+        source: EndCause::of(dir),
+    }
+}
+
+fn check_files(machine: &Machine) -> Result<(), LaunchError> {
+    let files = [
+        (
+            "guest kernel",
+            &machine.kernel,
+            "`guest-kernel/build` makes one, --kernel names another",
+        ),
+        (
+            "initramfs",
+            &machine.initramfs,
+            "remove it and run again: it is made anew",
+        ),
+        (
+            "root disk",
+            &machine.root_disk,
+            "`ratoon image ls` lists the images",
+        ),
+    ];
+    for (what, path, remedy) in files {
+        readable_file(path).map_err(|source| LaunchError::File {
+            what,
+            path: path.clone(),
+            remedy,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn readable_file(path: &Path) -> std::io::Result<()> {
+    if std::fs::File::open(path)?.metadata()?.is_dir() {
+        return Err(ErrorKind::IsADirectory.into());
+    }
+    Ok(())
+}
+
+fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
+    let machine = &launch.machine;
+    VmConfig {
+        id: dir.id(),
+        vcpus: machine.cpus,
+        memory_mib: machine.memory_mib,
+        kernel: machine.kernel.clone(),
+        initramfs: Some(machine.initramfs.clone()),
+        kernel_args: machine.kernel_args.clone(),
+        disks: vec![DiskConfig {
+            id: "root".into(),
+            path: machine.root_disk.clone(),
+            read_only: false,
+            layer: Some(dir.layer()),
+        }],
+        vsock: Some(VsockConfig {
+            guest_cid: GUEST_CID,
+            socket: dir.vsock_socket(),
+        }),
+        networks: machine.networks.clone(),
+        serial: Some(SerialConfig {
+            log: dir.serial_log(),
+            limit_bytes: SERIAL_LIMIT_BYTES,
+        }),
+        exit_report: Some(dir.exit_report()),
+        remove_when_orphaned: (!launch.detached).then(|| dir.path().to_owned()),
+    }
+}
+
+/// A child that is killed and reaped unless it is released.
+struct KillOnDrop(Option<Child>);
+
+impl KillOnDrop {
+    fn id(&self) -> u32 {
+        self.0.as_ref().map_or(0, Child::id)
+    }
+
+    fn release(mut self) -> Option<Child> {
+        self.0.take()
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // Both fail only when it has been reaped, which nobody but us does.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Vm {
+    fn parts(&self) -> &Parts {
+        self.parts
+            .as_ref()
+            .expect("only taken by methods that consume the Vm")
+    }
+
+    /// The VM's files.
+    pub fn dir(&self) -> &VmDir {
+        &self.parts().dir
+    }
+
+    /// Its record as it was when the runtime connected.
+    pub fn record(&self) -> &Record {
+        &self.parts().record
+    }
+
+    /// The runtime's connection, once.
+    pub fn take_runtime(&mut self) -> Option<UnixStream> {
+        self.parts.as_mut()?.runtime.take()
+    }
+
+    /// Its VMM's process.
+    pub fn process(&self) -> &ProcessHandle {
+        &self.parts().process
+    }
+
+    /// For a VM that went away by itself: why, and its console's last lines; `None` when it still
+    /// runs after `patience`.
+    pub fn ended(&self, patience: Duration) -> Option<LaunchError> {
+        let parts = self.parts();
+        let gone = parts.process.wait(patience).unwrap_or(false);
+        gone.then(|| ended(&parts.dir))
+    }
+
+    /// Ends the VM at once, without asking the guest, and removes its record and files: its layer
+    /// is thrown away, so there is nothing to write back.
+    ///
+    /// # Errors
+    /// When its files cannot be removed.
+    pub fn end(mut self) -> Result<(), StoreError> {
+        self.parts.take().map_or(Ok(()), Parts::end)
+    }
+
+    /// Lets the VM live on without this process.
+    pub fn detach(mut self) -> Option<Record> {
+        self.parts.take().map(|parts| parts.record)
+    }
+}
+
+impl Parts {
+    fn end(mut self) -> Result<(), StoreError> {
+        let _ = self.child.kill();
+        // Bounded: a VMM in an uninterruptible wait must not hang the caller.
+        if self.process.wait(KILL_TIMEOUT).unwrap_or(false) {
+            let _ = self.child.wait();
+        }
+        self.store.remove(&self.dir)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(parts) = self.parts.take() {
+            // A destructor has nobody to tell; the next sweep removes what this could not.
+            let _ = parts.end();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "launch_tests.rs"]
+mod tests;
