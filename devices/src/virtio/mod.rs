@@ -5,6 +5,9 @@
 //!  event loop  --eventfd (kick), host fd------^                         |
 //!                                          Interrupt (irqfd) <---------+
 //! ```
+//!
+//! [`mmio`] is the transport; [`chain`] and [`used`] are what devices take requests and publish
+//! results with; `testing` (feature `testing`) is a driver for tests and fuzz targets.
 
 pub mod chain;
 pub mod mmio;
