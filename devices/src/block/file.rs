@@ -1,0 +1,223 @@
+//! Opening a disk's file: what may be a disk, and who may write it.
+//!
+//! A file that some VM may write is locked exclusively, one that is only read is locked shared
+//! (`flock(2)`, on the open file description: the lock lives as long as the last descriptor, also
+//! when that was sent to another process). So no two VMs ever write one file, and none changes a
+//! file that another has as its base. The locks bind Ratoon, not other programs.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
+use rustix::io::Errno;
+
+use super::backend::SECTOR_BYTES;
+
+/// Why a disk could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such file.
+    #[error("disk {path:?} does not exist; check the path")]
+    Missing {
+        /// The disk's file.
+        path: PathBuf,
+    },
+    /// The user may not open the file.
+    #[error("no permission to {} disk {path:?}; check its owner and mode", access(*.writable))]
+    Permission {
+        /// The disk's file.
+        path: PathBuf,
+        /// Whether writing was asked for.
+        writable: bool,
+    },
+    /// A directory, a pipe, a socket, a terminal.
+    #[error(
+        "disk {path:?} is {found}, not a file or block device; give the path of a raw disk image"
+    )]
+    NotADisk {
+        /// What was given.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// The size is zero or not a whole number of sectors.
+    #[error(
+        "disk {path:?} has {len_bytes} bytes, which is not a multiple of 512 above 0; \
+         is it a complete raw image?"
+    )]
+    Size {
+        /// The disk's file.
+        path: PathBuf,
+        /// Its size.
+        len_bytes: u64,
+    },
+    /// Another VM has it.
+    #[error(
+        "disk {path:?} is in use by another VM{}; \
+         stop that VM, or give this one a layer of its own",
+        if *.writable { "" } else { ", which writes to it" }
+    )]
+    Locked {
+        /// The disk's file.
+        path: PathBuf,
+        /// Whether writing was asked for.
+        writable: bool,
+    },
+    /// The layer is the base itself.
+    #[error("layer {path:?} is the base image itself; give the layer a file of its own")]
+    LayerIsBase {
+        /// The layer's path.
+        path: PathBuf,
+    },
+    /// A layer cannot be used read-only: it would be no layer.
+    #[error("layer {path:?} was given for a read-only disk; leave out the layer or allow writing")]
+    ReadOnlyLayer {
+        /// The layer's path.
+        path: PathBuf,
+    },
+    /// The layer was made for another base.
+    #[error(
+        "layer {path:?} is for a base of {layer_bytes} bytes, but {base:?} has {base_bytes}; \
+         give it the image it was made with, or a new layer"
+    )]
+    LayerMismatch {
+        /// The layer's path.
+        path: PathBuf,
+        /// The base's path.
+        base: PathBuf,
+        /// The size that the layer says.
+        layer_bytes: u64,
+        /// The size of the base.
+        base_bytes: u64,
+    },
+    /// The layer's file is no layer, or damaged.
+    #[error("layer {path:?} cannot be read; remove it to start from the base again")]
+    LayerFormat {
+        /// The layer's path.
+        path: PathBuf,
+        /// What the format's reader says.
+        #[source]
+        source: io::Error,
+    },
+    /// The layer could not be made.
+    #[error("layer {path:?} cannot be made; check the directory and the space on its disk")]
+    LayerCreate {
+        /// The layer's path.
+        path: PathBuf,
+        /// The operating system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("disk {path:?} cannot be opened")]
+    Io {
+        /// The disk's file.
+        path: PathBuf,
+        /// The operating system's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn access(writable: bool) -> &'static str {
+    if writable { "write" } else { "read" }
+}
+
+/// Opens `path` as a disk's file and locks it. Gives the file and its size in bytes, not yet
+/// checked to be a whole number of sectors.
+pub(super) fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(writable)
+        // Opening a pipe must not wait for its other end. Files do not heed the flag.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| open_error(path, writable, source))?;
+    let len_bytes = check_kind(&file, path)?;
+    lock(&file, path, writable)?;
+    Ok((file, len_bytes))
+}
+
+/// The size in bytes of a regular file or block device; everything else is refused.
+pub(super) fn check_kind(file: &File, path: &Path) -> Result<u64, OpenError> {
+    let io_error = |source| OpenError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let metadata = file.metadata().map_err(io_error)?;
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        return Ok(metadata.len());
+    }
+    if kind.is_block_device() {
+        return seek(file, SeekFrom::End(0)).map_err(|errno| io_error(errno.into()));
+    }
+    let found = if kind.is_dir() {
+        "a directory"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else {
+        "a special file"
+    };
+    Err(OpenError::NotADisk {
+        path: path.to_owned(),
+        found,
+    })
+}
+
+/// Takes the lock that the module's text describes.
+pub(super) fn lock(file: &File, path: &Path, writable: bool) -> Result<(), OpenError> {
+    let operation = if writable {
+        FlockOperation::NonBlockingLockExclusive
+    } else {
+        FlockOperation::NonBlockingLockShared
+    };
+    match flock(file, operation) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(OpenError::Locked {
+            path: path.to_owned(),
+            writable,
+        }),
+        Err(errno) => Err(OpenError::Io {
+            path: path.to_owned(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// Refuses a size that is no disk's.
+pub(super) fn check_size(len_bytes: u64, path: &Path) -> Result<(), OpenError> {
+    if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(OpenError::Size {
+            path: path.to_owned(),
+            len_bytes,
+        });
+    }
+    Ok(())
+}
+
+/// Whether both are one file.
+pub(super) fn same_file(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
+fn open_error(path: &Path, writable: bool, source: io::Error) -> OpenError {
+    let path = path.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound => OpenError::Missing { path },
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            OpenError::Permission { path, writable }
+        }
+        // The kernel says so when a directory is opened for writing.
+        io::ErrorKind::IsADirectory => OpenError::NotADisk {
+            path,
+            found: "a directory",
+        },
+        _ => OpenError::Io { path, source },
+    }
+}
