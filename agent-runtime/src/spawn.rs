@@ -480,5 +480,42 @@ pub fn write_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> 
 }
 
 #[cfg(test)]
-#[path = "spawn_tests.rs"]
-mod tests;
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn reading_and_writing_do_not_wait_on_a_blocking_pipe() {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let mut buffer = [0; 4096];
+        let would_block = Err(rustix::io::Errno::AGAIN);
+        assert_eq!(read_now(read.as_fd(), &mut buffer), would_block);
+        while write_now(write.as_fd(), &buffer).is_ok() {}
+        assert_eq!(write_now(write.as_fd(), &buffer), would_block);
+        assert_eq!(read_now(read.as_fd(), &mut buffer), Ok(4096));
+        drop(read);
+        assert_eq!(
+            write_now(write.as_fd(), &buffer),
+            Err(rustix::io::Errno::PIPE)
+        );
+    }
+
+    #[test]
+    fn a_child_that_fails_leaves_no_zombie_and_says_the_step() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let mut spawner = Spawner::new(null.into());
+        let params = ExecParams {
+            argv: vec!["true".into()],
+            cwd: Some("/no/such".into()),
+            ..ExecParams::default()
+        };
+        let error = spawner.spawn(&params).unwrap_err();
+        assert!(
+            matches!(&error, SpawnError::Directory { path, source }
+                if path == "/no/such" && source.raw_os_error() == Some(libc::ENOENT)),
+            "{error:?}"
+        );
+        let children = std::fs::read_to_string("/proc/thread-self/children").unwrap();
+        assert_eq!(children, "");
+    }
+}

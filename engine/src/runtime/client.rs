@@ -379,3 +379,7 @@ impl Exec<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

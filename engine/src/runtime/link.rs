@@ -135,6 +135,10 @@ pub(super) fn handshake(
     };
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => late(),
+        // The VMM closes what it cannot join.
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            RuntimeError::NotListening { port }
+        }
         _ => RuntimeError::Io(error),
     };
     let limit = |stream: &UnixStream| {
@@ -161,9 +165,6 @@ pub(super) fn handshake(
             Ok(0) => return Err(RuntimeError::NotListening { port }),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(RuntimeError::NotListening { port });
-            }
             Err(error) => return Err(failed(error)),
         }
         if byte == [b'\n'] {
