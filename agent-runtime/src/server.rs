@@ -276,6 +276,9 @@ impl Server {
         }
         if let Err(violation) = result {
             eprintln!("ratoon-runtime: a client breaks the protocol, closing: {violation}");
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.session.close(&violation);
+            }
             self.abandon_processes(id);
         }
     }

@@ -205,26 +205,19 @@ impl Session {
     /// Takes bytes from the client; appends what is to be done.
     ///
     /// # Errors
-    /// [`Violation`]: do the actions that were appended, send what is unsent, close.
+    /// [`Violation`]: do the actions that were appended, then [`Session::close`].
     pub fn receive(&mut self, bytes: &[u8], actions: &mut Vec<Action>) -> Result<(), Violation> {
         self.decoder.feed(bytes);
-        let result = loop {
-            match self.decoder.next_frame() {
-                Ok(Some(frame)) => {
-                    if let Err(violation) = self.frame(frame, actions) {
-                        break Err(violation);
-                    }
-                }
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(Violation::Frame(error)),
-            }
-        };
-        if let Err(violation) = &result {
-            let reply = violation.reply();
-            self.json(Kind::Error, 0, &reply);
-            self.urgent = true;
+        while let Some(frame) = self.decoder.next_frame().map_err(Violation::Frame)? {
+            self.frame(frame, actions)?;
         }
-        result
+        Ok(())
+    }
+
+    /// Says why the connection ends. Send what is unsent, then close.
+    pub fn close(&mut self, violation: &Violation) {
+        self.json(Kind::Error, 0, &violation.reply());
+        self.urgent = true;
     }
 
     fn frame(&mut self, frame: Frame, actions: &mut Vec<Action>) -> Result<(), Violation> {

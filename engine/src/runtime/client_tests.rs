@@ -156,10 +156,7 @@ fn a_handshake_that_is_not_ok_is_refused() {
 
 #[test]
 fn a_vmm_that_closes_or_is_silent_is_told_apart() {
-    assert!(matches!(
-        connect(b""),
-        Err(RuntimeError::Timeout { .. })
-    ));
+    assert!(matches!(connect(b""), Err(RuntimeError::Timeout { .. })));
     let dir = tempfile::tempdir().unwrap();
     let missing = RuntimeClient::connect(&dir.path().join("none"), LONG).map(|_| ());
     assert!(matches!(missing, Err(RuntimeError::Connect { .. })));
