@@ -1,43 +1,51 @@
-//! The device: features, configuration space, and the queue's requests, one after another.
+//! The device between the queue and a [`Backend`].
 
+use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, SECTOR_BYTES};
-use super::request::{
-    self, HEADER_BYTES, ID_BYTES, Limits, MAX_RANGE_SECTORS, MAX_RANGES, Refusal, Request,
-};
+use super::request::{self, ID_BYTES, Limits, Request, Status};
 use crate::virtio::chain::{Chain, Segment};
 use crate::virtio::{Activation, Device, DeviceError, Interrupt, kick_again};
 
-const QUEUE_SIZE: u16 = 256;
+/// The device type's number (virtio 1.2, section 5).
+pub(super) const DEVICE_TYPE: u32 = 2;
+pub(super) const QUEUE_SIZE: u16 = 256;
+
+/// Feature bits (virtio 1.2, 5.2.3).
+pub(super) mod feature {
+    pub(in crate::block) const SIZE_MAX: u64 = 1 << 1;
+    pub(in crate::block) const SEG_MAX: u64 = 1 << 2;
+    pub(in crate::block) const RO: u64 = 1 << 5;
+    pub(in crate::block) const BLK_SIZE: u64 = 1 << 6;
+    pub(in crate::block) const FLUSH: u64 = 1 << 9;
+    pub(in crate::block) const TOPOLOGY: u64 = 1 << 10;
+    pub(in crate::block) const DISCARD: u64 = 1 << 13;
+    pub(in crate::block) const WRITE_ZEROES: u64 = 1 << 14;
+}
+
 /// Requests served in one turn of the event loop.
-const TURN_REQUESTS: u16 = QUEUE_SIZE;
-/// Data buffers in one request: the queue's length less header and status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// log2 of the physical block in logical blocks: 4 KiB.
-const PHYSICAL_BLOCK_EXP: u8 = 3;
-/// How many errors of the host's file are logged; more are only counted.
-const LOGGED_ERRORS: u64 = 10;
+const TURN_REQUESTS: u32 = QUEUE_SIZE as u32;
+/// Bytes moved in one turn, after which no other request is begun.
+const TURN_BYTES: u64 = 8 << 20;
+/// struct virtio_blk_config up to max_secure_erase_sectors, in bytes (virtio 1.2, 5.2.4).
+const CONFIG_BYTES: usize = 60;
 
 /// A disk.
+///
+/// A driver that has not agreed on VIRTIO_BLK_F_FLUSH gets a write-through disk: every write is on
+/// stable storage before it is answered (5.2.5).
 pub struct Block {
     backend: Box<dyn Backend>,
     id: [u8; ID_BYTES],
-    limits: Limits,
+    read_only: bool,
+    config: [u8; CONFIG_BYTES],
     active: Option<Active>,
     chain: Chain,
     counters: Counters,
@@ -48,67 +56,71 @@ struct Active {
     queue: Queue,
     interrupt: Interrupt,
     kicks: Arc<[EventFd]>,
-    /// The driver sends no flushes: each write is made durable at once (5.2.6.2).
+    limits: Limits,
     write_through: bool,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Counters {
     reads: u64,
-    read_bytes: u64,
     writes: u64,
+    read_bytes: u64,
     write_bytes: u64,
     flushes: u64,
     discards: u64,
-    refused: u64,
+    write_zeroes: u64,
+    /// Requests answered with anything but OK.
+    errors: u64,
+    /// Those of them that the host failed.
     host_errors: u64,
 }
 
 impl Block {
-    /// A disk that the guest knows as `id` (its first 20 bytes count).
+    /// A disk with `backend`'s content. GET_ID answers with the first 20 bytes of `id`. Nothing is
+    /// ever written when `read_only`.
     pub fn new(id: &str, backend: Box<dyn Backend>, read_only: bool) -> Self {
         let mut padded = [0; ID_BYTES];
-        let len = id.len().min(ID_BYTES);
-        padded[..len].copy_from_slice(&id.as_bytes()[..len]);
+        for (to, from) in padded.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
         Self {
-            limits: Limits {
-                len_bytes: backend.len_bytes(),
-                read_only,
-            },
+            config: config(backend.as_ref()),
             backend,
             id: padded,
+            read_only,
             active: None,
             chain: Chain::default(),
             counters: Counters::default(),
         }
     }
+}
 
-    /// `struct virtio_blk_config` (5.2.4).
-    fn config(&self) -> [u8; 60] {
-        let granularity = self.backend.discard_granularity_bytes() / SECTOR_BYTES as u32;
-        let mut config = [0; 60];
-        let mut put = |offset: usize, bytes: &[u8]| {
-            config[offset..offset + bytes.len()].copy_from_slice(bytes);
-        };
-        put(0, &(self.limits.len_bytes / SECTOR_BYTES).to_le_bytes());
-        put(12, &SEG_MAX.to_le_bytes());
-        put(20, &(SECTOR_BYTES as u32).to_le_bytes());
-        put(24, &[PHYSICAL_BLOCK_EXP]);
-        put(26, &1_u16.to_le_bytes()); // min_io_size
-        put(34, &1_u16.to_le_bytes()); // num_queues
-        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(40, &MAX_RANGES.to_le_bytes());
-        put(44, &granularity.to_le_bytes());
-        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
-        put(56, &[1]); // write_zeroes_may_unmap
-        config
-    }
+/// struct virtio_blk_config.
+fn config(backend: &dyn Backend) -> [u8; CONFIG_BYTES] {
+    let alignment = (u64::from(backend.discard_granularity_bytes()) / SECTOR_BYTES) as u32;
+    let mut config = [0; CONFIG_BYTES];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    };
+    put(0, &(backend.len_bytes() / SECTOR_BYTES).to_le_bytes()); // capacity
+    put(8, &request::SEGMENT_BYTES_MAX.to_le_bytes()); // size_max
+    put(12, &request::DATA_SEGMENTS_MAX.to_le_bytes()); // seg_max
+    put(20, &(SECTOR_BYTES as u32).to_le_bytes()); // blk_size
+    put(24, &[3, 0]); // physical_block_exp: 2^3 blocks, 4096 bytes; alignment_offset
+    put(26, &8_u16.to_le_bytes()); // min_io_size, in blocks
+    put(34, &1_u16.to_le_bytes()); // num_queues
+    put(36, &request::DISCARD_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
+    put(40, &request::DISCARD_SEGMENTS_MAX.to_le_bytes()); // max_discard_seg
+    put(44, &alignment.to_le_bytes()); // discard_sector_alignment
+    put(48, &request::ZEROES_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
+    put(52, &request::ZEROES_SEGMENTS_MAX.to_le_bytes()); // max_write_zeroes_seg
+    put(56, &[1]); // write_zeroes_may_unmap
+    config
 }
 
 impl Device for Block {
     fn device_type(&self) -> u32 {
-        VIRTIO_ID_BLOCK
+        DEVICE_TYPE
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
@@ -116,44 +128,50 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let mut features = 1 << VIRTIO_F_VERSION_1
+        let common = 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_TOPOLOGY
-            | 1 << VIRTIO_BLK_F_FLUSH;
-        features |= if self.limits.read_only {
-            1 << VIRTIO_BLK_F_RO
+            | feature::SIZE_MAX
+            | feature::SEG_MAX
+            | feature::BLK_SIZE
+            | feature::TOPOLOGY
+            | feature::FLUSH;
+        if self.read_only {
+            common | feature::RO
         } else {
-            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-        };
-        features
+            common | feature::DISCARD | feature::WRITE_ZEROES
+        }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        data.fill(0);
-        if let Some(from) = usize::try_from(offset)
+        let tail = usize::try_from(offset)
             .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = data.len().min(from.len());
-            data[..len].copy_from_slice(&from[..len]);
+            .and_then(|offset| self.config.get(offset..))
+            .unwrap_or_default();
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(tail) {
+            *to = *from;
         }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let mut queues = activation.queues.into_iter();
-        let queue = queues
+        let queue = activation
+            .queues
+            .into_iter()
             .next()
             .ok_or(DeviceError::Driver("no queue for requests"))?;
+        let agreed = |bit| activation.features & bit != 0;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
             interrupt: activation.interrupt,
             kicks: activation.kicks,
-            write_through: activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            limits: Limits {
+                disk_bytes: self.backend.len_bytes(),
+                read_only: self.read_only,
+                discard: agreed(feature::DISCARD),
+                write_zeroes: agreed(feature::WRITE_ZEROES),
+            },
+            write_through: !agreed(feature::FLUSH),
         });
         Ok(())
     }
@@ -163,182 +181,227 @@ impl Device for Block {
     }
 
     fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
-        let Some(mut active) = self.active.take() else {
+        let Self {
+            backend,
+            id,
+            active: Some(active),
+            chain,
+            counters,
+            ..
+        } = self
+        else {
             return Ok(());
         };
-        let result = self.turn(&mut active, index);
-        self.active = Some(active);
-        result
-    }
-
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let counters = &self.counters;
-        vec![
-            ("reads", counters.reads),
-            ("read_bytes", counters.read_bytes),
-            ("writes", counters.writes),
-            ("write_bytes", counters.write_bytes),
-            ("flushes", counters.flushes),
-            ("discards", counters.discards),
-            ("refused", counters.refused),
-            ("host_errors", counters.host_errors),
-        ]
-    }
-}
-
-impl Block {
-    /// Serves what waits, at most [`TURN_REQUESTS`].
-    fn turn(&mut self, active: &mut Active, index: usize) -> Result<(), DeviceError> {
+        let Active {
+            memory,
+            queue,
+            interrupt,
+            kicks,
+            limits,
+            write_through,
+        } = active;
         let at = |source| DeviceError::Queue { index, source };
-        let mut used = 0;
+        let mut disk = Disk {
+            backend: backend.as_mut(),
+            id,
+            counters,
+            write_through: *write_through,
+            buffers: Vec::new(),
+        };
+        let (mut used, mut bytes) = (0, 0);
         loop {
-            while used < TURN_REQUESTS
-                && self.chain.pop(&mut active.queue, &active.memory, index)?
-            {
-                let len = self.serve(&active.memory, active.write_through)?;
-                active
-                    .queue
-                    .add_used(&active.memory, self.chain.head(), len)
-                    .map_err(at)?;
+            queue.disable_notification(memory).map_err(at)?;
+            while used < TURN_REQUESTS && bytes < TURN_BYTES && chain.pop(queue, memory, index)? {
+                let written = disk.serve(chain, memory, *limits)?;
+                bytes += chain.readable_len_bytes() + chain.writable_len_bytes();
+                queue.add_used(memory, chain.head(), written).map_err(at)?;
                 used += 1;
             }
-            if !active
-                .queue
-                .enable_notification(&active.memory)
-                .map_err(at)?
-            {
+            if !queue.enable_notification(memory).map_err(at)? {
                 break;
             }
-            if used == TURN_REQUESTS {
-                kick_again(&active.kicks, index)?;
+            if used >= TURN_REQUESTS || bytes >= TURN_BYTES {
+                kick_again(kicks, index)?;
                 break;
             }
         }
-        if used > 0
-            && active
-                .queue
-                .needs_notification(&active.memory)
-                .map_err(at)?
-        {
-            active.interrupt.used_buffer();
+        if used > 0 && queue.needs_notification(memory).map_err(at)? {
+            interrupt.used_buffer();
         }
         Ok(())
     }
 
-    /// Does the request in `self.chain`; returns how many bytes of its buffers were written.
-    fn serve(&mut self, memory: &GuestMemoryMmap, write_through: bool) -> Result<u32, DeviceError> {
-        let (status, written) = match request::parse(&self.chain, memory, self.limits)? {
-            Ok(request) => match self.perform(&request, memory, write_through)? {
-                Ok(written) => (VIRTIO_BLK_S_OK, written),
-                Err(error) => {
-                    self.host_error(&request, &error);
-                    (VIRTIO_BLK_S_IOERR, 0)
-                }
-            },
-            Err(refusal) => {
-                self.counters.refused += 1;
-                match refusal {
-                    Refusal::Io => (VIRTIO_BLK_S_IOERR, 0),
-                    Refusal::Unsupported => (VIRTIO_BLK_S_UNSUPP, 0),
-                }
-            }
-        };
-        let status_at = self.chain.writable_len_bytes() - 1;
-        self.chain.write(memory, status_at, &[status as u8])?;
-        // A request is at most one queue of 32-bit buffers; a driver that sums past 32 bits gets
-        // the largest number, which says no more than "all of it".
-        Ok(u32::try_from(written + 1).unwrap_or(u32::MAX))
-    }
-
-    /// Outside: guest memory that cannot be reached. Inside: the host's file.
-    fn perform(
-        &mut self,
-        request: &Request,
-        memory: &GuestMemoryMmap,
-        write_through: bool,
-    ) -> Result<std::io::Result<u64>, DeviceError> {
-        let counters = &mut self.counters;
-        let backend = &mut self.backend;
-        let mut written = 0;
-        let result = match request {
-            Request::Read { offset, len } => {
-                counters.reads += 1;
-                counters.read_bytes += len;
-                written = *len;
-                let access = Permissions::Write;
-                let buffers = slices(memory, self.chain.writable(), 0, *len, access)?;
-                backend.read_at(&buffers, *offset)
-            }
-            Request::Write { offset, len } => {
-                counters.writes += 1;
-                counters.write_bytes += len;
-                let access = Permissions::Read;
-                let buffers = slices(memory, self.chain.readable(), HEADER_BYTES, *len, access)?;
-                let result = backend.write_at(&buffers, *offset);
-                if write_through {
-                    result.and_then(|()| backend.flush())
-                } else {
-                    result
-                }
-            }
-            Request::Flush => {
-                counters.flushes += 1;
-                backend.flush()
-            }
-            Request::Id => {
-                written = ID_BYTES as u64;
-                self.chain.write(memory, 0, &self.id)?;
-                Ok(())
-            }
-            Request::Discard(ranges) => {
-                counters.discards += 1;
-                ranges
-                    .iter()
-                    .try_for_each(|range| backend.discard(range.offset, range.len))
-            }
-            Request::WriteZeroes(ranges) => {
-                counters.writes += 1;
-                ranges.iter().try_for_each(|range| {
-                    backend.write_zeroes(range.offset, range.len, range.unmap)
-                })
-            }
-        };
-        Ok(result.map(|()| written))
-    }
-
-    fn host_error(&mut self, request: &Request, error: &std::io::Error) {
-        self.counters.host_errors += 1;
-        if self.counters.host_errors <= LOGGED_ERRORS {
-            tracing::warn!(disk = self.backend.name(), ?request, %error, "the guest gets an I/O error");
-        }
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counters;
+        vec![
+            ("reads", c.reads),
+            ("writes", c.writes),
+            ("read_bytes", c.read_bytes),
+            ("write_bytes", c.write_bytes),
+            ("flushes", c.flushes),
+            ("discards", c.discards),
+            ("write_zeroes", c.write_zeroes),
+            ("errors", c.errors),
+            ("host_errors", c.host_errors),
+        ]
     }
 }
 
-/// The bytes `skip..skip + len` of `segments` as memory.
-fn slices<'m>(
-    memory: &'m GuestMemoryMmap,
-    segments: &[Segment],
-    mut skip: u64,
-    mut len: u64,
-    access: Permissions,
-) -> Result<Vec<VolatileSlice<'m>>, DeviceError> {
-    let mut slices = Vec::with_capacity(segments.len());
-    for segment in segments {
-        let have = u64::from(segment.len_bytes);
-        let skipped = skip.min(have);
-        skip -= skipped;
-        let take = len.min(have - skipped);
-        len -= take;
-        if take == 0 {
-            continue;
+/// What serving requests needs, for one turn.
+struct Disk<'a> {
+    backend: &'a mut dyn Backend,
+    id: &'a [u8; ID_BYTES],
+    counters: &'a mut Counters,
+    write_through: bool,
+    /// The data buffers of the request at hand.
+    buffers: Vec<VolatileSlice<'a>>,
+}
+
+impl<'a> Disk<'a> {
+    /// Serves one request, writes its status, and returns the bytes written to guest memory.
+    fn serve(
+        &mut self,
+        chain: &Chain,
+        memory: &'a GuestMemoryMmap,
+        limits: Limits,
+    ) -> Result<u32, DeviceError> {
+        let status_offset = request::status_offset(chain)?;
+        let outcome = match request::parse(chain, memory, limits)? {
+            Ok(request) => self.perform(&request, chain, memory)?,
+            Err(status) => Err(status),
+        };
+        let (status, data_bytes) = match outcome {
+            Ok(bytes) => (Status::Ok, bytes),
+            Err(status) => {
+                self.counters.errors += 1;
+                (status, 0)
+            }
+        };
+        chain.write(memory, status_offset, &[status as u8])?;
+        // Within u32: a chain is at most 2^32 - 1 bytes.
+        Ok(data_bytes as u32 + 1)
+    }
+
+    fn perform(
+        &mut self,
+        request: &Request,
+        chain: &Chain,
+        memory: &'a GuestMemoryMmap,
+    ) -> Result<Result<u64, Status>, DeviceError> {
+        let mut written = 0;
+        let (what, done) = match request {
+            Request::Read(range) => {
+                self.collect(memory, chain.writable(), 0, range.len_bytes)?;
+                let done = self.backend.read_at(&self.buffers, range.offset);
+                if done.is_ok() {
+                    self.counters.reads += 1;
+                    self.counters.read_bytes += range.len_bytes;
+                    written = range.len_bytes;
+                }
+                ("read", done)
+            }
+            Request::Write(range) => {
+                let header = request::HEADER_BYTES;
+                self.collect(memory, chain.readable(), header, range.len_bytes)?;
+                let done = self.backend.write_at(&self.buffers, range.offset);
+                if done.is_ok() {
+                    self.counters.writes += 1;
+                    self.counters.write_bytes += range.len_bytes;
+                }
+                ("write", done.and_then(|()| self.settle()))
+            }
+            Request::Flush => {
+                self.counters.flushes += 1;
+                ("flush", self.backend.flush())
+            }
+            Request::GetId => {
+                chain.write(memory, 0, self.id)?;
+                written = ID_BYTES as u64;
+                ("get-id", Ok(()))
+            }
+            Request::Discard(ranges) => {
+                self.counters.discards += 1;
+                let backend = &mut self.backend;
+                let done = ranges
+                    .as_slice()
+                    .iter()
+                    .filter(|range| range.len_bytes > 0)
+                    .try_for_each(|range| backend.discard(range.offset, range.len_bytes));
+                ("discard", done.and_then(|()| self.settle()))
+            }
+            Request::WriteZeroes(ranges) => {
+                self.counters.write_zeroes += 1;
+                let backend = &mut self.backend;
+                let done = ranges
+                    .as_slice()
+                    .iter()
+                    .filter(|range| range.len_bytes > 0)
+                    .try_for_each(|range| {
+                        backend.write_zeroes(range.offset, range.len_bytes, range.unmap)
+                    });
+                ("write-zeroes", done.and_then(|()| self.settle()))
+            }
+        };
+        self.buffers.clear();
+        Ok(match done {
+            Ok(()) => Ok(written),
+            Err(error) => {
+                self.host_failed(what, &error);
+                Err(Status::IoErr)
+            }
+        })
+    }
+
+    /// Gathers `len_bytes` of `segments`, from byte `skip` on, as buffers for the backend.
+    fn collect(
+        &mut self,
+        memory: &'a GuestMemoryMmap,
+        segments: &[Segment],
+        mut skip: u64,
+        len_bytes: u64,
+    ) -> Result<(), DeviceError> {
+        self.buffers.clear();
+        let mut left = len_bytes;
+        for segment in segments {
+            let slices = memory
+                .get_slices(
+                    segment.address,
+                    segment.len_bytes as usize,
+                    Permissions::ReadWrite,
+                )
+                .map_err(DeviceError::Memory)?;
+            for slice in slices {
+                let slice = slice.map_err(DeviceError::Memory)?;
+                let have = slice.len() as u64;
+                let skipped = skip.min(have);
+                skip -= skipped;
+                let take = left.min(have - skipped);
+                left -= take;
+                if take > 0 {
+                    let part = slice
+                        .subslice(skipped as usize, take as usize)
+                        .map_err(|error| DeviceError::Memory(error.into()))?;
+                    self.buffers.push(part);
+                }
+            }
         }
-        let start = vm_memory::GuestAddress(segment.address.0 + skipped);
-        for slice in memory
-            .get_slices(start, take as usize, access)
-            .map_err(DeviceError::Memory)?
-        {
-            slices.push(slice.map_err(DeviceError::Memory)?);
+        Ok(())
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        if self.write_through {
+            self.backend.flush()
+        } else {
+            Ok(())
         }
     }
-    Ok(slices)
+
+    fn host_failed(&mut self, what: &str, error: &io::Error) {
+        self.counters.host_errors += 1;
+        let count = self.counters.host_errors;
+        if count.is_power_of_two() {
+            let disk = self.backend.name();
+            tracing::warn!(disk, what, %error, count, "the host failed a disk request");
+        }
+    }
 }

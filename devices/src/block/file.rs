@@ -128,6 +128,13 @@ fn access(writable: bool) -> &'static str {
 /// Opens `path` as a disk's file and locks it. Gives the file and its size in bytes, not yet
 /// checked to be a whole number of sectors.
 pub(super) fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
+    let (file, len_bytes) = open_unlocked(path, writable)?;
+    lock(&file, path, writable)?;
+    Ok((file, len_bytes))
+}
+
+/// As [`open`], without the lock.
+pub(super) fn open_unlocked(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
     let file = OpenOptions::new()
         .read(true)
         .write(writable)
@@ -136,7 +143,6 @@ pub(super) fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError
         .open(path)
         .map_err(|source| open_error(path, writable, source))?;
     let len_bytes = check_kind(&file, path)?;
-    lock(&file, path, writable)?;
     Ok((file, len_bytes))
 }
 

@@ -1,45 +1,53 @@
-//! virtio-blk (virtio 1.2, section 5.2): a disk of one queue.
+//! virtio-blk (virtio 1.2, section 5.2): the guest's disks.
 //!
 //! ```text
-//!  queue --Chain--> request::parse --> Block::serve --> dyn Backend: RawFile | Layer
+//!  queue 0 --chain--> request (what is asked, checked) --range--> Backend
+//!                                                                  |- RawFile: one raw file
+//!                                                                  `- Layer: qcow2 over a raw base
 //! ```
 //!
-//! What a request asks is checked against the disk before the backend sees it; a request that asks
-//! for what the disk does not have gets an I/O error in its status byte. Only a chain in which that
-//! byte cannot be written makes the device need a reset. An error of the host's file (a full disk)
-//! is the guest's I/O error, a counter and a line in the log: the VMM lives.
+//! Data goes between guest memory and the file without a copy of ours. Requests are served one
+//! after the other on the event loop; a turn is bounded, then the device kicks itself.
+//!
+//! How it fails: a request that asks for what cannot be (beyond the end, a broken header) or that
+//! the host cannot do (I/O error, full disk) gets an error status, is counted, and is logged ever
+//! more rarely; the device goes on. A chain that has no room for a status, or breaks the ring's
+//! rules, needs a reset. The guest cannot make the host allocate more than a list of its queue's
+//! length.
+
+use std::path::Path;
 
 mod backend;
 mod device;
 mod file;
-mod layer;
+mod layered;
 mod raw;
 mod request;
+#[cfg(test)]
+mod tests;
 mod vectored;
-
-use std::path::Path;
 
 pub use backend::{Backend, SECTOR_BYTES};
 pub use device::Block;
 pub use file::OpenError;
-pub use layer::Layer;
+pub use layered::Layer;
 pub use raw::RawFile;
 
-/// Opens a disk: the raw file at `path`, or, with a `layer`, a writable layer over it. Then the
-/// file at `path` is opened read-only, and the layer is made when it does not exist.
+/// Opens the disk at `path`: alone, or as the base under the writable `layer`, which is made if it
+/// does not exist.
 ///
 /// # Errors
-/// See [`OpenError`].
+/// See [`OpenError`]; a `layer` with `read_only` is refused.
 pub fn open(
     path: &Path,
     read_only: bool,
     layer: Option<&Path>,
 ) -> Result<Box<dyn Backend>, OpenError> {
     match layer {
+        None => Ok(Box::new(RawFile::open(path, read_only)?)),
         Some(layer) if read_only => Err(OpenError::ReadOnlyLayer {
             path: layer.to_owned(),
         }),
         Some(layer) => Ok(Box::new(Layer::open_or_create(layer, path)?)),
-        None => Ok(Box::new(RawFile::open(path, read_only)?)),
     }
 }
