@@ -1,5 +1,6 @@
 //! Builds or imports an image: a stand-in until the command line has `image`.
-use ratoon_engine::image::{ImageStore, Progress, default_cache_dir};
+use ratoon_engine::dirs::Dirs;
+use ratoon_engine::image::{ImageStore, Progress};
 
 struct Plain;
 impl Progress for Plain {
@@ -13,9 +14,9 @@ impl Progress for Plain {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let store = ImageStore::open(&default_cache_dir()?)?;
+    let store = ImageStore::open(Dirs::from_env()?.cache())?;
     let image = match arguments.as_slice() {
-        [_, _] => return Err("later".into()),
+        [source, name] => store.import(source.as_ref(), None, name, &Plain)?,
         [recipe] => store.build(recipe, &Plain)?,
         _ => return Err("build_image <recipe> | <source> <name>".into()),
     };

@@ -108,10 +108,14 @@ impl<'r> Archive<'r> {
         loop {
             self.skip_rest()?;
             let at = self.offset;
-            let Some(header) = self.header()? else { return Ok(None) };
+            let Some(header) = self.header()? else {
+                return Ok(None);
+            };
             // Extension headers count too: a stream of nothing else must end.
             self.budget.count_entry(&self.name)?;
-            let size = header.entry_size().map_err(|error| self.damaged(at, error.to_string()))?;
+            let size = header
+                .entry_size()
+                .map_err(|error| self.damaged(at, error.to_string()))?;
             match header.entry_type() {
                 EntryType::GNULongName => extra.path = Some(self.long_name(size)?),
                 EntryType::GNULongLink => extra.link = Some(self.long_name(size)?),
@@ -130,16 +134,19 @@ impl<'r> Archive<'r> {
 
     fn entry(&mut self, header: &Header, at: u64, size: u64, extra: Extra) -> Result<Entry> {
         let size = extra.size.unwrap_or(size);
-        let raw_path = extra.path.unwrap_or_else(|| header.path_bytes().into_owned());
+        let raw_path = extra
+            .path
+            .unwrap_or_else(|| header.path_bytes().into_owned());
         let path = self.components(&raw_path, &raw_path)?;
         let raw_link = extra
             .link
             .or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned))
             .unwrap_or_default();
-        let number = |value: io::Result<u64>| {
-            value.map_err(|error| self.damaged(at, error.to_string()))
-        };
-        let mode = header.mode().map_err(|error| self.damaged(at, error.to_string()))?;
+        let number =
+            |value: io::Result<u64>| value.map_err(|error| self.damaged(at, error.to_string()));
+        let mode = header
+            .mode()
+            .map_err(|error| self.damaged(at, error.to_string()))?;
         let uid = extra.uid.map_or_else(|| number(header.uid()), Ok)?;
         let gid = extra.gid.map_or_else(|| number(header.gid()), Ok)?;
         let mtime = match extra.mtime {
@@ -150,7 +157,9 @@ impl<'r> Archive<'r> {
         // Links and folders carry no data, whatever their size field says (some writers put a hard
         // link's target size there).
         let size = if kind == Kind::File { size } else { 0 };
-        let id = |id: u64| u32::try_from(id).map_err(|_| self.damaged(at, format!("owner {id} is over 32 bits")));
+        let id = |id: u64| {
+            u32::try_from(id).map_err(|_| self.damaged(at, format!("owner {id} is over 32 bits")))
+        };
         let entry = Entry {
             path,
             mode: mode & 0o7777,
@@ -191,12 +200,16 @@ impl<'r> Archive<'r> {
             EntryType::Char => device('c'),
             EntryType::Block => device('b'),
             EntryType::Fifo => Ok(Kind::Device("p".into())),
-            EntryType::GNUSparse => {
-                Err(self.refuse(path, "it is stored sparse: pack again without `tar --sparse`"))
-            }
+            EntryType::GNUSparse => Err(self.refuse(
+                path,
+                "it is stored sparse: pack again without `tar --sparse`",
+            )),
             other => Err(self.refuse(
                 path,
-                &format!("entry type {:#04x} is not one of a file system", other.as_byte()),
+                &format!(
+                    "entry type {:#04x} is not one of a file system",
+                    other.as_byte()
+                ),
             )),
         }
     }
@@ -230,7 +243,10 @@ impl<'r> Archive<'r> {
             return Err(self.over("bytes of a path", MAX_PATH_BYTES as u64));
         }
         let mut name = self.small(size)?;
-        let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+        let end = name
+            .iter()
+            .position(|byte| *byte == 0)
+            .unwrap_or(name.len());
         name.truncate(end);
         Ok(name)
     }
@@ -267,7 +283,9 @@ impl<'r> Archive<'r> {
                     ));
                 }
                 _ => {
-                    let Some(name) = key.strip_prefix(XATTR_PREFIX) else { continue };
+                    let Some(name) = key.strip_prefix(XATTR_PREFIX) else {
+                        continue;
+                    };
                     if !keep_xattr(name) {
                         continue;
                     }
@@ -292,7 +310,7 @@ impl<'r> Archive<'r> {
         let at = self.offset;
         match io::Read::read_exact(self, &mut bytes) {
             Ok(()) => Ok(bytes),
-            Err(error) => Err(self.from_io(at, error)),
+            Err(error) => Err(self.read_error(at, error)),
         }
     }
 
@@ -303,10 +321,14 @@ impl<'r> Archive<'r> {
         let mut filled = 0;
         while filled < BLOCK_BYTES {
             match self.reader.read(&mut block[filled..]) {
-                Ok(0) => return Err(self.damaged(at, "it ends without an end mark: it is cut short".into())),
+                Ok(0) => {
+                    return Err(
+                        self.damaged(at, "it ends without an end mark: it is cut short".into())
+                    );
+                }
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.from_io(at, error)),
+                Err(error) => return Err(self.read_error(at, error)),
             }
         }
         self.offset += BLOCK_BYTES as u64;
@@ -314,7 +336,11 @@ impl<'r> Archive<'r> {
             return Ok(None);
         }
         let header = Header::from_byte_slice(&block);
-        let sum: u32 = block[..148].iter().chain(&block[156..]).map(|byte| u32::from(*byte)).sum();
+        let sum: u32 = block[..148]
+            .iter()
+            .chain(&block[156..])
+            .map(|byte| u32::from(*byte))
+            .sum();
         let sum = sum + 8 * u32::from(b' ');
         if header.cksum().ok() != Some(sum) {
             return Err(self.damaged(at, "no tar header with a right checksum here".into()));
@@ -325,7 +351,11 @@ impl<'r> Archive<'r> {
     fn hold(&mut self, size: u64) {
         self.left = size;
         let over = size % BLOCK_BYTES as u64;
-        self.padding = if over == 0 { 0 } else { BLOCK_BYTES as u64 - over };
+        self.padding = if over == 0 {
+            0
+        } else {
+            BLOCK_BYTES as u64 - over
+        };
     }
 
     /// Passes over what is left of the entry before.
@@ -343,7 +373,7 @@ impl<'r> Archive<'r> {
                     self.offset += read as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.from_io(at, error)),
+                Err(error) => return Err(self.read_error(at, error)),
             }
         }
         Ok(())
@@ -352,10 +382,12 @@ impl<'r> Archive<'r> {
     /// Reads to the end of the stream, past the end mark: pipes and hashes want all of it.
     pub(super) fn drain(mut self) -> Result<()> {
         let at = self.offset;
-        io::copy(&mut self.reader, &mut io::sink()).map(drop).map_err(|error| self.from_io(at, error))
+        io::copy(&mut self.reader, &mut io::sink())
+            .map(drop)
+            .map_err(|error| self.read_error(at, error))
     }
 
-    fn from_io(&self, at: u64, error: io::Error) -> Error {
+    fn read_error(&self, at: u64, error: io::Error) -> Error {
         if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
             return Error::io("read", self.name.as_ref(), error);
         }
@@ -366,11 +398,19 @@ impl<'r> Archive<'r> {
     }
 
     fn damaged(&self, offset: u64, reason: String) -> Error {
-        Error::DamagedArchive { archive: self.name.clone(), offset, reason }
+        Error::DamagedArchive {
+            archive: self.name.clone(),
+            offset,
+            reason,
+        }
     }
 
     fn over(&self, what: &'static str, limit: u64) -> Error {
-        Error::OverLimit { archive: self.name.clone(), what, limit }
+        Error::OverLimit {
+            archive: self.name.clone(),
+            what,
+            limit,
+        }
     }
 
     fn refuse(&self, entry: &[u8], reason: &str) -> Error {
@@ -391,7 +431,9 @@ impl Read for Archive<'_> {
         }
         let read = self.reader.read(&mut buffer[..want])?;
         if read == 0 {
-            return Err(self.damaged(self.offset, "it breaks off inside an entry".into()).into_io());
+            return Err(self
+                .damaged(self.offset, "it breaks off inside an entry".into())
+                .into_io());
         }
         self.left -= read as u64;
         self.offset += read as u64;

@@ -26,14 +26,48 @@ const DEFAULT_SUITE: &str = "bookworm";
 
 /// Packages of the image `debian`, beyond Debian's required ones.
 const DEBIAN: &[&str] = &[
-    "bzip2", "ca-certificates", "curl", "file", "git", "iproute2", "iputils-ping", "jq", "less",
-    "nano", "netbase", "openssh-client", "patch", "procps", "python3", "python3-pip",
-    "python3-venv", "ripgrep", "rsync", "sudo", "tzdata", "unzip", "xz-utils", "zip", "zstd",
+    "bzip2",
+    "ca-certificates",
+    "curl",
+    "file",
+    "git",
+    "iproute2",
+    "iputils-ping",
+    "jq",
+    "less",
+    "nano",
+    "netbase",
+    "openssh-client",
+    "patch",
+    "procps",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "ripgrep",
+    "rsync",
+    "sudo",
+    "tzdata",
+    "unzip",
+    "xz-utils",
+    "zip",
+    "zstd",
 ];
 /// What `debian-dev` adds.
 const DEBIAN_DEV: &[&str] = &[
-    "autoconf", "automake", "build-essential", "cmake", "gdb", "libffi-dev", "libssl-dev",
-    "libtool", "ninja-build", "pkg-config", "python3-dev", "strace", "vim-tiny", "wget",
+    "autoconf",
+    "automake",
+    "build-essential",
+    "cmake",
+    "gdb",
+    "libffi-dev",
+    "libssl-dev",
+    "libtool",
+    "ninja-build",
+    "pkg-config",
+    "python3-dev",
+    "strace",
+    "vim-tiny",
+    "wget",
     "zlib1g-dev",
 ];
 /// Left out of every package: nobody reads them in a sandbox. Licences stay.
@@ -94,7 +128,11 @@ fn recipe(name: &str) -> Result<Recipe> {
             packages.extend(DEBIAN_DEV);
             "debian-dev"
         }
-        other => return Err(Error::UnknownRecipe { recipe: other.to_owned() }),
+        other => {
+            return Err(Error::UnknownRecipe {
+                recipe: other.to_owned(),
+            });
+        }
     };
     Ok(Recipe { name, packages })
 }
@@ -125,13 +163,13 @@ impl ImageStore {
         let arguments = arguments(&recipe, &suite, options.mirror.as_deref());
         let key = key(recipe.name, &arguments);
         let _making = self.making(&key, progress)?;
-        if !options.rebuild {
-            if let Some(image) = self.by_key(&key)? {
-                if image.names.iter().any(|of| of == recipe.name) {
-                    return Ok(image);
-                }
-                return self.name_image(&image, recipe.name, true);
+        if !options.rebuild
+            && let Some(image) = self.by_key(&key)?
+        {
+            if image.names.iter().any(|of| of == recipe.name) {
+                return Ok(image);
             }
+            return self.name_image(&image, recipe.name, true);
         }
         for tool in [MMDEBSTRAP, MKE2FS, DEBUGFS] {
             tool.find()?;
@@ -147,7 +185,6 @@ impl ImageStore {
         let disk = blob.join("disk.ext4");
         ext4::make(&folder, &disk, scratch.path(), &summary, &fixes, progress)?;
         let new = NewImage {
-            scratch: &scratch,
             blob,
             source: format!("recipe {} ({suite})", recipe.name),
             key: &key,
@@ -167,7 +204,10 @@ fn unpack(
     scratch: &std::path::Path,
     progress: &dyn Progress,
 ) -> Result<Tree> {
-    progress.step(&format!("building {} from Debian {suite} with mmdebstrap", recipe.name));
+    progress.step(&format!(
+        "building {} from Debian {suite} with mmdebstrap",
+        recipe.name
+    ));
     let mut command = MMDEBSTRAP.command()?;
     command.args(host_apt_options()).args(arguments);
     let mut running = MMDEBSTRAP.start(command, progress)?;
@@ -213,12 +253,16 @@ fn explain(tool: Tool, status: std::process::ExitStatus, output: &[String]) -> E
         return Error::ToolFailed {
             tool: tool.name,
             status: status.to_string(),
-            detail: "Debian's signing keys are missing: `apt install debian-archive-keyring`".into(),
+            detail: "Debian's signing keys are missing: `apt install debian-archive-keyring`"
+                .into(),
         };
     }
     // Its errors begin with E:, apt's and its own.
-    let errors: Vec<String> =
-        output.iter().filter(|line| line.starts_with("E:") || line.contains("No space left")).cloned().collect();
+    let errors: Vec<String> = output
+        .iter()
+        .filter(|line| line.starts_with("E:") || line.contains("No space left"))
+        .cloned()
+        .collect();
     tool.failed(status, if errors.is_empty() { output } else { &errors })
 }
 
@@ -227,17 +271,34 @@ fn check_privilege() -> Result<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    Tool { name: "newuidmap", package: "uidmap" }.find().map(drop)
+    Tool {
+        name: "newuidmap",
+        package: "uidmap",
+    }
+    .find()
+    .map(drop)
 }
 
 fn arguments(recipe: &Recipe, suite: &str, mirror: Option<&str>) -> Vec<String> {
-    let mut arguments: Vec<String> =
-        ["--mode=unshare", "--variant=minbase", "--format=tar", "--skip=output/dev"]
-            .map(str::to_owned)
-            .to_vec();
+    let mut arguments: Vec<String> = [
+        "--mode=unshare",
+        "--variant=minbase",
+        "--format=tar",
+        "--skip=output/dev",
+    ]
+    .map(str::to_owned)
+    .to_vec();
     arguments.push("--aptopt=Acquire::Languages \"none\"".into());
-    arguments.extend(EXCLUDES.iter().map(|exclude| format!("--dpkgopt={exclude}")));
-    arguments.extend(CUSTOMIZE.iter().map(|command| format!("--customize-hook={command}")));
+    arguments.extend(
+        EXCLUDES
+            .iter()
+            .map(|exclude| format!("--dpkgopt={exclude}")),
+    );
+    arguments.extend(
+        CUSTOMIZE
+            .iter()
+            .map(|command| format!("--customize-hook={command}")),
+    );
     arguments.push(format!("--include={}", recipe.packages.join(",")));
     arguments.push(suite.to_owned());
     arguments.push("-".into());
@@ -263,7 +324,9 @@ fn host_suite() -> String {
 
 fn suite_of(os_release: &str) -> Option<String> {
     let field = |name: &str| {
-        let line = os_release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?;
+        let line = os_release
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?;
         Some(line.trim_matches(['"', '\'']).to_owned())
     };
     let suite = field("VERSION_CODENAME")?;
@@ -274,7 +337,9 @@ fn suite_of(os_release: &str) -> Option<String> {
 fn check_suite(suite: &str) -> Result<()> {
     let sound = !suite.is_empty()
         && suite.len() <= 64
-        && suite.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && suite
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
         && !suite.starts_with('-');
     if sound {
         return Ok(());
@@ -288,7 +353,9 @@ fn check_suite(suite: &str) -> Result<()> {
 
 /// apt's settings of this host, as options for mmdebstrap. Without apt-config there are none.
 fn host_apt_options() -> Vec<String> {
-    let Ok(output) = Command::new("apt-config").arg("dump").output() else { return Vec::new() };
+    let Ok(output) = Command::new("apt-config").arg("dump").output() else {
+        return Vec::new();
+    };
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter(|line| {
@@ -306,7 +373,10 @@ mod tests {
     #[test]
     fn an_unknown_recipe_is_named_with_the_known_ones() {
         let error = recipe("arch").map(drop).unwrap_err();
-        assert_eq!(error.to_string(), "no recipe `arch`: the recipes are debian, debian-dev");
+        assert_eq!(
+            error.to_string(),
+            "no recipe `arch`: the recipes are debian, debian-dev"
+        );
     }
 
     #[test]
@@ -318,7 +388,8 @@ mod tests {
 
     #[test]
     fn the_key_changes_with_the_suite_and_the_packages() {
-        let of = |name: &str, suite: &str| key(name, &arguments(&recipe(name).unwrap(), suite, None));
+        let of =
+            |name: &str, suite: &str| key(name, &arguments(&recipe(name).unwrap(), suite, None));
         assert_eq!(of("debian", "bookworm"), of("debian", "bookworm"));
         assert_ne!(of("debian", "bookworm"), of("debian", "trixie"));
         assert_ne!(of("debian", "bookworm"), of("debian-dev", "bookworm"));

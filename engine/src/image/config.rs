@@ -75,7 +75,9 @@ impl Image {
     /// [`Error::NotFound`] when the image was removed meanwhile, [`Error::Io`] otherwise.
     pub fn open_locked(&self) -> Result<File> {
         use std::os::unix::fs::MetadataExt as _;
-        let gone = || Error::NotFound { wanted: self.config.digest.clone() };
+        let gone = || Error::NotFound {
+            wanted: self.config.digest.clone(),
+        };
         let file = match File::open(&self.disk) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
             other => other.at("open", &self.disk)?,
@@ -95,11 +97,17 @@ impl Image {
 /// Reads a record.
 pub(super) fn read_config(path: &Path) -> Result<ImageConfig> {
     let bytes = std::fs::read(path).at("read", path)?;
-    let bad = |reason: String| Error::BadRecord { path: path.to_path_buf(), reason };
+    let bad = |reason: String| Error::BadRecord {
+        path: path.to_path_buf(),
+        reason,
+    };
     let config: ImageConfig =
         serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))?;
     if config.version != CONFIG_VERSION {
-        return Err(bad(format!("version {} is not {CONFIG_VERSION}", config.version)));
+        return Err(bad(format!(
+            "version {} is not {CONFIG_VERSION}",
+            config.version
+        )));
     }
     Ok(config)
 }
@@ -111,7 +119,8 @@ pub(super) fn is_digest(text: &str) -> bool {
 
 /// Lower-case hexadecimal digits only.
 pub(super) fn is_hex(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    text.bytes()
+        .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 /// Shortest prefix of a digest that `get` takes; names may not look like one.
@@ -124,5 +133,11 @@ pub(super) fn check_name(name: &str) -> Result<()> {
         && name.as_bytes()[0].is_ascii_alphanumeric()
         && name.bytes().all(allowed)
         && !(name.len() >= MIN_DIGEST_PREFIX && is_hex(name));
-    if sound { Ok(()) } else { Err(Error::BadName { name: name.to_owned() }) }
+    if sound {
+        Ok(())
+    } else {
+        Err(Error::BadName {
+            name: name.to_owned(),
+        })
+    }
 }

@@ -10,10 +10,10 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use super::Progress;
 use super::error::{Context, Error, Result};
 use super::tool::{DEBUGFS, E2FSCK, MKE2FS};
 use super::tree::{Fix, Summary};
-use super::Progress;
 
 /// Free space that a guest gets beyond the content, at least.
 pub(super) const FREE_BYTES: u64 = 4 << 30;
@@ -35,7 +35,8 @@ const SUPERBLOCK_BYTES: usize = 1024;
 const MAGIC: u16 = 0xEF53;
 /// `s_feature_incompat` bits that 6.12 with our configuration mounts: filetype, recover, meta_bg, extents,
 /// 64bit, flex_bg, ea_inode, csum_seed, largedir, inline_data.
-const KNOWN_INCOMPAT: u32 = 0x2 | 0x4 | 0x10 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000;
+const KNOWN_INCOMPAT: u32 =
+    0x2 | 0x4 | 0x10 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000;
 /// `s_feature_incompat` bit for extents: ext4 as opposed to ext2 and ext3.
 const INCOMPAT_EXTENTS: u32 = 0x40;
 
@@ -55,13 +56,19 @@ pub(super) fn make(
     progress: &dyn Progress,
 ) -> Result<()> {
     let size = disk_bytes(content);
-    let file = OpenOptions::new().write(true).create_new(true).open(disk).at("create", disk)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(disk)
+        .at("create", disk)?;
     file.set_len(size).at("size", disk)?;
     drop(file);
     let inodes = (size / BYTES_PER_INODE).max(content.entries + size / BYTES_PER_INODE);
     let mut command = MKE2FS.command()?;
     command
-        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-O", FEATURES])
+        .args([
+            "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-O", FEATURES,
+        ])
         .args(["-N", &inodes.to_string()])
         .args(["-E", "lazy_itable_init=0,nodiscard,root_owner=0:0"])
         .arg("-d")
@@ -70,7 +77,9 @@ pub(super) fn make(
     let (status, output) = MKE2FS.run(command, progress)?;
     if !status.success() {
         return Err(match MKE2FS.failed(status, &output) {
-            Error::DiskFull { .. } => Error::DiskFull { path: disk.to_path_buf() },
+            Error::DiskFull { .. } => Error::DiskFull {
+                path: disk.to_path_buf(),
+            },
             other => other,
         });
     }
@@ -91,7 +100,12 @@ fn apply(disk: &Path, scratch: &Path, fixes: &[Fix], progress: &dyn Progress) ->
     }
     fs::write(&script_path, &script).at("write", &script_path)?;
     let mut command = DEBUGFS.command()?;
-    command.arg("-w").arg("-f").arg(&script_path).arg(disk).current_dir(scratch);
+    command
+        .arg("-w")
+        .arg("-f")
+        .arg(&script_path)
+        .arg(disk)
+        .current_dir(scratch);
     let mut running = DEBUGFS.start(command, progress)?;
     // It echoes every command; only what it says on stderr matters.
     if let Some(mut stdout) = running.take_stdout() {
@@ -99,11 +113,12 @@ fn apply(disk: &Path, scratch: &Path, fixes: &[Fix], progress: &dyn Progress) ->
     }
     let (status, errors) = running.wait()?;
     // It reports a failed command on stderr and still exits with 0.
-    let errors: Vec<String> = errors
-        .into_iter()
-        .filter(|line| !line.is_empty() && !line.starts_with("debugfs 1."))
-        .collect();
-    if status.success() && errors.is_empty() { Ok(()) } else { Err(DEBUGFS.failed(status, &errors)) }
+    let errors: Vec<String> = errors.into_iter().filter(|line| !line.is_empty()).collect();
+    if status.success() && errors.is_empty() {
+        Ok(())
+    } else {
+        Err(DEBUGFS.failed(status, &errors))
+    }
 }
 
 /// Adds the commands for one fix.
@@ -130,9 +145,17 @@ fn write_fix(script: &mut String, fix: &Fix, values: &Path, number: usize) -> Re
     for (index, (name, value)) in fix.xattrs.iter().enumerate() {
         let file = values.join(format!("{number}-{index}"));
         fs::write(&file, value).at("write", &file)?;
-        let _ = writeln!(script, "ea_set -f values/{number}-{index} {path} {}", quoted(name));
+        let _ = writeln!(
+            script,
+            "ea_set -f values/{number}-{index} {path} {}",
+            quoted(name)
+        );
     }
-    let longest = script[before..].lines().map(str::len).max().unwrap_or_default();
+    let longest = script[before..]
+        .lines()
+        .map(str::len)
+        .max()
+        .unwrap_or_default();
     if longest > MAX_COMMAND_BYTES {
         return Err(Error::RefusedEntry {
             archive: "the image".into(),
@@ -183,13 +206,17 @@ pub(super) fn digest(disk: &Path, progress: &dyn Progress) -> Result<String> {
 /// Whether the file carries ext4's magic number.
 pub(super) fn has_magic(file: &File) -> bool {
     let mut magic = [0; 2];
-    file.read_exact_at(&mut magic, SUPERBLOCK_OFFSET + 0x38).is_ok()
+    file.read_exact_at(&mut magic, SUPERBLOCK_OFFSET + 0x38)
+        .is_ok()
         && u16::from_le_bytes(magic) == MAGIC
 }
 
 /// Checks a raw ext4 file's superblock against the file and against what our kernel mounts.
 pub(super) fn check_superblock(file: &File, path: &Path) -> Result<()> {
-    let bad = |reason: String| Error::BadExt4 { path: path.to_path_buf(), reason };
+    let bad = |reason: String| Error::BadExt4 {
+        path: path.to_path_buf(),
+        reason,
+    };
     let mut block = [0; SUPERBLOCK_BYTES];
     if file.read_exact_at(&mut block, SUPERBLOCK_OFFSET).is_err() {
         return Err(bad("it is too short to hold a superblock".into()));
@@ -198,7 +225,9 @@ pub(super) fn check_superblock(file: &File, path: &Path) -> Result<()> {
     let u32_at =
         |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
     if u16_at(0x38) != MAGIC {
-        return Err(bad("no ext4 magic number; is it a whole disk with partitions?".into()));
+        return Err(bad(
+            "no ext4 magic number; is it a whole disk with partitions?".into(),
+        ));
     }
     let log_block_size = u32_at(0x18);
     if log_block_size > 2 {
@@ -209,7 +238,9 @@ pub(super) fn check_superblock(file: &File, path: &Path) -> Result<()> {
     }
     let incompat = u32_at(0x60);
     if incompat & INCOMPAT_EXTENTS == 0 {
-        return Err(bad("it is ext2 or ext3: convert it with `tune2fs -O extents`".into()));
+        return Err(bad(
+            "it is ext2 or ext3: convert it with `tune2fs -O extents`".into(),
+        ));
     }
     if incompat & !KNOWN_INCOMPAT != 0 {
         return Err(bad(format!(
@@ -217,7 +248,11 @@ pub(super) fn check_superblock(file: &File, path: &Path) -> Result<()> {
             incompat & !KNOWN_INCOMPAT
         )));
     }
-    let high = if incompat & 0x80 != 0 { u64::from(u32_at(0x150)) } else { 0 };
+    let high = if incompat & 0x80 != 0 {
+        u64::from(u32_at(0x150))
+    } else {
+        0
+    };
     let blocks = (high << 32) | u64::from(u32_at(0x4));
     let claimed = blocks.checked_mul(1024 << log_block_size);
     let actual = file.metadata().at("stat", path)?.len();
@@ -242,7 +277,9 @@ pub(super) fn check_and_mend(disk: &Path, shown: &Path, progress: &dyn Progress)
             path: shown.to_path_buf(),
             reason: format!(
                 "e2fsck says: {}; mend a copy with `e2fsck -f`",
-                output.join("; ").replace(&disk.display().to_string(), "disk")
+                output
+                    .join("; ")
+                    .replace(&disk.display().to_string(), "disk")
             ),
         }),
     }

@@ -37,11 +37,13 @@ mod tree;
 pub use build::{BuildOptions, RECIPES};
 pub use config::{ContainerConfig, Image, ImageConfig};
 pub use error::{Error, Result};
-//pub use import::ImportKind;
-pub use store::{ImageStore, Removed, default_cache_dir};
+pub use import::ImportKind;
+pub use store::{ImageStore, Removed};
 pub use stream::Limits;
 
-/// For the fuzz targets: the parsers alone, on bytes.
+/// For the fuzz target: the parsers alone.
+#[doc(hidden)]
+pub use import::fuzz_import;
 
 /// Where an operation tells how far it is. The CLI draws bars or plain lines from it.
 pub trait Progress: Send + Sync {

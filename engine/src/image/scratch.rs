@@ -43,8 +43,15 @@ impl Scratch {
             if !is_same_file(&lock, &lock_path) {
                 continue;
             }
-            fs::DirBuilder::new().mode(0o700).create(&path).at("create", &path)?;
-            return Ok(Self { path, lock_path, _lock: lock });
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&path)
+                .at("create", &path)?;
+            return Ok(Self {
+                path,
+                lock_path,
+                _lock: lock,
+            });
         }
     }
 
@@ -64,7 +71,9 @@ impl Drop for Scratch {
 
 /// Whether `path` still names the open `file`.
 fn is_same_file(file: &File, path: &Path) -> bool {
-    let Ok(ours) = file.metadata() else { return false };
+    let Ok(ours) = file.metadata() else {
+        return false;
+    };
     fs::symlink_metadata(path).is_ok_and(|now| ours.ino() == now.ino())
 }
 
@@ -81,7 +90,10 @@ pub(super) fn sweep(parent: &Path) -> Result<usize> {
     let mut swept = 0;
     for entry in fs::read_dir(parent).at("list", parent)? {
         let lock_path = entry.at("list", parent)?.path();
-        if lock_path.extension().is_none_or(|extension| extension != "lock") {
+        if lock_path
+            .extension()
+            .is_none_or(|extension| extension != "lock")
+        {
             continue;
         }
         let Ok(lock) = File::open(&lock_path) else {

@@ -16,7 +16,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -28,28 +30,8 @@ use super::config::{
     is_hex, read_config,
 };
 use super::error::{Context, Error, Result};
+use super::ext4;
 use super::scratch::{Scratch, sweep};
-use super::{ext4, scratch};
-
-/// `${XDG_CACHE_HOME:-~/.cache}/ratoon`.
-///
-/// # Errors
-/// [`Error::Io`] when neither `XDG_CACHE_HOME` nor `HOME` is set.
-pub fn default_cache_dir() -> Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    // The XDG specification: a relative XDG_CACHE_HOME is to be ignored.
-    set("XDG_CACHE_HOME")
-        .filter(|path| path.is_absolute())
-        .or_else(|| set("HOME").map(|home| home.join(".cache")))
-        .map(|cache| cache.join("ratoon"))
-        .ok_or_else(|| {
-            let missing = std::io::Error::new(
-                std::io::ErrorKind::NotFound,
-                "neither XDG_CACHE_HOME nor HOME is set",
-            );
-            Error::io("find", "the cache folder".as_ref(), missing)
-        })
-}
 
 /// What [`ImageStore::remove`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +52,6 @@ pub struct ImageStore {
 
 /// A disk that is ready to enter the store.
 pub(super) struct NewImage<'n> {
-    pub(super) scratch: &'n Scratch,
     /// In the scratch folder, named `disk.ext4`, alone in its folder.
     pub(super) blob: PathBuf,
     pub(super) source: String,
@@ -82,7 +63,8 @@ pub(super) struct NewImage<'n> {
 }
 
 impl ImageStore {
-    /// Opens the store under `cache_dir` (see [`default_cache_dir`]), makes its folders and sweeps
+    /// Opens the store under `cache_dir` (see
+    /// [`Dirs::cache`](crate::dirs::Dirs::cache)), makes its folders and sweeps
     /// what killed processes left.
     ///
     /// # Errors
@@ -91,9 +73,15 @@ impl ImageStore {
         let root = cache_dir.join("images");
         for folder in ["blobs", "names", "keys", "making", "tmp"] {
             let folder = root.join(folder);
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).at("create", &folder)?;
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&folder)
+                .at("create", &folder)?;
         }
-        scratch::sweep(&root.join("tmp")).or_else(|error| match error {
+        // Programs get these paths from other working folders.
+        let root = root.canonicalize().at("open", &root)?;
+        sweep(&root.join("tmp")).or_else(|error| match error {
             // Sweeping is housekeeping: it never stands in the way of using the images.
             Error::Io { .. } => Ok(0),
             other => Err(other),
@@ -118,14 +106,19 @@ impl ImageStore {
         let mut images = Vec::new();
         for entry in fs::read_dir(&blobs).at("list", &blobs)? {
             let digest = entry.at("list", &blobs)?.file_name();
-            let Some(digest) = digest.to_str().filter(|digest| is_digest(digest)) else { continue };
+            let Some(digest) = digest.to_str().filter(|digest| is_digest(digest)) else {
+                continue;
+            };
             match self.load(digest, &names) {
                 Err(Error::NotFound { .. }) => {} // Removed while we looked.
                 other => images.push(other?),
             }
         }
         images.sort_by(|a, b| {
-            let by_time = b.config.created_unix_seconds.cmp(&a.config.created_unix_seconds);
+            let by_time = b
+                .config
+                .created_unix_seconds
+                .cmp(&a.config.created_unix_seconds);
             by_time.then_with(|| a.config.digest.cmp(&b.config.digest))
         });
         Ok(images)
@@ -176,11 +169,18 @@ impl ImageStore {
             .collect();
         if !force && names.len() > 1 {
             if !names.iter().any(|name| name == wanted) {
-                return Err(Error::SeveralNames { digest, names: names.join(", ") });
+                return Err(Error::SeveralNames {
+                    digest,
+                    names: names.join(", "),
+                });
             }
             names = vec![wanted.to_owned()];
             self.forget_names(&names)?;
-            return Ok(Removed { digest, names, disk: false });
+            return Ok(Removed {
+                digest,
+                names,
+                disk: false,
+            });
         }
         let disk = self.blob(&digest).join("disk.ext4");
         // Held until the disk is gone, so that no VM starts from it meanwhile.
@@ -196,15 +196,24 @@ impl ImageStore {
         self.forget_names(&names)?;
         self.forget_keys(&digest)?;
         self.discard_blob(&digest)?;
-        Ok(Removed { digest, names, disk: true })
+        Ok(Removed {
+            digest,
+            names,
+            disk: true,
+        })
     }
 
     /// The image made from this recipe or source before, if it is still there.
     pub(super) fn by_key(&self, key: &str) -> Result<Option<Image>> {
         let path = self.root.join("keys").join(key);
-        let Some(digest) = read_small(&path)? else { return Ok(None) };
+        let Some(digest) = read_small(&path)? else {
+            return Ok(None);
+        };
         match self.load(&digest, &self.names()?) {
-            Ok(image) => Ok(Some(Image { cached: true, ..image })),
+            Ok(image) => Ok(Some(Image {
+                cached: true,
+                ..image
+            })),
             Err(Error::NotFound { .. } | Error::BadRecord { .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -248,7 +257,10 @@ impl ImageStore {
     pub(super) fn check_free(&self, name: &str, digest: Option<&str>) -> Result<()> {
         match read_small(&self.root.join("names").join(name))? {
             Some(taken) if Some(taken.as_str()) != digest && self.blob(&taken).exists() => {
-                Err(Error::NameTaken { name: name.to_owned(), digest: taken })
+                Err(Error::NameTaken {
+                    name: name.to_owned(),
+                    digest: taken,
+                })
             }
             _ => Ok(()),
         }
@@ -262,7 +274,10 @@ impl ImageStore {
         }
         self.point("names", name, image.digest())?;
         let named = self.load(image.digest(), &self.names()?)?;
-        Ok(Image { cached: image.cached, ..named })
+        Ok(Image {
+            cached: image.cached,
+            ..named
+        })
     }
 
     /// Hashes the new disk and gives it its place, key and name.
@@ -271,7 +286,8 @@ impl ImageStore {
         let disk = new.blob.join("disk.ext4");
         let digest = ext4::digest(&disk, progress)?;
         let file = File::open(&disk).at("open", &disk)?;
-        file.set_permissions(fs::Permissions::from_mode(0o444)).at("set the mode of", &disk)?;
+        file.set_permissions(fs::Permissions::from_mode(0o444))
+            .at("set the mode of", &disk)?;
         file.sync_all().at("flush", &disk)?;
         let metadata = file.metadata().at("stat", &disk)?;
         let config = ImageConfig {
@@ -322,7 +338,9 @@ impl ImageStore {
         if self.names()?.iter().any(|(_, of)| of == digest) {
             return Ok(());
         }
-        let Ok(file) = File::open(self.blob(digest).join("disk.ext4")) else { return Ok(()) };
+        let Ok(file) = File::open(self.blob(digest).join("disk.ext4")) else {
+            return Ok(());
+        };
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Ok(());
         }
@@ -345,7 +363,9 @@ impl ImageStore {
     }
 
     fn load(&self, digest: &str, names: &[(String, String)]) -> Result<Image> {
-        let gone = || Error::NotFound { wanted: digest.to_owned() };
+        let gone = || Error::NotFound {
+            wanted: digest.to_owned(),
+        };
         if !is_digest(digest) {
             return Err(gone());
         }
@@ -357,11 +377,22 @@ impl ImageStore {
         let config = read_config(&record)?;
         if config.digest != digest {
             let reason = format!("it is of image {}", config.digest);
-            return Err(Error::BadRecord { path: record, reason });
+            return Err(Error::BadRecord {
+                path: record,
+                reason,
+            });
         }
-        let names =
-            names.iter().filter(|(_, of)| of == digest).map(|(name, _)| name.clone()).collect();
-        Ok(Image { config, names, disk: folder.join("disk.ext4"), cached: false })
+        let names = names
+            .iter()
+            .filter(|(_, of)| of == digest)
+            .map(|(name, _)| name.clone())
+            .collect();
+        Ok(Image {
+            config,
+            names,
+            disk: folder.join("disk.ext4"),
+            cached: false,
+        })
     }
 
     /// All names, sorted, with their digests.
@@ -370,7 +401,9 @@ impl ImageStore {
         let mut names = Vec::new();
         for entry in fs::read_dir(&folder).at("list", &folder)? {
             let entry = entry.at("list", &folder)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
             if check_name(&name).is_err() {
                 continue;
             }
@@ -383,7 +416,9 @@ impl ImageStore {
     }
 
     fn resolve(&self, wanted: &str) -> Result<String> {
-        let missing = || Error::NotFound { wanted: wanted.to_owned() };
+        let missing = || Error::NotFound {
+            wanted: wanted.to_owned(),
+        };
         if check_name(wanted).is_ok() {
             return read_small(&self.root.join("names").join(wanted))?
                 .filter(|digest| self.blob(digest).exists())
@@ -395,16 +430,21 @@ impl ImageStore {
         let blobs = self.root.join("blobs");
         let mut found = Vec::new();
         for entry in fs::read_dir(&blobs).at("list", &blobs)? {
-            if let Ok(digest) = entry.at("list", &blobs)?.file_name().into_string() {
-                if is_digest(&digest) && digest.starts_with(wanted) {
-                    found.push(digest);
-                }
+            let name = entry.at("list", &blobs)?.file_name();
+            if let Some(digest) = name.to_str()
+                && is_digest(digest)
+                && digest.starts_with(wanted)
+            {
+                found.push(digest.to_owned());
             }
         }
         match found.len() {
             0 => Err(missing()),
             1 => Ok(found.remove(0)),
-            count => Err(Error::Ambiguous { wanted: wanted.to_owned(), count }),
+            count => Err(Error::Ambiguous {
+                wanted: wanted.to_owned(),
+                count,
+            }),
         }
     }
 
@@ -439,9 +479,13 @@ impl ImageStore {
 
     /// Removes the lock files of images that nobody makes now.
     fn sweep_making(&self) {
-        let Ok(entries) = fs::read_dir(self.root.join("making")) else { return };
+        let Ok(entries) = fs::read_dir(self.root.join("making")) else {
+            return;
+        };
         for path in entries.flatten().map(|entry| entry.path()) {
-            let Ok(file) = File::open(&path) else { continue };
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
             if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 // Those who wait for this lock look at the name again after they get it.
                 let _ = fs::remove_file(&path);
@@ -492,5 +536,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn sync_folder(path: &Path) -> Result<()> {
-    File::open(path).and_then(|folder| folder.sync_all()).at("flush", path)
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .at("flush", path)
 }

@@ -49,7 +49,11 @@ pub(super) struct Budget {
 
 impl Budget {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, total_bytes: Rc::default(), entries: Rc::default() }
+        Self {
+            limits,
+            total_bytes: Rc::default(),
+            entries: Rc::default(),
+        }
     }
 
     /// Counts one entry.
@@ -96,8 +100,13 @@ pub(super) fn unpack<'r>(
     budget: &Budget,
 ) -> io::Result<Box<dyn Read + 'r>> {
     let packed = Rc::new(Cell::new(0));
-    let mut reader =
-        BufReader::with_capacity(64 << 10, Counting { inner: reader, count: Rc::clone(&packed) });
+    let mut reader = BufReader::with_capacity(
+        64 << 10,
+        Counting {
+            inner: reader,
+            count: Rc::clone(&packed),
+        },
+    );
     let kind = packing(reader.fill_buf()?);
     let inner: Box<dyn Read + 'r> = match kind {
         Packing::Plain => Box::new(reader),
@@ -106,12 +115,18 @@ pub(super) fn unpack<'r>(
         Packing::Other(name, program) => {
             return Err(Error::BadManifest {
                 archive: archive.to_owned(),
-                reason: format!("packed with {name}, which we do not read: unpack it with `{program}`"),
+                reason: format!(
+                    "packed with {name}, which we do not read: unpack it with `{program}`"
+                ),
             }
             .into_io());
         }
     };
-    let ratio = if kind == Packing::Plain { u64::MAX } else { budget.limits.ratio };
+    let ratio = if kind == Packing::Plain {
+        u64::MAX
+    } else {
+        budget.limits.ratio
+    };
     Ok(Box::new(Bounded {
         inner,
         archive: archive.to_owned(),
@@ -146,28 +161,36 @@ struct Bounded<'r> {
 
 impl Read for Bounded<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer).map_err(|error| match error.kind() {
-            // What the decoders say of broken or short input.
-            io::ErrorKind::InvalidInput
-            | io::ErrorKind::InvalidData
-            | io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::Other
-                if error.get_ref().is_none_or(|inner| !inner.is::<Error>()) =>
-            {
-                Error::DamagedArchive {
-                    archive: self.archive.clone(),
-                    offset: self.unpacked,
-                    reason: error.to_string(),
+        let read = self
+            .inner
+            .read(buffer)
+            .map_err(|error| match error.kind() {
+                // What the decoders say of broken or short input.
+                io::ErrorKind::InvalidInput
+                | io::ErrorKind::InvalidData
+                | io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::Other
+                    if error.get_ref().is_none_or(|inner| !inner.is::<Error>()) =>
+                {
+                    Error::DamagedArchive {
+                        archive: self.archive.clone(),
+                        offset: self.unpacked,
+                        reason: error.to_string(),
+                    }
+                    .into_io()
                 }
-                .into_io()
-            }
-            _ => error,
-        })?;
+                _ => error,
+            })?;
         self.unpacked += read as u64;
         let total = self.budget.total_bytes.get().saturating_add(read as u64);
         self.budget.total_bytes.set(total);
         let over = |what, limit| {
-            Err(Error::OverLimit { archive: self.archive.clone(), what, limit }.into_io())
+            Err(Error::OverLimit {
+                archive: self.archive.clone(),
+                what,
+                limit,
+            }
+            .into_io())
         };
         let limits = &self.budget.limits;
         if total > limits.total_bytes {
@@ -190,7 +213,10 @@ pub(super) struct Hashing<R> {
 
 impl<R: Read> Hashing<R> {
     pub(super) fn new(inner: R) -> Self {
-        Self { inner, hasher: Sha256::new() }
+        Self {
+            inner,
+            hasher: Sha256::new(),
+        }
     }
 
     /// Reads to the end and gives the hash in hexadecimal.

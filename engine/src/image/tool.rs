@@ -11,8 +11,8 @@ use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use super::error::{Context as _, Error, Result};
 use super::Progress;
+use super::error::{Context as _, Error, Result};
 
 /// Lines of a failed tool's output that go into the error.
 const DETAIL_LINES: usize = 6;
@@ -26,10 +26,22 @@ pub(super) struct Tool {
     pub(super) package: &'static str,
 }
 
-pub(super) const MMDEBSTRAP: Tool = Tool { name: "mmdebstrap", package: "mmdebstrap" };
-pub(super) const MKE2FS: Tool = Tool { name: "mke2fs", package: "e2fsprogs" };
-pub(super) const DEBUGFS: Tool = Tool { name: "debugfs", package: "e2fsprogs" };
-pub(super) const E2FSCK: Tool = Tool { name: "e2fsck", package: "e2fsprogs" };
+pub(super) const MMDEBSTRAP: Tool = Tool {
+    name: "mmdebstrap",
+    package: "mmdebstrap",
+};
+pub(super) const MKE2FS: Tool = Tool {
+    name: "mke2fs",
+    package: "e2fsprogs",
+};
+pub(super) const DEBUGFS: Tool = Tool {
+    name: "debugfs",
+    package: "e2fsprogs",
+};
+pub(super) const E2FSCK: Tool = Tool {
+    name: "e2fsck",
+    package: "e2fsprogs",
+};
 
 impl Tool {
     /// Finds the program in `PATH`, then where Debian keeps system programs (a user's `PATH`
@@ -45,7 +57,10 @@ impl Tool {
             .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
             .map(|folder| folder.join(self.name))
             .find(|candidate| candidate.is_file())
-            .ok_or(Error::MissingTool { tool: self.name, package: self.package })
+            .ok_or(Error::MissingTool {
+                tool: self.name,
+                package: self.package,
+            })
     }
 
     /// A command in plain C locale, without input, that dies with us.
@@ -109,20 +124,34 @@ impl Tool {
                 }
             });
         }
-        Ok(Running { tool: self, child, lines, seen: Vec::new(), progress })
+        Ok(Running {
+            tool: self,
+            child,
+            lines,
+            seen: Vec::new(),
+            progress,
+        })
     }
 
     /// The error for a failed run.
     pub(super) fn failed(self, status: ExitStatus, output: &[String]) -> Error {
-        let full = output.iter().any(|line| line.contains("No space left on device"));
+        let full = output
+            .iter()
+            .any(|line| line.contains("No space left on device"));
         if full {
-            return Error::DiskFull { path: std::env::temp_dir() };
+            return Error::DiskFull {
+                path: std::env::temp_dir(),
+            };
         }
         let start = output.len().saturating_sub(DETAIL_LINES);
         Error::ToolFailed {
             tool: self.name,
             status: status.to_string(),
-            detail: if output.is_empty() { "it said nothing".into() } else { output[start..].join("; ") },
+            detail: if output.is_empty() {
+                "it said nothing".into()
+            } else {
+                output[start..].join("; ")
+            },
         }
     }
 }
@@ -131,7 +160,11 @@ impl Tool {
 /// lines' ends too.
 fn next_line(reader: &mut impl io::BufRead) -> Option<String> {
     let mut line = Vec::new();
-    match reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line) {
+    match reader
+        .by_ref()
+        .take(LINE_BYTES)
+        .read_until(b'\n', &mut line)
+    {
         Ok(0) | Err(_) => None,
         Ok(_) => {
             let text = String::from_utf8_lossy(&line);
@@ -160,6 +193,8 @@ impl Running<'_> {
     pub(super) fn wait(mut self) -> Result<(ExitStatus, Vec<String>)> {
         loop {
             match self.lines.recv_timeout(Duration::from_millis(100)) {
+                // debugfs and e2fsck begin with their version, on stderr.
+                Ok(line) if line.starts_with("debugfs 1.") || line.starts_with("e2fsck 1.") => {}
                 Ok(line) => {
                     self.progress.line(&line);
                     self.seen.push(line);

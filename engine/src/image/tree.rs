@@ -13,18 +13,21 @@ use std::io::{Read, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps,
-};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
 
+use super::Progress;
 use super::archive::{Entry, Kind};
 use super::error::{Context, Error, Result};
-use super::Progress;
 
 /// Folders that every disk has, so that a guest can mount on them: name and mode.
-const MOUNT_POINTS: [(&str, u32); 5] =
-    [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)];
+const MOUNT_POINTS: [(&str, u32); 5] = [
+    ("dev", 0o755),
+    ("proc", 0o555),
+    ("sys", 0o555),
+    ("run", 0o755),
+    ("tmp", 0o1777),
+];
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 const COPY_BYTES: usize = 64 << 10;
@@ -79,8 +82,12 @@ impl Tree {
     /// Makes the folder `path`, which must not exist.
     pub(super) fn create(path: &Path) -> Result<Self> {
         rustix::fs::mkdir(path, Mode::RWXU).at("create", path)?;
-        let root = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .at("open", path)?;
+        let root = rustix::fs::open(
+            path,
+            OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .at("open", path)?;
         let mut tree = Self {
             root,
             path: path.to_path_buf(),
@@ -117,15 +124,16 @@ impl Tree {
         };
         let parent = self.parent(folders)?;
         let parent_ino = rustix::fs::fstat(&parent).at("stat", &self.path)?.st_ino;
-        let name_c = CString::new(name.as_slice()).map_err(|_| self.refuse(entry, "it holds a NUL"))?;
+        let name_c =
+            CString::new(name.as_slice()).map_err(|_| self.refuse(entry, "it holds a NUL"))?;
         let old = stat_at(&parent, &name_c).at("stat", &self.path)?;
         let keep_folder = matches!(entry.kind, Kind::Folder)
-            && old.as_ref().is_some_and(|old| file_type(old) == FileType::Directory);
+            && old
+                .as_ref()
+                .is_some_and(|old| file_type(old) == FileType::Directory);
         if old.is_some() && !keep_folder {
-            if let Kind::HardLink(target) = &entry.kind {
-                if target == &entry.path {
-                    return Err(self.refuse(entry, "it is a hard link to itself"));
-                }
+            if matches!(&entry.kind, Kind::HardLink(target) if target == &entry.path) {
+                return Err(self.refuse(entry, "it is a hard link to itself"));
             }
             remove_at(&parent, &name_c).at("remove in", &self.path)?;
         }
@@ -147,7 +155,8 @@ impl Tree {
         match &entry.kind {
             Kind::Folder if keep_folder => {}
             Kind::Folder => {
-                rustix::fs::mkdirat(parent, name, Mode::RWXU).at("create a folder in", &self.path)?;
+                rustix::fs::mkdirat(parent, name, Mode::RWXU)
+                    .at("create a folder in", &self.path)?;
             }
             Kind::File => {
                 let mut file = self.create_file(parent, name)?;
@@ -181,7 +190,8 @@ impl Tree {
     }
 
     fn create_file(&self, parent: &OwnedFd, name: &CString) -> Result<File> {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags =
+            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR)
             .at("create a file in", &self.path)?;
         Ok(File::from(fd))
@@ -202,10 +212,12 @@ impl Tree {
                 return Err(Error::Cancelled);
             }
             let want = left.min(buffer.len() as u64) as usize;
-            data.read_exact(&mut buffer[..want]).at("unpack", &self.path)?;
+            data.read_exact(&mut buffer[..want])
+                .at("unpack", &self.path)?;
             left -= want as u64;
             if buffer[..want].iter().all(|byte| *byte == 0) {
-                file.seek(SeekFrom::Current(want as i64)).at("write in", &self.path)?;
+                file.seek(SeekFrom::Current(want as i64))
+                    .at("write in", &self.path)?;
             } else {
                 file.write_all(&buffer[..want]).at("write in", &self.path)?;
             }
@@ -260,7 +272,9 @@ impl Tree {
 
     /// Handles `.wh.` entries of container layers; says whether `entry` was one.
     pub(super) fn whiteout(&mut self, entry: &Entry) -> Result<bool> {
-        let Some((name, folders)) = entry.path.split_last() else { return Ok(false) };
+        let Some((name, folders)) = entry.path.split_last() else {
+            return Ok(false);
+        };
         if !name.starts_with(WHITEOUT) {
             return Ok(false);
         }
@@ -286,27 +300,48 @@ impl Tree {
             return Ok(true); // A whiteout hides lower layers only.
         }
         let hidden = CString::new(hidden).map_err(|_| self.refuse(entry, "it holds a NUL"))?;
-        if stat_at(&parent, &hidden).at("stat in", &self.path)?.is_some() {
+        if stat_at(&parent, &hidden)
+            .at("stat in", &self.path)?
+            .is_some()
+        {
             remove_at(&parent, &hidden).at("remove in", &self.path)?;
         }
         Ok(true)
     }
 
-    /// Removes from a folder all that this layer did not make.
+    /// Removes from a folder all that this layer did not make. A lower layer's folder stays when
+    /// this layer put something into it.
     fn clear_lower(&self, folder: &OwnedFd) -> Result<()> {
-        let mut work = vec![reopen(folder).at("open a folder in", &self.path)?];
-        while let Some(folder) = work.pop() {
-            let ino = rustix::fs::fstat(&folder).at("stat", &self.path)?.st_ino;
-            for name in names(&folder).at("list a folder in", &self.path)? {
-                if !self.layer.contains(&(ino, name.as_bytes().to_vec())) {
-                    remove_at(&folder, &name).at("remove in", &self.path)?;
-                    continue;
-                }
-                let stat = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW)
+        // Names, not descriptors: a layer may have more folders than we may open files.
+        let mut work: Vec<Vec<CString>> = vec![Vec::new()];
+        let mut lower = Vec::new();
+        while let Some(chain) = work.pop() {
+            let here = open_chain(folder, &chain).at("open a folder in", &self.path)?;
+            let ino = rustix::fs::fstat(&here).at("stat", &self.path)?.st_ino;
+            for name in names(&here).at("list a folder in", &self.path)? {
+                let stat = rustix::fs::statat(&here, &name, AtFlags::SYMLINK_NOFOLLOW)
                     .at("stat in", &self.path)?;
-                if file_type(&stat) == FileType::Directory {
-                    work.push(open_below(&folder, &name).at("open a folder in", &self.path)?);
+                let is_folder = file_type(&stat) == FileType::Directory;
+                let of_layer = self.layer.contains(&(ino, name.as_bytes().to_vec()));
+                if is_folder {
+                    let below: Vec<CString> = chain.iter().cloned().chain([name]).collect();
+                    if !of_layer {
+                        lower.push(below.clone());
+                    }
+                    work.push(below);
+                } else if !of_layer {
+                    remove_at(&here, &name).at("remove in", &self.path)?;
                 }
+            }
+        }
+        // Deepest first, so that a folder is empty when its turn comes.
+        lower.sort_by_key(|chain| std::cmp::Reverse(chain.len()));
+        for mut chain in lower {
+            let Some(name) = chain.pop() else { continue };
+            let above = open_chain(folder, &chain).at("open a folder in", &self.path)?;
+            match rustix::fs::unlinkat(&above, &name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+                Err(errno) => return Err(Error::io("remove in", &self.path, errno.into())),
             }
         }
         Ok(())
@@ -317,7 +352,9 @@ impl Tree {
         match self.open_folder(folders) {
             Ok(fd) => return Ok(fd),
             Err(Errno::NOENT) => {}
-            Err(errno @ (Errno::NOTDIR | Errno::LOOP)) => return Err(self.bad_parent(folders, errno)),
+            Err(errno @ (Errno::NOTDIR | Errno::LOOP)) => {
+                return Err(self.bad_parent(folders, errno));
+            }
             Err(errno) => return Err(Error::io("open a folder in", &self.path, errno.into())),
         }
         for depth in 0..folders.len() {
@@ -326,14 +363,18 @@ impl Tree {
                 Err(Errno::NOENT) => {}
                 Err(errno) => return Err(self.bad_parent(folders, errno)),
             }
-            let above = self.open_folder(&folders[..depth]).at("open a folder in", &self.path)?;
+            let above = self
+                .open_folder(&folders[..depth])
+                .at("open a folder in", &self.path)?;
             let name = CString::new(folders[depth].as_slice())
                 .map_err(|_| self.bad_parent(folders, Errno::INVAL))?;
             match rustix::fs::mkdirat(&above, &name, Mode::RWXU) {
                 Ok(()) => {}
                 // A link to nowhere stands there.
                 Err(errno @ Errno::EXIST) => return Err(self.bad_parent(folders, errno)),
-                Err(errno) => return Err(Error::io("create a folder in", &self.path, errno.into())),
+                Err(errno) => {
+                    return Err(Error::io("create a folder in", &self.path, errno.into()));
+                }
             }
             let stat = rustix::fs::statat(&above, &name, AtFlags::SYMLINK_NOFOLLOW)
                 .at("stat in", &self.path)?;
@@ -346,7 +387,11 @@ impl Tree {
 
     /// Opens a folder inside the tree; links lead to places inside the tree only.
     fn open_folder(&self, folders: &[Vec<u8>]) -> rustix::io::Result<OwnedFd> {
-        let path = if folders.is_empty() { b".".to_vec() } else { folders.join(&b'/') };
+        let path = if folders.is_empty() {
+            b".".to_vec()
+        } else {
+            folders.join(&b'/')
+        };
         let path = CString::new(path).map_err(|_| Errno::INVAL)?;
         rustix::fs::openat2(
             &self.root,
@@ -378,8 +423,12 @@ impl Tree {
     pub(super) fn finish(mut self) -> Result<(Summary, Vec<Fix>)> {
         for (name, mode) in MOUNT_POINTS {
             let name_c = CString::new(name).unwrap_or_default();
-            if stat_at(&self.root, &name_c).at("stat in", &self.path)?.is_none() {
-                rustix::fs::mkdirat(&self.root, &name_c, Mode::RWXU).at("create a folder in", &self.path)?;
+            if stat_at(&self.root, &name_c)
+                .at("stat in", &self.path)?
+                .is_none()
+            {
+                rustix::fs::mkdirat(&self.root, &name_c, Mode::RWXU)
+                    .at("create a folder in", &self.path)?;
                 let stat = rustix::fs::statat(&self.root, &name_c, AtFlags::SYMLINK_NOFOLLOW)
                     .at("stat in", &self.path)?;
                 self.meta.insert(stat.st_ino, Meta::folder(mode));
@@ -447,7 +496,11 @@ impl Tree {
         let default = Meta::folder(0o755);
         let meta = self.meta.get(&stat.st_ino).unwrap_or(&default);
         let mut fix = Fix {
-            path: if path.is_empty() { "/".into() } else { path.to_owned() },
+            path: if path.is_empty() {
+                "/".into()
+            } else {
+                path.to_owned()
+            },
             xattrs: meta.xattrs.clone(),
             ..Fix::default()
         };
@@ -462,7 +515,11 @@ impl Tree {
             fix.mode = Some(type_bits | meta.mode);
         } else if kind != FileType::Symlink {
             // On the host: no set-id bits, and always open to ourselves, who must read it back.
-            let own = if kind == FileType::Directory { 0o700 } else { 0o600 };
+            let own = if kind == FileType::Directory {
+                0o700
+            } else {
+                0o600
+            };
             let on_host = (meta.mode & 0o777) | own;
             rustix::fs::chmodat(folder, name, Mode::from_raw_mode(on_host), AtFlags::empty())
                 .at("set the mode in", &self.path)?;
@@ -477,8 +534,14 @@ impl Tree {
         if meta.gid != if fresh { 0 } else { stat.st_gid } {
             fix.gid = Some(meta.gid);
         }
-        let time = Timespec { tv_sec: meta.mtime, tv_nsec: 0 };
-        let times = Timestamps { last_access: time, last_modification: time };
+        let time = Timespec {
+            tv_sec: meta.mtime,
+            tv_nsec: 0,
+        };
+        let times = Timestamps {
+            last_access: time,
+            last_modification: time,
+        };
         rustix::fs::utimensat(folder, name, &times, AtFlags::SYMLINK_NOFOLLOW)
             .at("set the time in", &self.path)?;
         let needed = fix.device.is_some()
@@ -496,7 +559,14 @@ impl Tree {
 impl Meta {
     /// A folder nobody described: root's.
     fn folder(mode: u32) -> Self {
-        Self { mode, uid: 0, gid: 0, mtime: 0, xattrs: Vec::new(), device: None }
+        Self {
+            mode,
+            uid: 0,
+            gid: 0,
+            mtime: 0,
+            xattrs: Vec::new(),
+            device: None,
+        }
     }
 }
 
