@@ -1,3 +1,111 @@
-//! Being written.
+//! `ratoon`: micro virtual machines from the command line. Thin over `ratoon-engine`.
+//!
+//! Standard output has the command's own output or the answer that was asked for, standard error
+//! all else. Exit codes: the command's own; 2 for wrong usage; 124 when `--timeout` passed; 125
+//! when Ratoon failed; 126 and 127 when the command could not be run or found.
 
-fn main() {}
+mod commands;
+mod doctor;
+mod failure;
+mod interrupt;
+mod output;
+mod progress;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ratoon_engine::Engine;
+use ratoon_engine::dirs::Dirs;
+
+use commands::{image, kill, logs, ps, rm, run, stop};
+use failure::Failure;
+
+/// Run commands in micro virtual machines.
+#[derive(Parser)]
+#[command(name = "ratoon", version, max_term_width = 100)]
+#[command(after_help = "Examples:
+  ratoon doctor
+  ratoon image build debian
+  ratoon run --image debian -- python3 -c 'print(6 * 7)'
+  ratoon run -d --name web --memory 1G
+  ratoon ps
+  ratoon stop web && ratoon rm web
+
+Files: ~/.local/state/ratoon (VMs; XDG_STATE_HOME), ~/.cache/ratoon (images, kernel; XDG_CACHE_HOME)
+Exit codes: the command's own; 2 wrong usage; 124 --timeout passed; 125 ratoon failed;
+126, 127 the command could not be run or found; 128 + N ended by signal N.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Args),
+    Ps(ps::Args),
+    Logs(logs::Args),
+    Stop(stop::Args),
+    Kill(kill::Args),
+    Rm(rm::Args),
+    #[command(subcommand)]
+    Image(image::Command),
+    Doctor(doctor::Args),
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().command) {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn dispatch(command: Command) -> Result<ExitCode, Failure> {
+    let dirs = Dirs::from_env()?;
+    // The doctor must be able to tell what is wrong with the directories.
+    if let Command::Doctor(args) = &command {
+        return doctor::run(args, &dirs);
+    }
+    let engine = Engine::open(dirs)?;
+    match command {
+        Command::Run(args) => run::run(&engine, args),
+        Command::Ps(args) => ps::run(&engine, &args),
+        Command::Logs(args) => logs::run(&engine, &args),
+        Command::Stop(args) => stop::run(&engine, &args),
+        Command::Kill(args) => kill::run(&engine, &args),
+        Command::Rm(args) => rm::run(&engine, &args),
+        Command::Image(command) => image::run(&engine, command),
+        Command::Doctor(args) => doctor::run(&args, engine.dirs()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_two_dashes_is_the_command_untouched() {
+        let cli = Cli::try_parse_from(["ratoon", "run", "--image", "x", "--", "sh", "-c", "--net"])
+            .ok()
+            .map(|cli| cli.command);
+        match cli {
+            Some(Command::Run(args)) => assert_eq!(args.command, ["sh", "-c", "--net"]),
+            _ => panic!("not a run"),
+        }
+    }
+
+    #[test]
+    fn a_command_without_two_dashes_is_wrong_usage() {
+        let error = Cli::try_parse_from(["ratoon", "run", "ls"])
+            .err()
+            .map(|e| e.exit_code());
+        assert_eq!(error, Some(2));
+    }
+}
