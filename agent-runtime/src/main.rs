@@ -3,15 +3,22 @@
 //! As PID 1 it ends only with the machine. What cannot be mended in start-up ends it with one line
 //! on the console and the kernel panics ("Attempted to kill init"): the VMM reports that, and the
 //! line before says why. A clean end is a power-off.
+//!
+//! C's `main` and not Rust's: what Rust does before its `main` is a dozen system calls, and it
+//! aborts when a kernel without a console leaves the standard descriptors closed.
+
+#![no_main]
 
 use std::env;
 use std::os::unix::net::UnixListener;
-use std::process::ExitCode;
 
 use ratoon_protocol::RUNTIME_PORT;
 use ratoon_runtime::{boot, power, server::Server, sys};
 
-fn main() -> ExitCode {
+/// The program's entry; the C library has made the arguments known to [`env::args_os`].
+// SAFETY: the only `main` of this program, with a signature that C allows.
+#[unsafe(no_mangle)]
+pub extern "C" fn main() -> libc::c_int {
     let mut args = env::args_os().skip(1);
     let result = match (args.next(), args.next(), args.next()) {
         (Some(flag), Some(path), None) if flag == "--serve-unix" => serve_unix(path.as_ref()),
@@ -20,14 +27,14 @@ fn main() -> ExitCode {
             eprintln!(
                 "usage: ratoon-runtime --serve-unix PATH   (without arguments only as PID 1)"
             );
-            return ExitCode::from(2);
+            return 2;
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("ratoon-runtime: {}", boot::one_line(error.as_ref()));
-            ExitCode::FAILURE
+            1
         }
     }
 }

@@ -7,7 +7,7 @@
 //! the loop can reap them.
 //!
 //! What is not urgent (a process has started, an output is at its end) waits up to [`LAZY`] for
-//! company: a system call costs much on some hosts.
+//! company: a system call costs much on some hosts, and most commands end sooner.
 //!
 //! How it fails: a connection that breaks is closed and its processes are killed, group by group;
 //! connections not from the host are refused; when descriptors run out, accepting pauses.
@@ -29,7 +29,7 @@ use crate::spawn::Spawner;
 use crate::sys::{self, PollFd, poll_fd};
 
 /// How long a frame that is not urgent may wait.
-pub const LAZY: Duration = Duration::from_millis(10);
+pub const LAZY: Duration = Duration::from_millis(250);
 
 /// How many connections are served at once.
 pub const MAX_CONNECTIONS: usize = 64;

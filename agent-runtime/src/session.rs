@@ -472,7 +472,7 @@ impl Session {
         &self.out[self.out_sent..]
     }
 
-    /// Whether what is unsent should go now; otherwise it may wait a few milliseconds for company.
+    /// Whether what is unsent should go now; otherwise it may wait for company.
     pub fn is_urgent(&self) -> bool {
         self.urgent
     }

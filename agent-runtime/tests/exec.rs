@@ -223,7 +223,7 @@ fn a_command_starts_in_its_directory_with_a_session_of_its_own_and_clean_signals
     let params = ExecParams {
         cwd: Some("/usr".into()),
         ..sh(
-            "pwd; cut -d' ' -f5,6 /proc/$$/stat; echo $$; grep -E 'Sig(Blk|Ign)' /proc/$$/status; umask",
+            "pwd; cut -d' ' -f5,6 /proc/$$/stat; echo $$; exec grep -E 'Sig(Blk|Ign)' /proc/self/status",
         )
     };
     let ran = run(&mut runtime.client(), &params).unwrap();
