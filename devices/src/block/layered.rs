@@ -6,8 +6,8 @@
 //!
 //! qcow2 comes from imago, built synchronous: no threads, no runtime. Its table caches are written
 //! back on a flush and when the [`Layer`] is dropped: a VMM that is killed loses what the guest had
-//! not flushed, as in a power cut, and no more. Range requests of whole clusters free the layer's
-//! space.
+//! not flushed, as in a power cut, and no more. What is discarded in whole clusters is used again by
+//! the layer; its file does not shrink, for imago does not punch holes where clusters are freed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
