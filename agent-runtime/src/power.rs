@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::MountFlags;
 use rustix::process::Signal;
 
 /// How long processes have between TERM and KILL.
@@ -35,10 +35,8 @@ pub fn rest_file_systems() {
     rustix::fs::sync();
     let flags = MountFlags::RDONLY;
     if let Err(error) = rustix::mount::mount_remount("/", flags, c"") {
-        // It has been synced; a process in the kernel's own hands may still hold a file open.
+        // It has been synced all the same; an unkillable process may still hold a file open.
         eprintln!("ratoon-runtime: the root stays writable to the end: {error}");
-        let _ = rustix::mount::unmount("/run", UnmountFlags::DETACH);
-        rustix::fs::sync();
     }
 }
 

@@ -85,20 +85,20 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
     Ok((fd, is_vsock.then_some(address.svm_cid)))
 }
 
-/// Blocks all signals and makes SIGCHLD readable from a descriptor. SIGPIPE gets its default
-/// action back (blocked, so it does not hit us): a program that we start must not inherit Rust's
-/// "ignore".
+/// Blocks SIGCHLD and makes it readable from a descriptor; blocks SIGPIPE, which must not hit us and
+/// must keep its default action for the programs that we start. No other signal ends PID 1.
 pub fn block_signals() -> io::Result<OwnedFd> {
     // SAFETY: the sets are ours, sigset_t is plain data, and only this thread's mask changes.
     unsafe {
-        let mut all: libc::sigset_t = mem::zeroed();
-        libc::sigfillset(&raw mut all);
+        let mut blocked: libc::sigset_t = mem::zeroed();
+        libc::sigemptyset(&raw mut blocked);
+        libc::sigaddset(&raw mut blocked, libc::SIGCHLD);
+        libc::sigaddset(&raw mut blocked, libc::SIGPIPE);
         check(libc::sigprocmask(
             libc::SIG_BLOCK,
-            &raw const all,
+            &raw const blocked,
             std::ptr::null_mut(),
         ))?;
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let mut child: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&raw mut child);
         libc::sigaddset(&raw mut child, libc::SIGCHLD);
