@@ -42,7 +42,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Run(run::Args),
+    Run(Box<run::Args>),
     Ps(ps::Args),
     Logs(logs::Args),
     Stop(stop::Args),
@@ -68,7 +68,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     }
     let engine = Engine::open(dirs)?;
     match command {
-        Command::Run(args) => run::run(&engine, args),
+        Command::Run(args) => run::run(&engine, &args),
         Command::Ps(args) => ps::run(&engine, &args),
         Command::Logs(args) => logs::run(&engine, &args),
         Command::Stop(args) => stop::run(&engine, &args),

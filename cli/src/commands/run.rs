@@ -118,7 +118,7 @@ struct Report {
     truncated: bool,
 }
 
-pub fn run(engine: &Engine, args: Args) -> Result<ExitCode, Failure> {
+pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     if args.detach && !args.command.is_empty() {
         return Err(
             Failure::new("-d starts a machine without a command: leave the command out")
@@ -126,17 +126,17 @@ pub fn run(engine: &Engine, args: Args) -> Result<ExitCode, Failure> {
                 .code(2),
         );
     }
-    let spec = command_spec(&args)?;
+    let spec = command_spec(args)?;
     let interrupts = Interrupts::listen()?;
     let begun = Instant::now();
-    let mut started = boot(engine, &args, &interrupts)?;
+    let mut started = boot(engine, args, &interrupts)?;
     let mut client = match connect(&mut started.vm) {
         Ok(client) => client,
         Err(error) => return Err(broken(&started.vm, &interrupts, error)),
     };
     let boot_ms = millis(begun);
     if args.detach {
-        return detach(started.vm, &args);
+        return detach(started.vm, args);
     }
     let params = command::resolve(&started.command, &spec)?;
     interrupts.command(client.controller());
@@ -144,7 +144,7 @@ pub fn run(engine: &Engine, args: Args) -> Result<ExitCode, Failure> {
         interrupts.end_after(timeout)?;
     }
     let begun = Instant::now();
-    let (result, captured) = exec(&mut client, &params, &args);
+    let (result, captured) = exec(&mut client, &params, args);
     let run_ms = millis(begun);
     let result = result.map_err(|error| match error {
         RuntimeError::Call(error) => refused(&params, &error),
