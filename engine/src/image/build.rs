@@ -212,12 +212,9 @@ fn unpack(
     command.args(host_apt_options()).args(arguments);
     let mut running = MMDEBSTRAP.start(command, progress)?;
     let mut tree = Tree::create(&scratch.join("tree"))?;
-    let Some(stdout) = running.take_stdout() else {
-        return Err(Error::Cancelled); // Not reached: it was asked for and nobody took it.
-    };
     tree.begin_layer("mmdebstrap's tar");
     let budget = Budget::new(Limits::default());
-    let stdout = Box::new(BufReader::with_capacity(1 << 20, stdout));
+    let stdout = Box::new(BufReader::with_capacity(1 << 20, &mut running));
     let mut archive = Archive::new(stdout, "mmdebstrap's tar", &budget);
     let unpacked = (|| {
         while let Some(entry) = archive.next()? {

@@ -108,9 +108,7 @@ fn apply(disk: &Path, scratch: &Path, fixes: &[Fix], progress: &dyn Progress) ->
         .current_dir(scratch);
     let mut running = DEBUGFS.start(command, progress)?;
     // It echoes every command; only what it says on stderr matters.
-    if let Some(mut stdout) = running.take_stdout() {
-        std::io::copy(&mut stdout, &mut std::io::sink()).at("read from", "debugfs".as_ref())?;
-    }
+    std::io::copy(&mut running, &mut std::io::sink()).at("read from", "debugfs".as_ref())?;
     let (status, errors) = running.wait()?;
     // It reports a failed command on stderr and still exits with 0.
     let errors: Vec<String> = errors.into_iter().filter(|line| !line.is_empty()).collect();

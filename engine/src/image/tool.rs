@@ -1,23 +1,40 @@
 //! Runs the host programs that make and check disks.
 //!
-//! A child never outlives us: it gets SIGTERM when the thread that started it dies, however that
-//! happens, and when the caller cancels.
+//! A child never outlives us. It runs in a process group of its own, beside a shell that waits for
+//! the end of a pipe which only we hold: however we die, the pipe ends and the shell sends SIGTERM
+//! to the group. (A parent-death signal would reach mmdebstrap's first process alone, which leaves
+//! such signals to the others.)
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead as _, BufReader, Read};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Progress;
 use super::error::{Context as _, Error, Result};
 
 /// Lines of a failed tool's output that go into the error.
 const DETAIL_LINES: usize = 6;
+/// How often a silent program's caller is asked whether to go on.
+const TICK: Duration = Duration::from_millis(100);
+const TICK_SPEC: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 /// Longest line that is passed on, in bytes.
 const LINE_BYTES: u64 = 4096;
+
+/// Runs `"$@"`; see the module's text. The watcher ignores the signal that it sends.
+const WATCHED: &str = r#"
+exec 3<&0 </dev/null
+(trap '' TERM; read -r _ <&3; kill -TERM 0) >/dev/null 2>&1 &
+exec "$@" 3<&-
+"#;
 
 /// A host program and the package that has it.
 #[derive(Debug, Clone, Copy)]
@@ -63,25 +80,11 @@ impl Tool {
             })
     }
 
-    /// A command in plain C locale, without input, that dies with us.
+    /// A command in plain C locale, without input, that dies with us. Arguments can be added.
     pub(super) fn command(self) -> Result<Command> {
-        let mut command = Command::new(self.find()?);
-        command.env("LC_ALL", "C").stdin(Stdio::null());
-        let parent = rustix::process::getpid();
-        // SAFETY: runs between fork and exec; both calls are plain system calls without
-        // allocation or locks.
-        unsafe {
-            command.pre_exec(move || {
-                rustix::process::set_parent_process_death_signal(Some(
-                    rustix::process::Signal::TERM,
-                ))?;
-                // The parent may have died before the line above.
-                if rustix::process::getppid() != Some(parent) {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
-                Ok(())
-            });
-        }
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", WATCHED, self.name]).arg(self.find()?);
+        command.env("LC_ALL", "C").process_group(0);
         Ok(command)
     }
 
@@ -92,26 +95,26 @@ impl Tool {
         progress: &dyn Progress,
     ) -> Result<(ExitStatus, Vec<String>)> {
         let mut running = self.start(command, progress)?;
-        // stdout first: the reader of stderr is a thread of its own.
         let mut lines = Vec::new();
-        if let Some(stdout) = running.take_stdout() {
-            let mut stdout = BufReader::new(stdout);
-            while let Some(line) = next_line(&mut stdout) {
-                lines.push(line);
-            }
+        let mut stdout = BufReader::new(&mut running);
+        while let Some(line) = next_line(&mut stdout) {
+            lines.push(line);
         }
         let (status, errors) = running.wait()?;
         lines.extend(errors);
         Ok((status, lines))
     }
 
-    /// Starts it, with stdout to be taken and stderr going to `progress`.
+    /// Starts it. Its stdout is read from the result; its stderr goes to `progress` meanwhile.
     pub(super) fn start<'p>(
         self,
         mut command: Command,
         progress: &'p dyn Progress,
     ) -> Result<Running<'p>> {
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().at("start", self.name.as_ref())?;
         let (send, lines) = channel();
         if let Some(stderr) = child.stderr.take() {
@@ -174,7 +177,7 @@ fn next_line(reader: &mut impl io::BufRead) -> Option<String> {
     }
 }
 
-/// A started program. Dropping it stops it.
+/// A started program. Reading gives its standard output; dropping stops it.
 pub(super) struct Running<'p> {
     tool: Tool,
     child: Child,
@@ -184,30 +187,62 @@ pub(super) struct Running<'p> {
 }
 
 impl Running<'_> {
-    /// Its standard output, once.
-    pub(super) fn take_stdout(&mut self) -> Option<ChildStdout> {
-        self.child.stdout.take()
-    }
-
-    /// Waits for it; passes its lines on; stops it when the caller cancels.
+    /// Waits for it, after its output was read; stops it when the caller cancels.
     pub(super) fn wait(mut self) -> Result<(ExitStatus, Vec<String>)> {
         loop {
-            match self.lines.recv_timeout(Duration::from_millis(100)) {
-                // debugfs and e2fsck begin with their version, on stderr.
-                Ok(line) if line.starts_with("debugfs 1.") || line.starts_with("e2fsck 1.") => {}
-                Ok(line) => {
-                    self.progress.line(&line);
-                    self.seen.push(line);
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
             if self.progress.cancelled() {
                 return Err(Error::Cancelled);
             }
+            match self.lines.recv_timeout(TICK) {
+                Ok(line) => self.pass_on(line),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
         }
-        let status = self.child.wait().at("wait for", self.tool.name.as_ref())?;
+        // `Child::wait` would close the watcher's pipe first, which stops the child.
+        let status = loop {
+            match self
+                .child
+                .try_wait()
+                .at("wait for", self.tool.name.as_ref())?
+            {
+                Some(status) => break status,
+                None if self.progress.cancelled() => return Err(Error::Cancelled),
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
         Ok((status, std::mem::take(&mut self.seen)))
+    }
+
+    fn pass_on(&mut self, line: String) {
+        // debugfs and e2fsck begin with their version, on stderr.
+        if line.starts_with("debugfs 1.") || line.starts_with("e2fsck 1.") {
+            return;
+        }
+        self.progress.line(&line);
+        self.seen.push(line);
+    }
+}
+
+impl Read for Running<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            while let Ok(line) = self.lines.try_recv() {
+                self.pass_on(line);
+            }
+            if self.progress.cancelled() {
+                return Err(Error::Cancelled.into_io());
+            }
+            let Some(stdout) = self.child.stdout.as_mut() else {
+                return Ok(0);
+            };
+            let mut ready = [PollFd::new(stdout, PollFlags::IN)];
+            match poll(&mut ready, Some(&TICK_SPEC)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return stdout.read(buffer),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 }
 
@@ -216,9 +251,9 @@ impl Drop for Running<'_> {
         if let Ok(Some(_)) = self.child.try_wait() {
             return;
         }
-        let pid = rustix::process::Pid::from_child(&self.child);
+        let group = rustix::process::Pid::from_child(&self.child);
         // SIGTERM, so that it can take its own mounts and temporary files down.
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::TERM);
         let _ = self.child.wait();
     }
 }
