@@ -210,6 +210,13 @@ fn unpack(
     ));
     let mut command = MMDEBSTRAP.command()?;
     command.args(host_apt_options()).args(arguments);
+    if rustix::process::geteuid().is_root() {
+        // A killed build's folders are swept with ours. Not for a normal user: the ids that
+        // mmdebstrap works under could not get in.
+        let work = scratch.join("work");
+        fs::create_dir(&work).at("create", &work)?;
+        command.env("TMPDIR", &work);
+    }
     let mut running = MMDEBSTRAP.start(command, progress)?;
     let mut tree = Tree::create(&scratch.join("tree"))?;
     tree.begin_layer("mmdebstrap's tar");

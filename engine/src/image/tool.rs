@@ -257,3 +257,42 @@ impl Drop for Running<'_> {
         let _ = self.child.wait();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Quiet;
+    use super::*;
+
+    const SH: Tool = Tool {
+        name: "sh",
+        package: "dash",
+    };
+
+    #[test]
+    fn a_dropped_program_is_stopped_with_its_children() {
+        let mut command = SH.command().unwrap();
+        command.args(["-c", "sleep 1000 & echo started; wait"]);
+        let mut running = SH.start(command, &Quiet).unwrap();
+        let mut said = [0; 8];
+        running.read_exact(&mut said).unwrap();
+        let stdout = running.child.stdout.take();
+        drop(running);
+        // The pipe ends when the last process that holds it is gone.
+        let mut rest = Vec::new();
+        stdout.unwrap().read_to_end(&mut rest).unwrap();
+        assert_eq!((&said, rest.as_slice()), (b"started\n", &[][..]));
+    }
+
+    #[test]
+    fn a_programs_status_and_output_come_back() {
+        let mut command = SH.command().unwrap();
+        command.args(["-c", "echo out; echo err >&2; exit 3"]);
+        let (status, lines) = SH.run(command, &Quiet).unwrap();
+        assert_eq!(status.code(), Some(3));
+        assert_eq!(lines, ["out", "err"]);
+        assert_eq!(
+            SH.failed(status, &lines).to_string(),
+            "sh failed (exit status: 3): out; err"
+        );
+    }
+}
