@@ -9,3 +9,4 @@ pub mod legacy;
 pub mod net;
 pub mod rng;
 pub mod virtio;
+pub mod vsock;

@@ -1,0 +1,70 @@
+//! What kind of KVM this host has, and all that is special about hosts without hardware
+//! virtualization (`docs/host-without-vt.md`). Chosen once at start; on hardware nothing here acts.
+//!
+//! On an *emulated* host (KVM's `kvm_pvm`) guest user code runs on the CPU and guest kernel code in
+//! KVM's instruction emulator. Two things follow: [`boot_args`] keeps the guest kernel off
+//! instructions that the emulator lacks, and [`fallback`] carries out the few that still come.
+
+pub mod fallback;
+
+use std::path::Path;
+
+pub use ratoon_vmm_api::HostClass;
+
+/// Looks at the host, once at start.
+pub fn detect() -> HostClass {
+    detect_in(Path::new("/sys/module"))
+}
+
+fn detect_in(modules: &Path) -> HostClass {
+    if modules.join("kvm_pvm").exists() {
+        return HostClass::Emulated;
+    }
+    if modules.join("kvm_intel").exists() || modules.join("kvm_amd").exists() {
+        return HostClass::Hardware;
+    }
+    // Another build of KVM: ask the CPU.
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
+    match flags {
+        Some(flags) if !flags.split(' ').any(|flag| flag == "vmx" || flag == "svm") => {
+            HostClass::Emulated
+        }
+        _ => HostClass::Hardware,
+    }
+}
+
+/// Kernel arguments that this kind of host needs, empty on hardware.
+///
+/// CPUID cannot hide these features on `kvm_pvm` (it forces the host's values), and the kernel
+/// patches itself with their instructions, which the emulator lacks.
+pub fn boot_args(class: HostClass) -> &'static str {
+    match class {
+        HostClass::Hardware => "",
+        HostClass::Emulated => {
+            "noxsave nofsgsbase noinvpcid nopcid nopku \
+             clearcpuid=smap,smep,umip,popcnt,erms,fsrm,rdrand,rdseed,xsaves,serialize,movdiri,\
+             movdir64b,clwb,clflushopt,rdtscp,rdpid,cx16,waitpkg"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kvm_module_decides_the_class() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("kvm_intel")).unwrap();
+        assert_eq!(detect_in(dir.path()), HostClass::Hardware);
+        std::fs::create_dir(dir.path().join("kvm_pvm")).unwrap();
+        assert_eq!(detect_in(dir.path()), HostClass::Emulated);
+    }
+
+    #[test]
+    fn hardware_gets_no_workaround() {
+        assert_eq!(boot_args(HostClass::Hardware), "");
+        assert!(!boot_args(HostClass::Emulated).contains("  "));
+    }
+}

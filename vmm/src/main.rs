@@ -1,0 +1,240 @@
+//! `ratoon-vmm`: reads one configuration, runs one VM, leaves a report.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use ratoon_vmm::clock::monotonic_ns;
+use ratoon_vmm::event_loop::EventLoop;
+use ratoon_vmm::machine::{Action, Machine};
+use ratoon_vmm::start::Configured;
+use ratoon_vmm::{causes, control};
+use ratoon_vmm_api::{ExitReport, Outcome, VmConfig, VmState};
+
+/// A configuration longer than this is none.
+const MAX_CONFIG_LEN: u64 = 1 << 20;
+
+/// Runs one virtual machine until it ends.
+///
+/// Exit status: 0 when the VM stopped as it or its owner wished, 1 when it failed.
+#[derive(Parser)]
+#[command(name = "ratoon-vmm", version)]
+struct Args {
+    /// Print the OpenAPI document of the control socket and end.
+    #[arg(long)]
+    openapi: bool,
+    /// File with the VM's configuration (JSON).
+    #[arg(long, value_name = "FILE", conflicts_with = "config_fd")]
+    config: Option<PathBuf>,
+    /// Inherited descriptor from which the configuration is read.
+    #[arg(long, value_name = "FD")]
+    config_fd: Option<RawFd>,
+    /// Inherited listening Unix socket for control.
+    #[arg(long, value_name = "FD")]
+    control_fd: Option<RawFd>,
+    /// Unix socket to make for control.
+    #[arg(long, value_name = "PATH", conflicts_with = "control_fd")]
+    control: Option<PathBuf>,
+    /// Inherited descriptor whose hang-up ends the VM (the read end of its owner's pipe).
+    #[arg(long, value_name = "FD")]
+    lifeline_fd: Option<RawFd>,
+    /// Build the VM but wait for `POST /v1/resume` before the first guest instruction.
+    #[arg(long)]
+    paused: bool,
+    /// Log also what is normal.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Takes a descriptor that the parent process passed.
+fn inherited(fd: RawFd, what: &str) -> Result<OwnedFd, Failure> {
+    // Standard streams are never passed so, and a descriptor that is not open is a wrong flag.
+    // SAFETY: F_GETFD only asks whether the number is an open descriptor.
+    if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(format!("--{what} {fd}: no such open descriptor").into());
+    }
+    // SAFETY: it is open, it is above the standard streams, and each flag's number is taken once:
+    // `distinct` has refused equal ones.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+fn distinct(args: &Args) -> Result<(), Failure> {
+    let mut fds: Vec<RawFd> = [args.config_fd, args.control_fd, args.lifeline_fd]
+        .into_iter()
+        .flatten()
+        .collect();
+    fds.sort_unstable();
+    if fds.windows(2).any(|pair| pair[0] == pair[1]) {
+        return Err("two flags name the same descriptor".into());
+    }
+    Ok(())
+}
+
+fn read_config(args: &Args) -> Result<VmConfig, Failure> {
+    let (file, name) = match (&args.config, args.config_fd) {
+        (Some(path), _) => (
+            File::open(path)
+                .map_err(|error| format!("configuration {}: {error}", path.display()))?,
+            path.display().to_string(),
+        ),
+        (None, Some(fd)) => (
+            inherited(fd, "config-fd")?.into(),
+            format!("descriptor {fd}"),
+        ),
+        (None, None) => return Err("give a configuration: --config FILE or --config-fd FD".into()),
+    };
+    let mut json = Vec::new();
+    file.take(MAX_CONFIG_LEN + 1)
+        .read_to_end(&mut json)
+        .map_err(|error| format!("configuration {name}: {error}"))?;
+    if json.len() as u64 > MAX_CONFIG_LEN {
+        return Err(format!("configuration {name} is longer than {MAX_CONFIG_LEN} bytes").into());
+    }
+    Ok(VmConfig::from_json(&json)?)
+}
+
+fn control_listener(args: &Args) -> Result<Option<UnixListener>, Failure> {
+    match (&args.control, args.control_fd) {
+        (Some(path), _) => {
+            Ok(Some(UnixListener::bind(path).map_err(|error| {
+                format!("control socket {}: {error}", path.display())
+            })?))
+        }
+        (None, Some(fd)) => Ok(Some(inherited(fd, "control-fd")?.into())),
+        (None, None) => Ok(None),
+    }
+}
+
+/// A socket that becomes readable when SIGTERM or SIGINT comes.
+fn termination() -> Result<UnixStream, Failure> {
+    let (read, write) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    }
+    Ok(read)
+}
+
+/// Writes the report under a temporary name, then renames it.
+fn write_report(path: &Path, report: &ExitReport) -> std::io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary)?;
+    file.write_all(&serde_json::to_vec(report).unwrap_or_default())?;
+    std::fs::rename(&temporary, path)
+}
+
+/// What is left to do when the VM is over.
+fn leave(config: &VmConfig, outcome: &Outcome) {
+    if let Some(path) = &config.exit_report {
+        let report = ExitReport {
+            id: config.id.clone(),
+            outcome: outcome.clone(),
+        };
+        if let Err(error) = write_report(path, &report) {
+            tracing::error!(%error, path = %path.display(), "exit report");
+        }
+    }
+    if *outcome == Outcome::Orphaned
+        && let Some(dir) = &config.remove_when_orphaned
+        && let Err(error) = std::fs::remove_dir_all(dir)
+    {
+        tracing::error!(%error, dir = %dir.display(), "cleaning up after the owner");
+    }
+}
+
+fn build(config: VmConfig, main_ns: u64) -> Result<Machine, Failure> {
+    Ok(Configured::new(config, main_ns)
+        .with_memory()?
+        .with_vcpus()?
+        .loaded()?
+        .machine()?)
+}
+
+fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
+    distinct(args)?;
+    let config = read_config(args)?;
+    let listener = control_listener(args)?;
+    let lifeline = match args.lifeline_fd {
+        Some(fd) => Some(inherited(fd, "lifeline-fd")?),
+        None => None,
+    };
+    let signals = termination()?;
+    let remove_control = args.control.as_deref().map(RemoveOnDrop);
+
+    let machine = match build(config.clone(), main_ns) {
+        Ok(machine) => Arc::new(machine),
+        Err(error) => {
+            let causes = causes(error.as_ref());
+            leave(&config, &Outcome::Failed { causes });
+            return Err(error);
+        }
+    };
+    let mut events = EventLoop::new(
+        machine.bus().virtio(),
+        machine.ending().clone(),
+        signals,
+        lifeline,
+    )?;
+    if !args.paused {
+        machine.perform(Action::Resume)?;
+    }
+    if let Some(listener) = listener {
+        control::start(listener, machine.clone())?;
+    }
+    let outcome = events.run()?;
+    machine.wind_down(&outcome);
+    drop(events);
+    if let Some(path) = ratoon_vmm::start::vsock_socket(&config) {
+        // The device unlinks it when it is dropped, which the control thread's handle prevents.
+        let _ = std::fs::remove_file(path);
+    }
+    drop(remove_control);
+    leave(&config, &outcome);
+    Ok(outcome)
+}
+
+struct RemoveOnDrop<'a>(&'a Path);
+
+impl Drop for RemoveOnDrop<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
+
+fn main() -> ExitCode {
+    let main_ns = monotonic_ns();
+    let args = Args::parse();
+    if args.openapi {
+        println!("{}", control::openapi());
+        return ExitCode::SUCCESS;
+    }
+    let level = if args.verbose {
+        tracing::Level::INFO
+    } else {
+        tracing::Level::WARN
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    match run(&args, main_ns) {
+        Ok(outcome) if outcome.state() == VmState::Stopped => ExitCode::SUCCESS,
+        Ok(outcome) => {
+            eprintln!("ratoon-vmm: {outcome}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("ratoon-vmm: {}", causes(error.as_ref()).join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}
