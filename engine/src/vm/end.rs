@@ -51,10 +51,7 @@ impl EndCause {
         }
         match last_word(dir) {
             Some(line) => Self::chain([line]),
-            None => Self::chain([format!(
-                "ratoon-vmm was killed or crashed; {} may say more",
-                dir.vmm_log().display()
-            )]),
+            None => Self::chain(["ratoon-vmm was killed: it left no report".to_owned()]),
         }
     }
 }
@@ -97,7 +94,7 @@ mod tests {
     fn the_report_counts_before_the_log_and_the_log_before_nothing() {
         let temp = tempfile::tempdir().unwrap();
         let dir = VmDir::new(temp.path());
-        assert!(EndCause::of(&dir).to_string().contains("killed or crashed"));
+        assert!(EndCause::of(&dir).to_string().contains("left no report"));
         std::fs::write(dir.vmm_log(), "noise\nratoon-vmm: no /dev/kvm\nlater\n").unwrap();
         assert_eq!(EndCause::of(&dir).to_string(), "no /dev/kvm");
         std::fs::write(

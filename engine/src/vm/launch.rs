@@ -202,10 +202,8 @@ fn start(
             source,
         }
     };
-    let control =
-        UnixListener::bind(dir.control_socket()).map_err(system("binding the control socket"))?;
-    let ready =
-        UnixListener::bind(dir.ready_socket()).map_err(system("binding the runtime's socket"))?;
+    let control = bind(&dir.control_socket()).map_err(system("binding the control socket"))?;
+    let ready = bind(&dir.ready_socket()).map_err(system("binding the runtime's socket"))?;
     ready
         .set_nonblocking(true)
         .map_err(system("preparing the runtime's socket"))?;
@@ -306,6 +304,14 @@ fn wait_ready(
             });
         }
     }
+}
+
+/// The directory is its owner's alone already; the mode says so on the socket too.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 fn accept(listener: &UnixListener) -> Option<UnixStream> {
