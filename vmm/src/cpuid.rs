@@ -3,11 +3,19 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
+use crate::host::{self, HostClass};
+
+/// KVM's own feature leaf (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+
 /// Adapts KVM's supported CPUID for vCPU `index` of `vcpus`: one package, one thread a core, the
 /// APIC id is the index.
-pub fn for_vcpu(supported: &CpuId, index: u32, vcpus: u32) -> CpuId {
+pub fn for_vcpu(supported: &CpuId, index: u32, vcpus: u32, class: HostClass) -> CpuId {
     let mut cpuid = supported.clone();
     for entry in cpuid.as_mut_slice() {
+        if entry.function == KVM_FEATURES {
+            entry.eax = host::kvm_features(class, entry.eax);
+        }
         adapt(entry, index, vcpus);
     }
     cpuid
@@ -86,7 +94,7 @@ mod tests {
             ..kvm_cpuid_entry2::default()
         };
         let supported = CpuId::from_entries(&[entry]).unwrap();
-        for_vcpu(&supported, index, vcpus).as_slice()[0]
+        for_vcpu(&supported, index, vcpus, HostClass::Emulated).as_slice()[0]
     }
 
     #[test]
@@ -96,6 +104,19 @@ mod tests {
         assert_ne!(entry.ecx & 1 << 31, 0);
         assert_ne!(entry.edx & 1 << 28, 0);
         assert_eq!(adapted(1, 0, 0, 1).edx & 1 << 28, 0);
+    }
+
+    #[test]
+    fn an_emulated_guest_is_offered_no_hypercall() {
+        let entry = kvm_cpuid_entry2 {
+            function: KVM_FEATURES,
+            eax: u32::MAX,
+            ..kvm_cpuid_entry2::default()
+        };
+        let supported = CpuId::from_entries(&[entry]).unwrap();
+        let eax = |class| for_vcpu(&supported, 0, 1, class).as_slice()[0].eax;
+        assert_eq!(!eax(HostClass::Emulated), 1 << 7 | 1 << 11 | 1 << 13);
+        assert_eq!(eax(HostClass::Hardware), u32::MAX);
     }
 
     #[test]

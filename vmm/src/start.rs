@@ -250,8 +250,13 @@ impl WithMemory {
             let vcpu = vm
                 .create_vcpu(u64::from(index))
                 .map_err(kvm_step(format!("vCPU {index}")))?;
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, index, self.config.vcpus))
-                .map_err(kvm_step(format!("the features of vCPU {index}")))?;
+            vcpu.set_cpuid2(&cpuid::for_vcpu(
+                &supported,
+                index,
+                self.config.vcpus,
+                self.class,
+            ))
+            .map_err(kvm_step(format!("the features of vCPU {index}")))?;
             vcpus.push(vcpu);
         }
         self.phases.vcpus_ns = monotonic_ns();
