@@ -1,0 +1,48 @@
+//! End-to-end tests: real guests on the real /dev/kvm. Each file is a promise to the user.
+//!
+//! `cargo test -p ratoon-tests` runs them; a word after `--` selects. Without a usable /dev/kvm they
+//! are counted as ignored, and a line on stderr says why.
+
+mod a_command_runs_in_a_real_guest;
+mod a_guests_end_is_told;
+mod a_machine_can_be_left_running;
+mod an_image_is_never_written;
+mod bad_input_is_refused_by_name;
+mod nothing_is_left_behind;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// The trials of a file: each function is one, by its own name.
+#[macro_export]
+macro_rules! promises {
+    ($($name:ident),+ $(,)?) => {
+        pub fn trials() -> Vec<libtest_mimic::Trial> {
+            vec![$(libtest_mimic::Trial::test(
+                concat!(module_path!(), "::", stringify!($name)),
+                || { $name(); Ok(()) },
+            )),+]
+        }
+    };
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let need_a_guest = [
+        a_command_runs_in_a_real_guest::trials(),
+        a_guests_end_is_told::trials(),
+        a_machine_can_be_left_running::trials(),
+        an_image_is_never_written::trials(),
+        nothing_is_left_behind::trials(),
+    ];
+    let kvm = ratoon_tests::kvm();
+    if let Err(error) = &kvm {
+        eprintln!("\nSKIPPED: /dev/kvm cannot be used ({error}): tests with guests are ignored\n");
+    }
+    let mut trials: Vec<Trial> = need_a_guest
+        .into_iter()
+        .flatten()
+        .map(|trial| trial.with_ignored_flag(kvm.is_err()))
+        .collect();
+    trials.extend(bad_input_is_refused_by_name::trials());
+    libtest_mimic::run(&arguments, trials).exit();
+}
