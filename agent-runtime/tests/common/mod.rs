@@ -1,5 +1,6 @@
 //! A runtime that serves on a Unix socket, and what the tests need around it.
 #![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
