@@ -1,5 +1,6 @@
 //! Commands through the host's client, against a real runtime on a Unix socket.
 #![allow(missing_docs)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

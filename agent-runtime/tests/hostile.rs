@@ -1,5 +1,6 @@
 //! Clients that break the protocol: the connection ends with a reason, the runtime lives on.
 #![allow(missing_docs)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
