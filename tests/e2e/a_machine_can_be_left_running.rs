@@ -58,7 +58,7 @@ fn a_detached_machine_is_found_controlled_and_ended() {
     let listed: serde_json::Value = serde_json::from_str(&listed).expect("--json prints JSON");
     assert_eq!(listed[0]["id"], id.as_str());
     assert_eq!(listed[0]["name"], "box");
-    assert_eq!(listed[0]["state"], "running");
+    assert_eq!(listed[0]["status"], "running");
 
     let dir = ratoon.vms_dir().join(&id);
     let control = dir.join("control.sock");
@@ -105,7 +105,7 @@ fn a_detached_machine_is_found_controlled_and_ended() {
     ratoon.run(["stop", "box"]).ok();
     let listed = ratoon.run(["ps", "-a", "--json"]).ok().stdout;
     let listed: serde_json::Value = serde_json::from_str(&listed).expect("--json prints JSON");
-    assert_eq!(listed[0]["state"], "stopped");
+    assert_eq!(listed[0]["status"], "stopped");
     ratoon.run(["logs", "box"]).ok();
     ratoon.run(["rm", "box"]).ok();
     ratoon.nothing_is_left();

@@ -10,8 +10,8 @@ crate::promises![writes_go_to_a_layer_of_the_machines_own];
 
 /// Where `ratoon image inspect` says that the image's disk is.
 fn disk(ratoon: &Ratoon) -> PathBuf {
-    let done = ratoon.run(["image", "inspect", "--json", "debian"]).ok();
-    let image: serde_json::Value = serde_json::from_str(&done.stdout).expect("--json prints JSON");
+    let done = ratoon.run(["image", "inspect", "debian"]).ok();
+    let image: serde_json::Value = serde_json::from_str(&done.stdout).expect("inspect prints JSON");
     let disk = image["disk"].as_str().expect("an image has a disk");
     disk.into()
 }

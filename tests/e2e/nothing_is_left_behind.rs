@@ -87,11 +87,14 @@ fn after_the_machine_monitor_is_killed() {
 
 fn after_an_end_half_way_through_the_boot() {
     let ratoon = Ratoon::new();
-    for signal in [Signal::KILL, Signal::TERM] {
-        let mut child = ratoon
-            .command(["run", "--image", "debian", "--", "true"])
-            .spawn()
-            .expect("ratoon can be started");
+    let attached: &[&str] = &["run", "--image", "debian", "--", "true"];
+    let detached = &["run", "-d", "--image", "debian"];
+    for (args, signal) in [
+        (attached, Signal::KILL),
+        (attached, Signal::TERM),
+        (detached, Signal::KILL),
+    ] {
+        let mut child = ratoon.command(args).spawn().expect("ratoon can be started");
         let begun = Instant::now();
         while ratoon.processes().len() < 2 {
             assert!(begun.elapsed() < Duration::from_secs(20), "no VMM came up");

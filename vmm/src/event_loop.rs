@@ -1,7 +1,7 @@
 //! The event loop: one thread for all devices' queues and host descriptors, and for what may end
 //! the VM from outside (a signal, a cut lifeline).
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -69,21 +69,35 @@ impl MutEventSubscriber for EndEvents {
         add(ops, Events::new(self.ending.event(), EventSet::IN));
         add(ops, Events::new(&self.signals, EventSet::IN));
         if let Some(lifeline) = &self.lifeline {
-            add(
-                ops,
-                Events::new_raw(lifeline.as_raw_fd(), EventSet::IN | EventSet::HANG_UP),
-            );
+            add(ops, lifeline_events(lifeline));
         }
     }
 
-    fn process(&mut self, events: Events, _: &mut EventOps) {
-        let is = |fd: RawFd| events.fd() == fd;
-        if is(self.signals.as_raw_fd()) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.fd() == self.signals.as_raw_fd() {
             self.ending.end(Outcome::Stopped);
-        } else if self.lifeline.as_ref().is_some_and(|l| is(l.as_raw_fd())) {
-            self.ending.end(Outcome::Orphaned);
+        }
+        let Some(lifeline) = &self.lifeline else {
+            return;
+        };
+        if events.fd() != lifeline.as_raw_fd() {
+            return;
+        }
+        // One byte: the owner lets the VM live on without it. The end: the owner has gone.
+        match rustix::io::read(lifeline, &mut [0_u8; 1]) {
+            Ok(1) => {
+                if let Err(error) = ops.remove(lifeline_events(lifeline)) {
+                    tracing::error!(%error, "event loop");
+                }
+                self.lifeline = None;
+            }
+            _ => self.ending.end(Outcome::Orphaned),
         }
     }
+}
+
+fn lifeline_events(lifeline: &OwnedFd) -> Events {
+    Events::new_raw(lifeline.as_raw_fd(), EventSet::IN | EventSet::HANG_UP)
 }
 
 fn add(ops: &mut EventOps, events: Events) {

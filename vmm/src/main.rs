@@ -40,7 +40,8 @@ struct Args {
     /// Unix socket to make for control.
     #[arg(long, value_name = "PATH", conflicts_with = "control_fd")]
     control: Option<PathBuf>,
-    /// Inherited descriptor whose hang-up ends the VM (the read end of its owner's pipe).
+    /// Inherited descriptor whose hang-up ends the VM (the read end of its owner's pipe); one byte
+    /// on it lets the VM live on.
     #[arg(long, value_name = "FD")]
     lifeline_fd: Option<RawFd>,
     /// Build the VM but wait for `POST /v1/resume` before the first guest instruction.

@@ -163,8 +163,9 @@ struct Parts {
     child: Child,
     process: ProcessHandle,
     runtime: Option<UnixStream>,
-    /// Cut when this process ends; the VMM then ends too and removes the directory.
-    _lifeline: Option<OwnedFd>,
+    /// Cut when this process ends; the VMM then ends too and removes the directory. One byte on it
+    /// releases the VMM.
+    lifeline: OwnedFd,
 }
 
 /// Starts a VM and waits until its runtime has connected. `cancel` becoming readable ends the wait.
@@ -207,13 +208,8 @@ fn start(
     ready
         .set_nonblocking(true)
         .map_err(system("preparing the runtime's socket"))?;
-    let (lifeline, held) = if launch.detached {
-        (None, None)
-    } else {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC)
-            .map_err(|error| system("making the lifeline")(error.into()))?;
-        (Some(read), Some(write))
-    };
+    let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|error| system("making the lifeline")(error.into()))?;
     let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
     let child = spawn(
         &launch.vmm,
@@ -249,7 +245,7 @@ fn start(
             child,
             process: handle,
             runtime: Some(runtime),
-            _lifeline: held,
+            lifeline: held,
         }),
     })
 }
@@ -399,7 +395,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             limit_bytes: SERIAL_LIMIT_BYTES,
         }),
         exit_report: Some(dir.exit_report()),
-        remove_when_orphaned: (!launch.detached).then(|| dir.path().to_owned()),
+        remove_when_orphaned: Some(dir.path().to_owned()),
     }
 }
 
@@ -472,7 +468,10 @@ impl Vm {
 
     /// Lets the VM live on without this process.
     pub fn detach(mut self) -> Option<Record> {
-        self.parts.take().map(|parts| parts.record)
+        let parts = self.parts.take()?;
+        // A VMM that has gone takes no byte: the record then says what became of it.
+        let _ = rustix::io::write(&parts.lifeline, b"r");
+        Some(parts.record)
     }
 }
 

@@ -117,13 +117,12 @@ fn stand_in_for_the_vmm() {
             drop(connect());
             let mut stream = connect();
             stream.write_all(b"hello").unwrap();
-            match lifeline {
-                Some(mut lifeline) => {
-                    let _ = lifeline.read(&mut [0]);
-                    std::fs::remove_dir_all(config.remove_when_orphaned.unwrap()).unwrap();
-                }
+            let mut lifeline = lifeline.unwrap();
+            if lifeline.read(&mut [0]).unwrap() == 0 {
+                std::fs::remove_dir_all(config.remove_when_orphaned.unwrap()).unwrap();
+            } else {
                 // The guest of a detached VM hangs until it is killed.
-                None => std::thread::sleep(Duration::from_secs(600)),
+                std::thread::sleep(Duration::from_secs(600));
             }
         }
         "panics" => {

@@ -22,7 +22,7 @@ pub(super) struct Inherited<'a> {
     /// The bound control socket.
     pub control: UnixListener,
     /// The read end of its owner's pipe.
-    pub lifeline: Option<OwnedFd>,
+    pub lifeline: OwnedFd,
     /// Descriptors that only have to stay open, such as an image's lock.
     pub keep_open: &'a [OwnedFd],
 }
@@ -48,14 +48,14 @@ pub(super) fn spawn(
         .arg("--config-fd")
         .arg(config_fd.as_raw_fd().to_string())
         .arg("--control-fd")
-        .arg(inherited.control.as_raw_fd().to_string());
-    let mut passed: Vec<RawFd> = vec![config_fd.as_raw_fd(), inherited.control.as_raw_fd()];
-    if let Some(lifeline) = &inherited.lifeline {
-        command
-            .arg("--lifeline-fd")
-            .arg(lifeline.as_raw_fd().to_string());
-        passed.push(lifeline.as_raw_fd());
-    }
+        .arg(inherited.control.as_raw_fd().to_string())
+        .arg("--lifeline-fd")
+        .arg(inherited.lifeline.as_raw_fd().to_string());
+    let mut passed: Vec<RawFd> = vec![
+        config_fd.as_raw_fd(),
+        inherited.control.as_raw_fd(),
+        inherited.lifeline.as_raw_fd(),
+    ];
     passed.extend(inherited.keep_open.iter().map(AsRawFd::as_raw_fd));
     command
         .env_clear()
