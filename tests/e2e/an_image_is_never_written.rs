@@ -40,7 +40,7 @@ fn writes_go_to_a_layer_of_the_machines_own() {
     // Each waits long enough for the other to have written, then looks for the other's file.
     let script = |own: &str, other: &str| {
         format!(
-            "head -c 3000000 /dev/urandom > /{own}; rm /etc/debian_version; sync; sleep 5; \
+            "head -c 300000 /dev/zero > /{own}; rm /etc/debian_version; sync; sleep 5; \
              test -s /{own} && test ! -e /{other} && test ! -e /etc/debian_version"
         )
     };
