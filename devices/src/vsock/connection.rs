@@ -2,23 +2,30 @@
 //!
 //! ```text
 //!  Asked (we sent REQUEST) --RESPONSE--> Open --both directions closed--> gone (RST)
-//!                    \--RST, timeout--> gone      \--RST, host error--> gone
+//!        |                                 |----guest's RST-------> gone, or with bytes for the
+//!        +--RST, timeout--> gone           |                        host after a clean close:
+//!                                          |                        Delivering --all taken--> gone
+//!                                          +----host error, broken rule--> gone (RST)
 //! ```
 //!
-//! Each direction closes on its own: *to the guest* when the host's stream is at its end (we send
-//! SHUTDOWN with NO_SEND), *to the host* when the guest said NO_SEND and all its bytes are written
-//! (we shut the stream's writing side). Bytes that the host does not take wait in `to_host`, at
-//! most [`BUF_ALLOC`]: that is what the guest is told it may send.
+//! Each direction closes on its own. *To the guest*: when the host's stream is at its end we send
+//! SHUTDOWN with NO_SEND. *To the host*: when the guest said NO_SEND and all its bytes are written
+//! we shut the stream's writing side; when the host takes no more (it closed, or a write failed) we
+//! send SHUTDOWN with NO_RECEIVE and let the guest's bytes fall, but still deliver what the host
+//! has written. Bytes that the host does not take yet wait in `to_host`, at most [`BUF_ALLOC`]:
+//! that is what the guest is told it may send.
+//!
+//! No queue, no epoll, no clock here; the stream is behind [`HostStream`].
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use rustix::net::SendFlags;
+
 use super::packet::{Header, NO_RECEIVE, NO_SEND, Op, STREAM};
-use crate::virtio::chain::Iovecs;
 
 /// How many bytes of the guest wait at most for a slow host program, a connection.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
@@ -37,6 +44,8 @@ pub(super) enum Phase {
     Asked,
     /// Data flows.
     Open,
+    /// The guest has gone after a clean close; the host program still takes bytes.
+    Delivering,
 }
 
 /// What the guest broke; the connection is reset.
@@ -50,10 +59,30 @@ pub(super) enum Broken {
     Host,
 }
 
-/// One connection.
+/// What a connection does with its host program's stream. None of it blocks.
+pub(super) trait HostStream {
+    /// Writes some bytes.
+    fn write(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Closes a direction. One that is closed already is fine.
+    fn shut(&self, how: Shutdown);
+}
+
+impl HostStream for UnixStream {
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        // A stream that was closed is an error, not a signal.
+        Ok(rustix::net::send(self, bytes, SendFlags::NOSIGNAL)?)
+    }
+
+    fn shut(&self, how: Shutdown) {
+        // It fails only on a stream that is closed both ways.
+        let _ = self.shutdown(how);
+    }
+}
+
+/// One connection. All but the stream is plain data.
 #[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) stream: UnixStream,
+pub(super) struct Connection<S = UnixStream> {
+    pub(super) stream: S,
     pub(super) ports: Ports,
     pub(super) phase: Phase,
     /// When to give up waiting for the guest.
@@ -62,8 +91,8 @@ pub(super) struct Connection {
     pub(super) readable: bool,
     /// It is in the queue of those with something for the guest.
     pub(super) queued: bool,
-    /// The host program has closed both directions.
-    pub(super) hung_up: bool,
+    /// The host program takes no more.
+    host_takes_no_more: bool,
     host_at_end: bool,
     guest_sends_no_more: bool,
     guest_takes_no_more: bool,
@@ -83,9 +112,9 @@ pub(super) struct Connection {
     owe_credit: bool,
 }
 
-impl Connection {
+impl<S: HostStream> Connection<S> {
     /// One that a host program asked for: the guest gets a REQUEST.
-    pub(super) fn asked(stream: UnixStream, ports: Ports, deadline: Instant) -> Self {
+    pub(super) fn asked(stream: S, ports: Ports, deadline: Instant) -> Self {
         let mut connection = Self::new(stream, ports, Phase::Asked);
         connection.owe_request = true;
         connection.deadline = Some(deadline);
@@ -93,7 +122,7 @@ impl Connection {
     }
 
     /// One that the guest asked for with `request` and that the host has taken: it gets a RESPONSE.
-    pub(super) fn accepted(stream: UnixStream, ports: Ports, request: &Header) -> Self {
+    pub(super) fn accepted(stream: S, ports: Ports, request: &Header) -> Self {
         let mut connection = Self::new(stream, ports, Phase::Open);
         connection.owe_response = true;
         connection.note_credit(request);
@@ -101,7 +130,7 @@ impl Connection {
         connection
     }
 
-    fn new(stream: UnixStream, ports: Ports, phase: Phase) -> Self {
+    fn new(stream: S, ports: Ports, phase: Phase) -> Self {
         Self {
             stream,
             ports,
@@ -109,7 +138,7 @@ impl Connection {
             deadline: None,
             readable: false,
             queued: false,
-            hung_up: false,
+            host_takes_no_more: false,
             host_at_end: false,
             guest_sends_no_more: false,
             guest_takes_no_more: false,
@@ -152,55 +181,75 @@ impl Connection {
         self.readable = true;
         let line = format!("OK {}\n", self.ports.host);
         // A fresh socket's buffer takes a line; a program that has gone away does not.
-        match (&self.stream).write(line.as_bytes()) {
+        match self.stream.write(line.as_bytes()) {
             Ok(len) if len == line.len() => Ok(()),
             _ => Err(Broken::Host),
         }
     }
 
-    /// Takes `len` bytes of the guest, which lie in `data`.
-    pub(super) fn guest_data(
+    /// Takes `len` bytes of the guest: `write` gives the stream what it takes at once, `copy` the
+    /// bytes from a given one on.
+    pub(super) fn guest_data<E>(
         &mut self,
-        data: &Iovecs<'_>,
-        copy: &mut dyn FnMut(u64) -> Vec<u8>,
-    ) -> Result<(), Broken> {
-        let len = u32::try_from(data.len_bytes()).map_err(|_| Broken::Credit)?;
-        let waiting = self.received.wrapping_sub(self.forwarded);
-        if len > BUF_ALLOC - waiting.min(BUF_ALLOC) {
-            return Err(Broken::Credit);
+        len: u32,
+        write: impl FnOnce(&S) -> io::Result<usize>,
+        copy: impl FnOnce(u32) -> Result<Vec<u8>, E>,
+    ) -> Result<Result<(), Broken>, E> {
+        if len > BUF_ALLOC - self.waiting().min(BUF_ALLOC) {
+            return Ok(Err(Broken::Credit));
         }
         if self.guest_sends_no_more {
-            return Err(Broken::AfterShutdown);
+            return Ok(Err(Broken::AfterShutdown));
         }
         self.received = self.received.wrapping_add(len);
         let mut taken = 0;
-        if self.to_host.is_empty() && len > 0 {
-            taken = match data.write_to(self.stream.as_fd()) {
-                Ok(taken) => taken as u64,
-                Err(error) if would_block(&error) => 0,
-                Err(_) => return Err(Broken::Host),
-            };
-            self.forwarded = self.forwarded.wrapping_add(taken as u32);
+        let mut interrupted = false;
+        if self.to_host.is_empty() && len > 0 && !self.host_takes_no_more {
+            match write(&self.stream) {
+                Ok(some) => taken = some as u32,
+                Err(error) if would_block(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => interrupted = true,
+                Err(_) => self.host_takes_no_more(),
+            }
+            self.forwarded = self.forwarded.wrapping_add(taken);
         }
-        if taken < u64::from(len) {
-            self.to_host.extend(copy(taken));
+        if self.host_takes_no_more {
+            self.forwarded = self.received;
+        } else if taken < len {
+            self.to_host.extend(copy(taken)?);
+        }
+        if interrupted {
+            // The stream may have room, and then would never say so.
+            self.flush();
         }
         self.weigh_credit();
-        Ok(())
+        Ok(Ok(()))
+    }
+
+    /// Bytes of the guest that the host has not taken.
+    fn waiting(&self) -> u32 {
+        self.received.wrapping_sub(self.forwarded)
+    }
+
+    /// The host program's stream takes nothing any more: it was closed.
+    pub(super) fn host_takes_no_more(&mut self) {
+        self.host_takes_no_more = true;
+        self.to_host = VecDeque::new();
+        self.forwarded = self.received;
     }
 
     /// The host program may take more.
-    pub(super) fn flush(&mut self) -> Result<(), Broken> {
+    pub(super) fn flush(&mut self) {
         while !self.to_host.is_empty() {
             let (front, _) = self.to_host.as_slices();
-            match (&self.stream).write(front) {
+            match self.stream.write(front) {
                 Ok(len) => {
                     self.to_host.drain(..len);
                     self.forwarded = self.forwarded.wrapping_add(len as u32);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if would_block(&error) => break,
-                Err(_) => return Err(Broken::Host),
+                Err(_) => self.host_takes_no_more(),
             }
         }
         self.weigh_credit();
@@ -208,7 +257,6 @@ impl Connection {
         if self.to_host.is_empty() {
             self.to_host.shrink_to(0);
         }
-        Ok(())
     }
 
     /// Tells the guest of room once half of it has been used up since it was last told: it can then
@@ -227,10 +275,10 @@ impl Connection {
     /// The guest said SHUTDOWN with `flags`.
     pub(super) fn guest_shutdown(&mut self, flags: u32) {
         self.guest_sends_no_more |= flags & NO_SEND != 0;
-        if flags & NO_RECEIVE != 0 {
+        if flags & NO_RECEIVE != 0 && !self.guest_takes_no_more {
             self.guest_takes_no_more = true;
             // A host program that still writes gets EPIPE.
-            let _ = self.stream.shutdown(Shutdown::Read);
+            self.stream.shut(Shutdown::Read);
         }
         self.shut_writing();
     }
@@ -238,9 +286,20 @@ impl Connection {
     fn shut_writing(&mut self) {
         if self.guest_sends_no_more && self.to_host.is_empty() && !self.writing_shut {
             self.writing_shut = true;
-            // It may be shut already, by the host program.
-            let _ = self.stream.shutdown(Shutdown::Write);
+            self.stream.shut(Shutdown::Write);
         }
+    }
+
+    /// The guest reset it. True when it closed cleanly before and the host program has not taken
+    /// all: the connection then lives on without the guest until it has.
+    pub(super) fn guest_reset(&mut self) -> bool {
+        let delivers = self.guest_sends_no_more && !self.to_host.is_empty();
+        if delivers {
+            self.phase = Phase::Delivering;
+            self.guest_takes_no_more = true;
+            self.stream.shut(Shutdown::Read);
+        }
+        delivers
     }
 
     /// The host's stream gave its last byte.
@@ -251,10 +310,15 @@ impl Connection {
 
     /// Both directions are closed and all bytes delivered: it ends with a reset.
     pub(super) fn is_over(&self) -> bool {
+        let guest_knows = self.guest_takes_no_more || self.announced & NO_SEND != 0;
         let to_guest_closed = self.guest_takes_no_more || self.host_at_end;
         let to_host_closed = self.guest_sends_no_more && self.to_host.is_empty();
-        let guest_knows = self.guest_takes_no_more || self.announced & NO_SEND != 0;
         to_guest_closed && to_host_closed && guest_knows
+    }
+
+    /// Whether the guest knows of it, so that it must hear of its end.
+    pub(super) fn guest_knows(&self) -> bool {
+        self.phase != Phase::Delivering && !self.owe_request
     }
 
     /// How many bytes of the host's stream may go to the guest now.
@@ -265,12 +329,12 @@ impl Connection {
 
     /// Whether there is a packet for the guest.
     pub(super) fn has_packet(&self) -> bool {
-        self.owe_request
-            || self.owe_response
-            || self.owe_credit
-            || self.may_read() > 0
-            || self.wants_credit()
-            || self.shutdown_to_announce() != 0
+        let owed = self.owe_request || self.owe_response || self.owe_credit;
+        self.phase != Phase::Delivering
+            && (owed
+                || self.may_read() > 0
+                || self.wants_credit()
+                || self.shutdown_to_announce() != 0)
     }
 
     fn wants_credit(&self) -> bool {
@@ -281,19 +345,25 @@ impl Connection {
             && !self.credit_asked
     }
 
+    /// SHUTDOWN's flags when the guest does not know all of them, else 0.
     fn shutdown_to_announce(&self) -> u32 {
-        if !self.host_at_end || self.phase != Phase::Open {
+        if self.phase != Phase::Open {
             return 0;
         }
-        let wanted = if self.hung_up {
-            NO_SEND | NO_RECEIVE
-        } else {
-            NO_SEND
-        };
+        let sends_no_more =
+            self.host_at_end || (self.guest_takes_no_more && self.host_takes_no_more);
+        let mut wanted = 0;
+        if sends_no_more {
+            wanted |= NO_SEND;
+        }
+        // A guest that sends no more need not hear that nobody takes it.
+        if self.host_takes_no_more && !self.guest_sends_no_more {
+            wanted |= NO_RECEIVE;
+        }
         if self.announced & wanted == wanted {
             0
         } else {
-            wanted
+            wanted | self.announced
         }
     }
 
@@ -355,6 +425,12 @@ impl Connection {
             op: Op::Reset as u16,
             ..Header::default()
         }
+    }
+
+    /// Memory held for bytes that the host has not taken.
+    #[cfg(test)]
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.to_host.capacity()
     }
 
     /// Whether we wait for the guest to finish a close that both sides want.

@@ -6,10 +6,13 @@
 //!               <--"OK <host port>\n"-------------------<-RESPONSE--
 //!  guest connects to (CID 2, port N) --REQUEST--> device --connect--> <socket>_<N>
 //!
-//!  device.rs    queues, and who may use the next free buffer of the guest
-//!  streams.rs   the host's side: listener, handshakes, epoll, timer
+//!  device.rs      its life, and who is connected to whom
+//!  guest.rs       packets from the guest and for it: who gets the guest's next free buffer
+//!  host.rs        what host programs do, what is late
 //!  connection.rs  one connection: credit both ways, half-closes (no queue, no epoll)
-//!  packet.rs    the 44-byte header
+//!  streams.rs     listener, handshakes, epoll, timer
+//!  queues.rs      the three queues and the interrupt
+//!  packet.rs      the 44-byte header
 //! ```
 //!
 //! How it fails: a packet that breaks the socket protocol is answered with a reset of that
@@ -18,8 +21,13 @@
 
 mod connection;
 mod device;
+mod guest;
+mod host;
 mod packet;
+mod queues;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 pub use device::Vsock;
 pub use streams::VsockError;

@@ -5,12 +5,14 @@ use std::collections::HashMap;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::fs::Mode;
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -26,6 +28,8 @@ const LINE_MAX: usize = 19;
 
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
+/// Host programs that wait to be accepted, at most.
+const BACKLOG: i32 = 128;
 /// Events looked at in one round.
 const EVENTS: usize = 64;
 /// Tokens of streams begin here.
@@ -46,6 +50,12 @@ pub enum VsockError {
     /// Somebody listens there.
     #[error("the Unix socket {} is in use; stop the VM that has it, or choose another path", path.display())]
     InUse {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Something else lies there.
+    #[error("{} is not a socket and is not replaced; remove it, or choose another path", path.display())]
+    NotASocket {
         /// Its path.
         path: PathBuf,
     },
@@ -74,6 +84,16 @@ pub(super) struct Handshake {
     pub(super) deadline: Instant,
 }
 
+/// What the listener had.
+pub(super) enum Accepted {
+    /// Nobody waits.
+    None,
+    /// One too many, let go at once.
+    TurnedAway,
+    /// A handshake has begun.
+    Handshake(u64),
+}
+
 /// What became of a handshake.
 pub(super) enum Step {
     /// The line is not whole.
@@ -88,7 +108,10 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) struct Streams {
     listener: UnixListener,
+    /// `<path>_<port>` is where the guest's connections go.
     path: PathBuf,
+    /// Held for its Drop.
+    _bound: Option<Bound>,
     epoll: OwnedFd,
     timer: OwnedFd,
     ticking: bool,
@@ -97,23 +120,40 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Binds `path`, mode 0600. A socket that nobody listens on any more is replaced.
+    /// Binds `path`, mode 0600, until this is dropped. A socket that nobody listens on any more is
+    /// replaced.
     pub(super) fn new(path: &Path) -> Result<Self, VsockError> {
-        let listener = bind(path)?;
-        let system = |what| {
-            move |errno: rustix::io::Errno| VsockError::System {
-                what,
-                source: errno.into(),
-            }
-        };
+        let (listener, bound) = bind(path)?;
+        Self::around(listener, path, Some(bound))
+    }
+
+    /// With a listener that somebody else bound, and unlinks.
+    pub(super) fn with_listener(listener: UnixListener, path: &Path) -> Result<Self, VsockError> {
+        listener
+            .set_nonblocking(true)
+            .map_err(|source| VsockError::System {
+                what: "a listener that does not block",
+                source,
+            })?;
+        Self::around(listener, path, None)
+    }
+
+    fn around(
+        listener: UnixListener,
+        path: &Path,
+        bound: Option<Bound>,
+    ) -> Result<Self, VsockError> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(system("an epoll"))?;
         let timer = timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
         )
         .map_err(system("a timer"))?;
+        // Edge-triggered: a listener that cannot be served, for want of descriptors, must not keep
+        // the event loop awake.
         let add = |fd: BorrowedFd<'_>, token| {
-            epoll::add(&epoll, fd, EventData::new_u64(token), EventFlags::IN)
+            let flags = EventFlags::IN | EventFlags::ET;
+            epoll::add(&epoll, fd, EventData::new_u64(token), flags)
                 .map_err(system("an epoll entry"))
         };
         add(listener.as_fd(), LISTENER)?;
@@ -121,6 +161,7 @@ impl Streams {
         Ok(Self {
             listener,
             path: path.to_owned(),
+            _bound: bound,
             epoll,
             timer,
             ticking: false,
@@ -141,16 +182,20 @@ impl Streams {
             tv_nsec: 0,
         };
         let mut events = [MaybeUninit::uninit(); EVENTS];
-        // It fails only when a signal comes: then there is nothing this time.
-        match epoll::wait(&self.epoll, &mut events, Some(&no_wait)) {
-            Ok((events, _)) => events
-                .iter()
-                .map(|event| Seen {
-                    token: event.data.u64(),
-                    flags: event.flags,
-                })
-                .collect(),
-            Err(_) => Vec::new(),
+        loop {
+            return match epoll::wait(&self.epoll, &mut events, Some(&no_wait)) {
+                Ok((events, _)) => events
+                    .iter()
+                    .map(|event| Seen {
+                        token: event.data.u64(),
+                        flags: event.flags,
+                    })
+                    .collect(),
+                // "Nothing" would be a lost wake-up.
+                Err(Errno::INTR) => continue,
+                // Not with an epoll and a buffer that are ours.
+                Err(_) => Vec::new(),
+            };
         }
     }
 
@@ -201,23 +246,30 @@ impl Streams {
         }
     }
 
-    /// The next waiting host program; `None` when there is none. One too many is let go at once.
-    pub(super) fn accept(&mut self, room: bool) -> io::Result<Option<u64>> {
-        match self.listener.accept() {
-            Ok((stream, _)) => {
-                if !room {
-                    return Ok(Some(LISTENER));
+    /// Whether the timer runs.
+    #[cfg(test)]
+    pub(super) fn is_ticking(&self) -> bool {
+        self.ticking
+    }
+
+    /// The next waiting host program.
+    pub(super) fn accept(&mut self, room: bool) -> io::Result<Accepted> {
+        loop {
+            return match self.listener.accept() {
+                Ok(_) if !room => Ok(Accepted::TurnedAway),
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(true)?;
+                    let token = self.watch(&stream)?;
+                    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+                    self.handshakes
+                        .insert(token, Handshake { stream, deadline });
+                    self.tick(true);
+                    Ok(Accepted::Handshake(token))
                 }
-                stream.set_nonblocking(true)?;
-                let token = self.watch(&stream)?;
-                let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
-                self.handshakes
-                    .insert(token, Handshake { stream, deadline });
-                Ok(Some(token))
-            }
-            Err(error) if would_block(&error) => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Some(LISTENER)),
-            Err(error) => Err(error),
+                Err(error) if would_block(&error) => Ok(Accepted::None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => Err(error),
+            };
         }
     }
 
@@ -235,7 +287,7 @@ impl Streams {
         ) {
             Ok((_, 0)) => return Step::Drop,
             Ok((_, len)) => &line[..len.min(LINE_MAX)],
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Step::Wait,
+            Err(Errno::AGAIN | Errno::INTR) => return Step::Wait,
             Err(_) => return Step::Drop,
         };
         let Some(end) = peeked.iter().position(|byte| *byte == b'\n') else {
@@ -261,20 +313,26 @@ impl Streams {
         let mut path = self.path.as_os_str().to_owned();
         path.push(format!("_{port}"));
         let address = SocketAddrUnix::new(Path::new(&path))?;
-        let socket = rustix::net::socket_with(
-            rustix::net::AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let socket = unix_socket()?;
         rustix::net::connect(&socket, &address)?;
         Ok(UnixStream::from(socket))
     }
 }
 
-impl Drop for Streams {
+/// A socket's file, which goes with the device.
+#[derive(Debug)]
+struct Bound(PathBuf);
+
+impl Drop for Bound {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(Errno) -> VsockError {
+    move |errno| VsockError::System {
+        what,
+        source: errno.into(),
     }
 }
 
@@ -289,28 +347,59 @@ fn parse_line(line: &[u8]) -> Option<u32> {
     digits.then(|| port.parse().ok())?
 }
 
-fn bind(path: &Path) -> Result<UnixListener, VsockError> {
-    let error = |source| VsockError::Bind {
+fn bind(path: &Path) -> Result<(UnixListener, Bound), VsockError> {
+    let error = |source: io::Error| VsockError::Bind {
         path: path.to_owned(),
         source,
     };
-    let listener = match UnixListener::bind(path) {
-        Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
-            Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(error)?;
-                UnixListener::bind(path).map_err(error)?
-            }
-            _ => {
-                return Err(VsockError::InUse {
-                    path: path.to_owned(),
-                });
-            }
-        },
-        other => other.map_err(error)?,
-    };
+    let address = SocketAddrUnix::new(path).map_err(|errno| error(errno.into()))?;
+    let socket = unix_socket().map_err(|errno| error(errno.into()))?;
+    // The file is born with this mode: there is no moment in which others can connect.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|errno| error(errno.into()))?;
+    match rustix::net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            remove_stale(path, &address)?;
+            rustix::net::bind(&socket, &address)
+        }
+        other => other,
+    }
+    .map_err(|errno| error(errno.into()))?;
+    let bound = Bound(path.to_owned());
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).map_err(error)?;
-    listener.set_nonblocking(true).map_err(error)?;
-    Ok(listener)
+    rustix::net::listen(&socket, BACKLOG).map_err(|errno| error(errno.into()))?;
+    Ok((UnixListener::from(socket), bound))
+}
+
+/// Removes a socket that nobody listens on; anything else is an error.
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), VsockError> {
+    let error = |source: io::Error| VsockError::Bind {
+        path: path.to_owned(),
+        source,
+    };
+    // Connecting to a plain file is refused too.
+    let kind = std::fs::symlink_metadata(path).map_err(error)?.file_type();
+    if !kind.is_socket() {
+        return Err(VsockError::NotASocket {
+            path: path.to_owned(),
+        });
+    }
+    let probe = unix_socket().map_err(|errno| error(errno.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(error),
+        // Connected, or so busy that it has no room for one more.
+        _ => Err(VsockError::InUse {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+fn unix_socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        rustix::net::AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )
 }
 
 #[cfg(test)]
@@ -340,9 +429,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = Streams::new(&path).unwrap();
+        let first_mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert!(matches!(Streams::new(&path), Err(VsockError::InUse { .. })));
         drop(first);
         assert!(!path.exists());
+        assert_eq!(first_mode, 0o600);
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         Streams::new(&path).unwrap();
