@@ -452,7 +452,8 @@ fn command_line(config: &VmConfig, class: HostClass) -> String {
     let mut words = vec![
         "console=ttyS0 quiet reboot=k panic=-1".to_owned(),
         format!("pvpanic_mmio.port={:#x}", crate::bus::PVPANIC_PORT),
-        "8250.nr_uarts=1 tsc=reliable no_timer_check random.trust_cpu=on".to_owned(),
+        // A stable TSC would be preferred, but it does not survive a move to another host.
+        "clocksource=kvm-clock swiotlb=noforce".to_owned(),
         host::boot_args(class).to_owned(),
     ];
     let devices =

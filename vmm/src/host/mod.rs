@@ -39,14 +39,15 @@ fn detect_in(modules: &Path) -> HostClass {
 /// CPUID cannot hide these features on `kvm_pvm` (it forces the host's values), and the kernel
 /// patches itself with their instructions, which the emulator lacks. `emulated_kernel` is our own
 /// kernel's (docs/kernel.md); others ignore it. `noreplace-smp` leaves out the rewriting of all lock
-/// prefixes on one processor: millions of instructions.
+/// prefixes on one processor, the blacklist many sysfs files: millions of instructions each.
 pub fn boot_args(class: HostClass) -> &'static str {
     match class {
         HostClass::Hardware => "",
         HostClass::Emulated => {
             "emulated_kernel noreplace-smp noxsave nofsgsbase noinvpcid nopcid nopku \
-             clearcpuid=smap,smep,umip,popcnt,erms,fsrm,rdrand,rdseed,xsaves,serialize,movdiri,\
-             movdir64b,clwb,clflushopt,rdtscp,rdpid,cx16,waitpkg"
+             clearcpuid=smap,smep,umip,popcnt,erms,fsrm,fsrs,rdrand,rdseed,xsaves,serialize,\
+             movdiri,movdir64b,clwb,clflushopt,rdtscp,rdpid,cx16,waitpkg \
+             initcall_blacklist=slab_late_init,param_sysfs_builtin_init"
         }
     }
 }
