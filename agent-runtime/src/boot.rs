@@ -42,7 +42,13 @@ pub struct Options {
     pub read_only: bool,
     /// `ratoon.hostname=`: default `sandbox`.
     pub hostname: String,
+    /// `ratoon.ready=console`: say [`READY_LINE`] on the console when the runtime serves, for a
+    /// host that has no vsock to be told by. Not said otherwise: a line costs time.
+    pub ready_on_console: bool,
 }
+
+/// See [`Options::ready_on_console`].
+pub const READY_LINE: &str = "ratoon-runtime: ready";
 
 impl Default for Options {
     fn default() -> Self {
@@ -51,6 +57,7 @@ impl Default for Options {
             root_fs: "ext4".into(),
             read_only: false,
             hostname: "sandbox".into(),
+            ready_on_console: false,
         }
     }
 }
@@ -75,6 +82,10 @@ impl Options {
                 "hostname" if (1..=64).contains(&value.len()) => &mut options.hostname,
                 "rootflags" if matches!(value, "ro" | "rw") => {
                     options.read_only = value == "ro";
+                    continue;
+                }
+                "ready" if value == "console" => {
+                    options.ready_on_console = true;
                     continue;
                 }
                 _ => return Err(bad()),
@@ -129,13 +140,13 @@ pub enum BootError {
 ///
 /// # Errors
 /// See [`BootError`].
-pub fn boot() -> Result<(), BootError> {
+pub fn boot() -> Result<Options, BootError> {
     let options = early()?;
     wait_for(&options.root)?;
     mount_root(&options)?;
     enter_root()?;
     finish(&options);
-    Ok(())
+    Ok(options)
 }
 
 fn mount(
@@ -350,9 +361,10 @@ mod tests {
         let options = Options::parse("console=ttyS0 ratoon.hostname=box  quiet").unwrap();
         assert_eq!(options.hostname, "box");
         assert_eq!(options.root, "/dev/vda");
-        let options =
-            Options::parse("ratoon.root=/dev/vdb ratoon.rootfs=erofs ratoon.rootflags=ro\n")
-                .unwrap();
+        let options = Options::parse(
+            "ratoon.root=/dev/vdb ratoon.rootfs=erofs ratoon.rootflags=ro ratoon.ready=console\n",
+        )
+        .unwrap();
         assert_eq!(
             options,
             Options {
@@ -360,6 +372,7 @@ mod tests {
                 root_fs: "erofs".into(),
                 read_only: true,
                 hostname: "sandbox".into(),
+                ready_on_console: true,
             }
         );
     }
@@ -371,6 +384,7 @@ mod tests {
             "ratoon.root=vda",
             "ratoon.rootflags=maybe",
             "ratoon.hostname=",
+            "ratoon.ready=yes",
             "ratoon.x",
         ] {
             match Options::parse(word) {

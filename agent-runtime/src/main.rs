@@ -10,6 +10,7 @@
 #![no_main]
 
 use std::env;
+use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 
 use ratoon_protocol::RUNTIME_PORT;
@@ -43,11 +44,15 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn serve_machine() -> Result<()> {
     let signals = sys::block_signals()?;
-    boot::boot()?;
+    let options = boot::boot()?;
     let null = boot::open_null()?;
     let listener = sys::vsock_listen(RUNTIME_PORT)
         .map_err(|source| boot::BootError::Step("listen on vsock port 1024", source))?;
     let mut server = Server::new(listener, signals, null, true);
+    if options.ready_on_console {
+        // A console that takes nothing is no reason not to serve.
+        let _ = writeln!(std::io::stdout(), "{}", boot::READY_LINE);
+    }
     match sys::vsock_connect_host(RUNTIME_PORT) {
         Ok(connection) => server.add(connection, false),
         Err(error) => eprintln!("ratoon-runtime: cannot connect to the host: {error}"),

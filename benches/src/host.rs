@@ -1,0 +1,169 @@
+//! What the figures were measured on, and how quiet it was.
+//!
+//! Facts that cannot be read are left empty: they never stop a run. The noise floor is the time of
+//! a fixed loop of user instructions, before and after: when its spread is wide or its median
+//! moved, the figures beside it are worth less, and the summary says so.
+
+use std::fs;
+use std::process::Command;
+use std::time::Instant;
+
+use serde::Serialize;
+
+/// Facts of the host and of the programs measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Host {
+    /// When the run began, UTC, as `date` prints it.
+    pub date: String,
+    /// The command line, without folders.
+    pub command: Vec<String>,
+    /// Commit of the working tree in which the harness runs; `-dirty` with changes.
+    pub commit: String,
+    /// Model of the processor.
+    pub cpu: String,
+    /// Logical processors.
+    pub cpus: usize,
+    /// Frequency governor.
+    pub governor: String,
+    /// Host memory in MiB.
+    pub memory_mib: u64,
+    /// Host kernel.
+    pub kernel: String,
+    /// Loaded KVM modules.
+    pub kvm: Vec<String>,
+    /// The peer's version.
+    pub qemu: Option<String>,
+    /// Noise before the run.
+    pub noise_before: Noise,
+    /// Noise after it.
+    pub noise_after: Option<Noise>,
+}
+
+/// How long the fixed loop took.
+#[derive(Debug, Clone, Serialize)]
+pub struct Noise {
+    /// Median of the loop, in milliseconds.
+    pub median_ms: f64,
+    /// Its slowest turn.
+    pub max_ms: f64,
+    /// /proc/loadavg.
+    pub loadavg: String,
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path)
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
+}
+
+fn output(program: &str, args: &[&str]) -> String {
+    Command::new(program)
+        .args(args)
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// Measures the noise floor: 31 turns of a loop of two million dependent steps.
+pub fn noise() -> Noise {
+    let loadavg = read("/proc/loadavg");
+    let mut times: Vec<f64> = (0..31)
+        .map(|turn| {
+            let start = Instant::now();
+            let mut x: u64 = turn + 1;
+            for _ in 0..2_000_000 {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            }
+            std::hint::black_box(x);
+            start.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    Noise {
+        median_ms: times[times.len() / 2],
+        max_ms: times[times.len() - 1],
+        loadavg,
+    }
+}
+
+/// Reads the facts.
+pub fn facts(qemu: Option<&std::path::Path>) -> Host {
+    let cpuinfo = read("/proc/cpuinfo");
+    let cpu = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map(|line| line.trim_start_matches([' ', '\t', ':']).to_owned())
+        .unwrap_or_default();
+    let memory_mib = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        .unwrap_or(0)
+        / 1024;
+    let mut kvm: Vec<String> = fs::read_dir("/sys/module")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm"))
+        .collect();
+    kvm.sort();
+    let base = |arg: String| {
+        arg.rsplit('/')
+            .next()
+            .map_or_else(String::new, str::to_owned)
+    };
+    Host {
+        date: output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
+        command: std::env::args().map(base).collect(),
+        commit: output("git", &["describe", "--always", "--dirty"]),
+        cpu,
+        cpus: std::thread::available_parallelism().map_or(0, usize::from),
+        governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        memory_mib,
+        kernel: read("/proc/sys/kernel/osrelease"),
+        kvm,
+        qemu: qemu.map(|path| {
+            let version = output(&path.to_string_lossy(), &["--version"]);
+            version.lines().next().unwrap_or_default().to_owned()
+        }),
+        noise_before: noise(),
+        noise_after: None,
+    }
+}
+
+impl Host {
+    /// The facts as Markdown lines.
+    pub fn markdown(&self) -> String {
+        let noise = |noise: &Noise| {
+            format!(
+                "{:.2} ms median, {:.2} ms max, load {}",
+                noise.median_ms, noise.max_ms, noise.loadavg
+            )
+        };
+        let governor = if self.governor.is_empty() {
+            "none to see"
+        } else {
+            &self.governor
+        };
+        format!(
+            "* {}, commit {}, `{}`\n* {} x {}, {} MiB, Linux {}, KVM modules: {}; governor: {governor}\n\
+             * peer: {}\n* noise before: {}\n* noise after: {}\n",
+            self.date,
+            self.commit,
+            self.command.join(" "),
+            self.cpus,
+            self.cpu,
+            self.memory_mib,
+            self.kernel,
+            self.kvm.join(", "),
+            self.qemu.as_deref().unwrap_or("n/a"),
+            noise(&self.noise_before),
+            self.noise_after
+                .as_ref()
+                .map_or_else(|| "not measured".into(), noise),
+        )
+    }
+}

@@ -1,0 +1,429 @@
+//! Machines to measure: a `ratoon-vmm` process of its own, and the peer, QEMU's microvm machine.
+//!
+//! Both get the same kernel, initramfs, disk, memory and kernel words. Each machine has a directory
+//! of its own, gone when it is dropped; its process is killed and reaped then. Should the harness
+//! itself be killed, the VMM's lifeline and QEMU's parent-death signal end them.
+//!
+//! How it fails: a machine that ends or does not come up in time is an error with the last lines
+//! that it said; ^C is [`Interrupted`].
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ratoon_engine::runtime::RuntimeClient;
+use ratoon_engine::vm::control::Control;
+use ratoon_protocol::RUNTIME_PORT;
+use ratoon_vmm_api::{DiskConfig, MetricsReply, SerialConfig, VmConfig, VsockConfig};
+use tempfile::TempDir;
+
+/// How long a guest may take to come up.
+const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+/// How long a VMM may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a wait looks: the resolution of boot times.
+const LOOK: Duration = Duration::from_millis(2);
+/// What the runtime says on the console with `ratoon.ready=console`.
+const READY_LINE: &str = "ratoon-runtime: ready";
+
+/// Set by SIGINT and SIGTERM.
+pub static STOP: AtomicBool = AtomicBool::new(false);
+
+/// The run was stopped by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Whether to go on.
+///
+/// # Errors
+/// [`Interrupted`] after a signal.
+pub fn go_on() -> Result<()> {
+    if STOP.load(Ordering::Relaxed) {
+        return Err(Interrupted.into());
+    }
+    Ok(())
+}
+
+/// What all machines of a run are made of.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// `ratoon-vmm`, release build.
+    pub vmm: PathBuf,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the runtime.
+    pub initramfs: PathBuf,
+    /// The image's disk, only read.
+    pub disk: PathBuf,
+    /// QEMU, when there is one.
+    pub qemu: Option<PathBuf>,
+}
+
+/// Shape of one machine.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Guest memory.
+    pub memory_mib: u64,
+    /// Further disks after the root: the image again, each behind a layer or not.
+    pub more_disks: Vec<(&'static str, bool)>,
+    /// Whether the runtime tells the console that it serves.
+    pub ready_on_console: bool,
+}
+
+impl Shape {
+    /// A machine of `memory_mib` with its root disk.
+    pub fn of(memory_mib: u64) -> Self {
+        Self {
+            memory_mib,
+            more_disks: Vec::new(),
+            ready_on_console: false,
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, as the VMM stamps its phases.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn nap(from: Instant, what: &str, patience: Duration) -> Result<()> {
+    go_on()?;
+    if from.elapsed() > patience {
+        bail!("{what} within {} s", patience.as_secs());
+    }
+    std::thread::sleep(LOOK);
+    Ok(())
+}
+
+/// A child process that is killed and reaped when dropped.
+#[derive(Debug)]
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only when it has been reaped.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// One VM under `ratoon-vmm`.
+#[derive(Debug)]
+pub struct Ratoon {
+    process: Process,
+    control: Control,
+    ready: UnixListener,
+    _lifeline: OwnedFd,
+    /// CLOCK_MONOTONIC right before the process was made, in nanoseconds.
+    pub spawned_ns: u64,
+    dir: TempDir,
+}
+
+fn new_dir() -> Result<TempDir> {
+    tempfile::Builder::new()
+        .prefix("ratoon-bench-")
+        .tempdir()
+        .context("a directory for the machine")
+}
+
+impl Ratoon {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When files or processes cannot be made.
+    pub fn spawn(parts: &Parts, shape: &Shape) -> Result<Self> {
+        let dir = new_dir()?;
+        let at = |name: &str| dir.path().join(name);
+        let disk = |id: &str, layer: bool| DiskConfig {
+            id: id.into(),
+            path: parts.disk.clone(),
+            read_only: !layer,
+            layer: layer.then(|| at(&format!("{id}.qcow2"))),
+        };
+        let mut disks = vec![disk("root", true)];
+        disks.extend(shape.more_disks.iter().map(|(id, layer)| disk(id, *layer)));
+        let ready_word = if shape.ready_on_console {
+            "ratoon.ready=console"
+        } else {
+            ""
+        };
+        let config = VmConfig {
+            id: "bench".into(),
+            vcpus: 1,
+            memory_mib: shape.memory_mib,
+            kernel: parts.kernel.clone(),
+            initramfs: Some(parts.initramfs.clone()),
+            kernel_args: ready_word.into(),
+            disks,
+            vsock: Some(VsockConfig {
+                guest_cid: 3,
+                socket: at("vsock"),
+            }),
+            networks: Vec::new(),
+            serial: Some(SerialConfig {
+                log: at("serial.log"),
+                limit_bytes: 1 << 20,
+            }),
+            exit_report: Some(at("exit.json")),
+            remove_when_orphaned: Some(dir.path().to_owned()),
+        };
+        fs::write(at("config.json"), serde_json::to_vec(&config)?)?;
+        let ready = UnixListener::bind(at(&format!("vsock_{RUNTIME_PORT}")))?;
+        ready.set_nonblocking(true)?;
+        let (lifeline, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        rustix::io::fcntl_setfd(&lifeline, rustix::io::FdFlags::empty())?;
+        let log = fs::File::create(at("vmm.log"))?;
+        let mut command = Command::new(&parts.vmm);
+        command
+            .arg("--config")
+            .arg(at("config.json"))
+            .arg("--control")
+            .arg(at("control"))
+            .arg("--lifeline-fd")
+            .arg(lifeline.as_raw_fd().to_string())
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // Nothing above this line is in the measured time: std makes the process by posix_spawn.
+        let spawned_ns = monotonic_ns();
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {}", parts.vmm.display()))?;
+        drop(lifeline);
+        Ok(Self {
+            process: Process(child),
+            control: Control::new(at("control"), Duration::from_secs(10)),
+            ready,
+            _lifeline: held,
+            spawned_ns,
+            dir,
+        })
+    }
+
+    /// The VMM's process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
+    /// The socket by whose name the guest's connections find us (`<it>_<port>`).
+    pub fn vsock(&self) -> PathBuf {
+        self.dir.path().join("vsock")
+    }
+
+    /// An error if the VMM has ended.
+    ///
+    /// # Errors
+    /// With its last words.
+    pub fn alive(&mut self) -> Result<()> {
+        if let Some(status) = self.process.0.try_wait()? {
+            bail!(
+                "the VMM ended ({status}); {}",
+                last_words(self.dir.path(), &["vmm.log", "serial.log"])
+            );
+        }
+        Ok(())
+    }
+
+    /// Waits for the first guest instruction (R1), seldom enough not to disturb it; returns the
+    /// metrics.
+    ///
+    /// # Errors
+    /// When the VMM ends first.
+    pub fn running(&mut self) -> Result<MetricsReply> {
+        let from = Instant::now();
+        std::thread::sleep(Duration::from_millis(30));
+        loop {
+            self.alive()?;
+            if self.dir.path().join("control").exists()
+                && let Ok(metrics) = self.control.metrics()
+                && metrics.phases.first_instruction_ns != 0
+            {
+                return Ok(metrics);
+            }
+            nap(from, "the guest ran no instruction", BOOT_PATIENCE)?;
+        }
+    }
+
+    /// Counters.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub fn metrics(&self) -> Result<MetricsReply> {
+        Ok(self.control.metrics()?)
+    }
+
+    /// Waits for the runtime's HELLO on its standing connection: R3. Returns the client, when the
+    /// HELLO was there, and when the console's ready line was there (if the shape asks for it; it
+    /// comes before the HELLO), both in nanoseconds after the spawn.
+    ///
+    /// # Errors
+    /// When the VMM ends or the guest takes too long.
+    pub fn ready(&mut self, console: bool) -> Result<(RuntimeClient, u64, Option<u64>)> {
+        let from = Instant::now();
+        let serial = self.dir.path().join("serial.log");
+        let mut told = None;
+        let stream = loop {
+            if console && told.is_none() && says_ready(&serial) {
+                told = Some(monotonic_ns() - self.spawned_ns);
+            }
+            match self.ready.accept() {
+                Ok((stream, _)) => break stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("the runtime's connection"),
+            }
+            self.alive()?;
+            nap(from, "the runtime did not call", BOOT_PATIENCE)?;
+        };
+        stream.set_nonblocking(false)?;
+        let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
+        let hello_ns = monotonic_ns() - self.spawned_ns;
+        if console && told.is_none() && says_ready(&serial) {
+            told = Some(hello_ns);
+        }
+        Ok((client, hello_ns, told))
+    }
+
+    /// Stops the VM and waits for the whole end of its process. Returns how long that took.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn stop(mut self) -> Result<Duration> {
+        let from = Instant::now();
+        self.control.stop()?;
+        while self.process.0.try_wait()?.is_none() {
+            nap(from, "the VMM did not end", END_PATIENCE)?;
+        }
+        Ok(from.elapsed())
+    }
+}
+
+/// Accepts one connection of the guest on `listener`.
+///
+/// # Errors
+/// When none comes.
+pub fn accept(listener: &UnixListener) -> Result<UnixStream> {
+    let from = Instant::now();
+    listener.set_nonblocking(true)?;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(BOOT_PATIENCE))?;
+                stream.set_write_timeout(Some(BOOT_PATIENCE))?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                nap(from, "the guest did not connect", BOOT_PATIENCE)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Boots QEMU's microvm to the console's ready line (R3'), then ends it. Returns nanoseconds from
+/// the spawn.
+///
+/// # Errors
+/// When it ends first or takes too long.
+pub fn boot_qemu(qemu: &Path, parts: &Parts, shape: &Shape, kernel_words: &str) -> Result<u64> {
+    let dir = new_dir()?;
+    let serial = dir.path().join("serial.log");
+    let memory = shape.memory_mib.to_string();
+    let mut command = Command::new(qemu);
+    command
+        .args([
+            "-M",
+            "microvm,x-option-roms=off,pit=on,pic=on,rtc=off,isa-serial=on,acpi=off",
+        ])
+        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &memory])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .arg("-serial")
+        .arg(format!("file:{}", serial.display()))
+        .arg("-kernel")
+        .arg(&parts.kernel)
+        .arg("-initrd")
+        .arg(&parts.initramfs)
+        .args(["-append", kernel_words])
+        .arg("-drive")
+        .arg(format!(
+            "file={},format=raw,if=none,id=root,snapshot=on",
+            parts.disk.display()
+        ))
+        .args(["-device", "virtio-blk-device,drive=root"])
+        .args(["-device", "virtio-rng-device"])
+        // snapshot=on keeps its throw-away layer there.
+        .env("TMPDIR", dir.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(dir.path().join("qemu.log"))?);
+    let in_child = || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes one system call (prctl) and nothing else.
+    unsafe { command.pre_exec(in_child) };
+    let spawned_ns = monotonic_ns();
+    let mut process = Process(
+        command
+            .spawn()
+            .with_context(|| format!("starting {}", qemu.display()))?,
+    );
+    let from = Instant::now();
+    loop {
+        if says_ready(&serial) {
+            return Ok(monotonic_ns() - spawned_ns);
+        }
+        if let Some(status) = process.0.try_wait()? {
+            bail!(
+                "QEMU ended ({status}); {}",
+                last_words(dir.path(), &["qemu.log", "serial.log"])
+            );
+        }
+        nap(from, "QEMU's guest was not ready", BOOT_PATIENCE)
+            .with_context(|| last_words(dir.path(), &["qemu.log", "serial.log"]))?;
+    }
+}
+
+fn says_ready(serial: &Path) -> bool {
+    fs::read(serial).is_ok_and(|bytes| {
+        bytes
+            .windows(READY_LINE.len())
+            .any(|window| window == READY_LINE.as_bytes())
+    })
+}
+
+fn last_words(dir: &Path, files: &[&str]) -> String {
+    let mut words = String::from("its last words:");
+    for file in files {
+        let text = fs::read(dir.join(file)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        for line in lines.iter().skip(lines.len().saturating_sub(5)) {
+            words.push_str(&format!("\n  {file}: {line}"));
+        }
+    }
+    words
+}

@@ -1,0 +1,197 @@
+//! What /proc says of a VM's process: memory by part, CPU time by thread.
+//!
+//! It fails when the process has ended.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::{Context, Result};
+
+/// The name of the memfd that holds guest memory, as /proc shows it.
+const GUEST_MEMORY: &str = "/memfd:ratoon-guest";
+
+/// Memory of one part of a process, in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Resident.
+    pub rss_kib: u64,
+    /// Resident, shared pages counted in part.
+    pub pss_kib: u64,
+    /// Resident and nobody else's.
+    pub private_kib: u64,
+}
+
+/// A process's memory beyond its guest's, by part: `text` (the program's file, read-only), `data`
+/// (its relocated and writable parts), `heap`, `stacks` (of all threads), `anonymous` (allocator
+/// arenas and other mappings), `kvm` (the vCPU's run page), `other files`.
+///
+/// # Errors
+/// When the process has ended.
+pub fn memory(pid: u32) -> Result<BTreeMap<&'static str, Memory>> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("memory of the VMM")?;
+    Ok(parse_smaps(&smaps, &stack_pointers(pid)))
+}
+
+/// Where each thread's stack is, as far as the kernel tells (a thread on a CPU right now does not).
+fn stack_pointers(pid: u32) -> Vec<u64> {
+    threads(pid)
+        .filter_map(|tid| fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok())
+        .filter_map(|line| {
+            // number, six arguments, stack pointer, instruction pointer
+            let pointer = line.split_ascii_whitespace().rev().nth(1)?;
+            u64::from_str_radix(pointer.strip_prefix("0x")?, 16).ok()
+        })
+        .collect()
+}
+
+fn threads(pid: u32) -> impl Iterator<Item = u32> {
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn parse_smaps(smaps: &str, stacks: &[u64]) -> BTreeMap<&'static str, Memory> {
+    let mut parts: BTreeMap<&'static str, Memory> = BTreeMap::new();
+    let mut part: Option<&'static str> = None;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some(first) = words.next() else { continue };
+        if let Some(key) = first.strip_suffix(':') {
+            let (Some(part), Some(value)) = (part, words.next().and_then(|v| v.parse().ok()))
+            else {
+                continue;
+            };
+            let memory = parts.entry(part).or_default();
+            let value: u64 = value;
+            match key {
+                "Rss" => memory.rss_kib += value,
+                "Pss" => memory.pss_kib += value,
+                "Private_Clean" | "Private_Dirty" => memory.private_kib += value,
+                _ => {}
+            }
+            continue;
+        }
+        let protection = words.next().unwrap_or_default();
+        // After offset, device and inode comes the name, which may hold spaces.
+        let name = words.nth(3).unwrap_or_default();
+        part = classify(first, protection, name, stacks);
+    }
+    parts
+}
+
+/// The part that a mapping belongs to, `None` for guest memory.
+fn classify(range: &str, protection: &str, name: &str, stacks: &[u64]) -> Option<&'static str> {
+    let (start, end) = range.split_once('-').unwrap_or_default();
+    let hex = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+    let holds_stack = stacks
+        .iter()
+        .any(|pointer| (hex(start)..hex(end)).contains(pointer));
+    Some(match name {
+        _ if name.starts_with(GUEST_MEMORY) => return None,
+        "[heap]" => "heap",
+        "[stack]" => "stacks",
+        "" if holds_stack => "stacks",
+        "" => "anonymous",
+        _ if name.starts_with("[v") => "vdso",
+        _ if name.starts_with("anon_inode:") => "kvm",
+        _ if name.ends_with("/ratoon-vmm") && protection.contains('w') => "data",
+        // `r--` of the file is constants, headers and, after relocation, read-only data.
+        _ if name.ends_with("/ratoon-vmm") => "text",
+        _ => "other files",
+    })
+}
+
+/// CPU time in nanoseconds of the event loop's thread (the process's first one) and of all vCPU
+/// threads, since they began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cpu {
+    /// The event loop, which serves all devices' queues.
+    pub event_loop_ns: u64,
+    /// The vCPUs, guest time included.
+    pub vcpus_ns: u64,
+}
+
+/// Reads the CPU times of a VM's process from its threads' schedstat.
+///
+/// # Errors
+/// When the process has ended.
+pub fn cpu(pid: u32) -> Result<Cpu> {
+    let time = |tid: u32| -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat"))
+            .context("CPU time of the VMM")?;
+        let first = text.split(' ').next().unwrap_or_default();
+        first
+            .parse()
+            .with_context(|| format!("schedstat says {text:?}"))
+    };
+    let mut cpu = Cpu {
+        event_loop_ns: time(pid)?,
+        vcpus_ns: 0,
+    };
+    for tid in threads(pid) {
+        let name = fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+        if name.starts_with("vcpu") {
+            cpu.vcpus_ns += time(tid)?;
+        }
+    }
+    Ok(cpu)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+7f0000000000-7f0008000000 rw-s 00000000 00:01 9 /memfd:ratoon-guest (deleted)
+Rss:               9000 kB
+Pss:               9000 kB
+Private_Dirty:     9000 kB
+7f0010000000-7f0010200000 r-xp 00000000 fe:00 7 /opt/ratoon-vmm
+Rss:                800 kB
+Pss:                400 kB
+Private_Clean:        0 kB
+7f0010200000-7f0010210000 rw-p 00000000 fe:00 7 /opt/ratoon-vmm
+Rss:                 20 kB
+Pss:                 20 kB
+Private_Dirty:       20 kB
+7f0020000000-7f0020200000 rw-p 00000000 00:00 0
+Rss:                 12 kB
+Pss:                 12 kB
+Private_Dirty:       12 kB
+7f0030000000-7f0030200000 rw-p 00000000 00:00 0
+Rss:                 40 kB
+Pss:                 40 kB
+Private_Clean:        4 kB
+Private_Dirty:       36 kB
+VmFlags: rd wr mr
+";
+
+    #[test]
+    fn guest_memory_is_left_out_and_the_rest_is_told_by_part() {
+        let parts = parse_smaps(SMAPS, &[0x7f00_2000_1000]);
+        let memory = |rss_kib, pss_kib, private_kib| Memory {
+            rss_kib,
+            pss_kib,
+            private_kib,
+        };
+        assert_eq!(
+            parts.into_iter().collect::<Vec<_>>(),
+            [
+                ("anonymous", memory(40, 40, 40)),
+                ("data", memory(20, 20, 20)),
+                ("stacks", memory(12, 12, 12)),
+                ("text", memory(800, 400, 0)),
+            ]
+        );
+    }
+
+    #[test]
+    fn this_process_has_memory_and_cpu_time() {
+        let pid = std::process::id();
+        let rss: u64 = memory(pid).unwrap().values().map(|m| m.rss_kib).sum();
+        assert!(rss > 0);
+        assert!(cpu(pid).is_ok());
+    }
+}

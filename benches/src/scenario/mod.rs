@@ -1,0 +1,48 @@
+//! The scenarios. Each takes the run's parts and adds samples; it fails when a machine does.
+
+pub mod block;
+pub mod boot;
+pub mod memory;
+pub mod start;
+pub mod vsock;
+
+use crate::machine::Parts;
+use crate::samples::{Readiness, Series};
+
+/// What a scenario runs with.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// What machines are made of.
+    pub parts: &'a Parts,
+    /// As small as it can be and still say something.
+    pub quick: bool,
+    /// How many rounds, when the user says so.
+    pub runs: Option<usize>,
+}
+
+impl Plan<'_> {
+    /// How many rounds a scenario does.
+    fn rounds(&self, full: usize, quick: usize) -> usize {
+        self.runs.unwrap_or(if self.quick { quick } else { full })
+    }
+}
+
+fn series(
+    scenario: &'static str,
+    system: &'static str,
+    metric: impl Into<String>,
+    unit: &'static str,
+    readiness: Readiness,
+) -> Series {
+    Series {
+        scenario,
+        system,
+        metric: metric.into(),
+        unit,
+        readiness,
+    }
+}
+
+fn verdict(met: bool) -> &'static str {
+    if met { "met" } else { "NOT met" }
+}
