@@ -224,6 +224,10 @@ impl Vsock {
             return Ok(());
         };
         let result = work(self, &mut queues);
+        if result.is_err() {
+            // Until the driver resets the device no byte moves: host programs need not wait for it.
+            self.drop_all();
+        }
         queues.interrupt();
         self.queues = Some(queues);
         result

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! How it fails: a packet that breaks the socket protocol is answered with a reset of that
-//! connection; a chain that breaks the ring's rules makes the device need a reset. Memory is
+//! connection; a chain that breaks the ring's rules makes the device need a reset, and closes all streams. Memory is
 //! bounded: [`connection::BUF_ALLOC`] a connection, [`MAX_CONNECTIONS`] connections.
 
 mod connection;

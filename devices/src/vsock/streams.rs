@@ -23,8 +23,8 @@ use super::connection::would_block;
 
 /// How long a host program may take to send its line.
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The longest line: "CONNECT 4294967295\n".
-const LINE_MAX: usize = 19;
+/// The longest line: "CONNECT 4294967295\r\n".
+const LINE_MAX: usize = 20;
 
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
@@ -409,7 +409,7 @@ mod tests {
     #[test]
     fn a_line_names_a_port_or_is_refused() {
         assert_eq!(parse_line(b"CONNECT 1024"), Some(1024));
-        assert_eq!(parse_line(b"CONNECT 4294967295"), Some(u32::MAX));
+        assert_eq!(parse_line(b"CONNECT 4294967295\r"), Some(u32::MAX));
         for wrong in [
             "CONNECT",
             "CONNECT ",

@@ -104,3 +104,27 @@ fn memory_for_a_slow_program_is_given_back_when_it_has_read() {
     }
     assert_eq!(kept(&device.lock().unwrap()), [0]);
 }
+
+#[test]
+fn a_broken_ring_closes_the_streams_of_host_programs() {
+    let mut guest = Guest::new();
+    let (open, _) = opened(&mut guest, 1024);
+    let asked = ask(&guest, 1024);
+    let silent = connect(&guest);
+    guest.settle();
+    guest.driver.send(guest::TX, &[&[0; 43]], &[]);
+    guest.driver.kick(guest::TX);
+    assert!(guest.failure().is_some());
+    assert!(ended(&open) && ended(&asked) && ended(&silent));
+}
+
+#[test]
+fn the_longest_line_may_end_in_both_ways() {
+    for end in ["\n", "\r\n"] {
+        let mut guest = Guest::new();
+        let host = connect(&guest);
+        let line = format!("CONNECT {}{end}", u32::MAX);
+        (&host).write_all(line.as_bytes()).unwrap();
+        assert_eq!(guest.expect(Op::Request).header.dst_port, u32::MAX);
+    }
+}

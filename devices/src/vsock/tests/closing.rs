@@ -178,7 +178,7 @@ fn a_program_that_gives_up_before_the_guest_answers_frees_its_place() {
 fn a_guest_that_was_never_asked_is_not_told_of_the_end() {
     let mut guest = Guest::new();
     guest.refills = false;
-    guest.probe(0);
+    guest.probe();
     for _ in 0..100 {
         let host = ask(&guest, 1024);
         guest.settle();

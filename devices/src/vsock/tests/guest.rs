@@ -48,7 +48,7 @@ pub(super) struct Guest {
     /// Whether used buffers for packets are given back at once.
     pub(super) refills: bool,
     watch: OwnedFd,
-    event_idx: bool,
+    features: u64,
     given: VecDeque<(u16, u64)>,
     spare: VecDeque<u64>,
     next_slot: u64,
@@ -85,7 +85,7 @@ impl Guest {
             inbox: VecDeque::new(),
             refills: true,
             watch,
-            event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
+            features,
             given: VecDeque::new(),
             spare: VecDeque::new(),
             next_slot: 0,
@@ -97,13 +97,13 @@ impl Guest {
             kicks: 0,
             interrupts: 0,
         };
-        guest.probe(features);
+        guest.probe();
         guest
     }
 
     /// From reset to running, with all buffers given.
-    pub(super) fn probe(&mut self, features: u64) {
-        self.driver.probe(features);
+    pub(super) fn probe(&mut self) {
+        self.driver.probe(self.features);
         self.kicked = [0; 3];
         self.offered = [0; 3];
         self.used_seen = [0; 3];
@@ -153,7 +153,7 @@ impl Guest {
             return;
         }
         self.kicked[queue] = new;
-        if self.event_idx {
+        if self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0 {
             let size = u64::from(self.driver.queue_size(queue));
             let at = MockDriver::areas(queue)[2] + 4 + 8 * size;
             let event = self.driver.read_memory(at, 2);
@@ -227,9 +227,10 @@ impl Guest {
             self.driver.transport.host_event();
             any = true;
         }
-        let (_, raised) = self.driver.take_interrupt();
-        if raised {
-            self.interrupts += 1;
+        // How often it was raised, which the driver cannot see.
+        if let Ok(raised) = self.driver.transport.interrupt().line().read() {
+            self.interrupts += raised as usize;
+            self.driver.take_interrupt();
             self.collect();
             any = true;
         }

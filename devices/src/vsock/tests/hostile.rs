@@ -105,7 +105,7 @@ fn assert_needs_reset(mut guest: Guest, reason: &str) {
     assert_eq!(guest.failure().as_deref(), Some(reason));
     assert_ne!(guest.driver.status() & status::DEVICE_NEEDS_RESET, 0);
     guest.refills = true;
-    guest.probe(0);
+    guest.probe();
     guest.settle();
     opened(&mut guest, 1024);
 }
@@ -142,7 +142,7 @@ fn a_buffer_without_room_for_data_breaks_the_ring() {
     for len in [1, 43, 44] {
         let mut guest = Guest::new();
         guest.refills = false;
-        guest.probe(0);
+        guest.probe();
         guest.driver.send(RX, &[], &[len]);
         guest.send(header(Op::Request, 5000, 52), &[], &[]);
         guest.settle();

@@ -178,7 +178,7 @@ fn the_configuration_space_is_the_context_id() {
 fn a_reset_of_the_device_closes_every_stream_and_it_works_again() {
     let mut guest = Guest::new();
     let (old, _) = opened(&mut guest, 1024);
-    guest.probe(0);
+    guest.probe();
     assert!(ended(&old));
     guest.settle();
     opened(&mut guest, 1024);
@@ -190,7 +190,7 @@ fn a_program_that_came_before_the_driver_is_served_when_it_is_there() {
     guest.driver.reset();
     let _host = ask(&guest, 1024);
     guest.settle();
-    guest.probe(0);
+    guest.probe();
     guest.expect(Op::Request);
 }
 

@@ -37,7 +37,7 @@ fn data_that_found_no_buffer_goes_out_when_one_comes() {
 fn a_request_that_found_no_buffer_goes_out_when_one_comes() {
     let mut guest = Guest::new();
     guest.refills = false;
-    guest.probe(0);
+    guest.probe();
     let _host = ask(&guest, 1024);
     guest.settle();
     assert!(guest.inbox.is_empty());
@@ -49,7 +49,7 @@ fn a_request_that_found_no_buffer_goes_out_when_one_comes() {
 fn resets_without_buffers_stop_the_guests_packets_and_buffers_let_them_go_on() {
     let mut guest = Guest::new();
     guest.refills = false;
-    guest.probe(1 << 29);
+    guest.probe();
     let mut asked = 0;
     // Far more refusals than the device keeps.
     while asked < 2000 && guest.may_queue() {
