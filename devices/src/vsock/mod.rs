@@ -17,7 +17,7 @@
 //!
 //! How it fails: a packet that breaks the socket protocol is answered with a reset of that
 //! connection; a chain that breaks the ring's rules makes the device need a reset, and closes all streams. Memory is
-//! bounded: [`connection::BUF_ALLOC`] a connection, [`MAX_CONNECTIONS`] connections.
+//! bounded: 256 KiB a connection, [`MAX_CONNECTIONS`] connections.
 
 mod connection;
 mod device;
