@@ -16,8 +16,8 @@
 //! ```
 //!
 //! How it fails: a packet that breaks the socket protocol is answered with a reset of that
-//! connection; a chain that breaks the ring's rules makes the device need a reset, and closes all streams. Memory is
-//! bounded: 256 KiB a connection, [`MAX_CONNECTIONS`] connections.
+//! connection; a chain that breaks the ring's rules makes the device need a reset, and closes all
+//! streams. Memory is bounded: 256 KiB a connection, [`MAX_CONNECTIONS`] connections.
 
 mod connection;
 mod device;
