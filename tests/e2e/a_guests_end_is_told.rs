@@ -1,5 +1,8 @@
 //! A guest that panics, powers off, or floods its console ends in a defined way, and says so.
 
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use ratoon_tests::Ratoon;
@@ -11,6 +14,8 @@ crate::promises![
     a_missing_init_is_an_error_with_the_guests_last_words,
     a_flood_on_the_serial_port_stays_bounded,
     a_command_that_does_not_exist_is_told_as_a_shell_would,
+    a_guest_that_does_not_come_up_in_time_is_ended,
+    a_full_disk_is_the_guests_error_and_not_the_machines_end,
 ];
 
 fn sh(ratoon: &Ratoon, script: &str) -> ratoon_tests::Done {
@@ -98,5 +103,55 @@ fn a_command_that_does_not_exist_is_told_as_a_shell_would() {
     let done = ratoon.run(["run", "--image", "debian", "--", "no-such-command"]);
     assert_eq!(done.code(), 127, "{done:?}");
     assert!(done.stderr.contains("no-such-command"), "{done:?}");
+    ratoon.nothing_is_left();
+}
+
+fn a_guest_that_does_not_come_up_in_time_is_ended() {
+    let ratoon = Ratoon::new();
+    let args = [
+        "run",
+        "--boot-timeout",
+        "1s",
+        "--image",
+        "debian",
+        "--",
+        "true",
+    ];
+    let done = ratoon.run(args);
+    assert_eq!(done.code(), 125, "{done:?}");
+    assert!(done.stderr.contains("--boot-timeout"), "{done:?}");
+    ratoon.nothing_is_left();
+}
+
+/// The machine's layer lies on a file system of 2 MiB.
+fn a_full_disk_is_the_guests_error_and_not_the_machines_end() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can mount a small file system for this test");
+        return;
+    }
+    let ratoon = Ratoon::new();
+    let script = "dd if=/dev/zero of=/big bs=1M count=8 conv=fsync; echo dd $?";
+    let mut command = ratoon.command(["run", "--image", "debian", "--", "sh", "-c", script]);
+    let state = CString::new(ratoon.state_dir().as_os_str().as_bytes()).expect("a plain path");
+    // SAFETY: only system calls that are safe between fork and exec, on memory made before.
+    unsafe {
+        command.pre_exec(move || {
+            let mount = |what: &CStr, to: &CStr, flags: libc::c_ulong, options: &CStr| {
+                let what = what.as_ptr();
+                match libc::mount(what, to.as_ptr(), what, flags, options.as_ptr().cast()) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            };
+            if libc::unshare(libc::CLONE_NEWNS) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            mount(c"none", c"/", libc::MS_REC | libc::MS_PRIVATE, c"")?;
+            mount(c"tmpfs", &state, 0, c"size=2m")
+        });
+    }
+    let done = ratoon_tests::finish(command.spawn().expect("ratoon can be started"));
+    assert_eq!(done.stdout, "dd 1\n", "{done:?}");
+    assert_eq!(done.code(), 0, "{done:?}");
     ratoon.nothing_is_left();
 }

@@ -25,6 +25,7 @@ pub mod memory;
 pub mod start;
 pub mod stats;
 pub mod vcpu;
+mod wiring;
 
 /// The messages of an error and of all its causes, outermost first.
 pub fn causes(error: &dyn std::error::Error) -> Vec<String> {

@@ -259,6 +259,11 @@ fn trim_heap() {
     unsafe { libc::malloc_trim(0) };
 }
 
+/// To stderr, which may be a file on a full disk: `eprintln!` would panic.
+fn say(words: &str) {
+    let _ = writeln!(std::io::stderr(), "ratoon-vmm: {words}");
+}
+
 fn main() -> ExitCode {
     let main_ns = monotonic_ns();
     one_arena();
@@ -266,7 +271,7 @@ fn main() -> ExitCode {
         Ok(Some(args)) => args,
         Ok(None) => return ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ratoon-vmm: {error}; see ratoon-vmm --help");
+            say(&format!("{error}; see ratoon-vmm --help"));
             return ExitCode::from(2);
         }
     };
@@ -283,15 +288,17 @@ fn main() -> ExitCode {
         .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // A log on a full disk must not end the VM: complaining about it goes to the same place.
+        .log_internal_errors(false)
         .init();
     match run(&args, main_ns) {
         Ok(outcome) if outcome.state() == VmState::Stopped => ExitCode::SUCCESS,
         Ok(outcome) => {
-            eprintln!("ratoon-vmm: {outcome}");
+            say(&outcome.to_string());
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("ratoon-vmm: {}", causes(error.as_ref()).join(": "));
+            say(&causes(error.as_ref()).join(": "));
             ExitCode::FAILURE
         }
     }

@@ -19,31 +19,24 @@ use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
     kvm_enable_cap, kvm_pit_config,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use ratoon_devices::block::{self, Block};
-use ratoon_devices::legacy::Serial;
-use ratoon_devices::net::Net;
-use ratoon_devices::rng::Rng;
-use ratoon_devices::virtio::Device;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use ratoon_devices::virtio::mmio::MmioTransport;
-use ratoon_devices::vsock::Vsock;
-use ratoon_vmm_api::{HostClass, NetConfig, Phases, VmConfig, VmState};
+use ratoon_vmm_api::{HostClass, Phases, VmConfig, VmState};
 use vm_memory::GuestMemoryMmap;
 
 use crate::boot::{self, BootError};
-use crate::bus::{Bus, MMIO_BASE, MMIO_DEVICES, MMIO_IRQ, MMIO_SIZE, SERIAL_IRQ, VirtioSlot};
+use crate::bus::{Bus, MMIO_DEVICES, SERIAL_IRQ, VirtioSlot};
 use crate::clock::monotonic_ns;
 use crate::ending::Ending;
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
+use crate::wiring::{self, command_line, wire};
 use crate::{cpuid, host};
 
 /// Where Intel's virtualization wants three unused pages: just below the BIOS area.
 const TSS_ADDRESS: usize = 0xfffb_d000;
-/// The register by which a driver kicks a queue (virtio 1.2, 4.2.2: QueueNotify).
-const QUEUE_NOTIFY: u64 = 0x50;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -116,12 +109,12 @@ fn remedy(error: &kvm_ioctls::Error) -> &'static str {
     }
 }
 
-fn kvm_step(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> StartError {
+pub(crate) fn kvm_step(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> StartError {
     let what = what.into();
     |source| StartError::KvmStep { what, source }
 }
 
-fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
+pub(crate) fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
     move |source| StartError::System { what, source }
 }
 
@@ -318,10 +311,10 @@ impl Loaded {
     /// A disk, socket or tap that cannot be used.
     pub fn machine(mut self) -> Result<Machine, StartError> {
         let vm = &self.vm;
-        let serial = serial(&self.config)?;
+        let serial = wiring::serial(&self.config)?;
         vm.register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .map_err(kvm_step("the serial port's interrupt"))?;
-        let devices = devices(&self.config)?;
+        let devices = wiring::devices(&self.config)?;
         if devices.len() > MMIO_DEVICES {
             return Err(StartError::TooManyDevices(devices.len()));
         }
@@ -363,166 +356,7 @@ impl Loaded {
     }
 }
 
-/// Binds a device's interrupt and the kicks of its queues.
-fn wire(vm: &VmFd, index: usize, name: &str, transport: &MmioTransport) -> Result<(), StartError> {
-    vm.register_irqfd(transport.interrupt().line(), MMIO_IRQ + index as u32)
-        .map_err(kvm_step(format!("the interrupt of {name}")))?;
-    let notify = MMIO_BASE + index as u64 * MMIO_SIZE + QUEUE_NOTIFY;
-    for (queue, kick) in transport.queue_eventfds().iter().enumerate() {
-        vm.register_ioevent(kick, &IoEventAddress::Mmio(notify), queue as u32)
-            .map_err(kvm_step(format!("queue {queue} of {name}")))?;
-    }
-    Ok(())
-}
-
-fn device_error<E>(what: String) -> impl FnOnce(E) -> StartError
-where
-    E: std::error::Error + Send + Sync + 'static,
-{
-    |source| StartError::Device {
-        what,
-        source: Box::new(source),
-    }
-}
-
-fn serial(config: &VmConfig) -> Result<Serial, StartError> {
-    match &config.serial {
-        Some(serial) => Serial::to_log(&serial.log, serial.limit_bytes)
-            .map_err(device_error(format!("serial log {}", serial.log.display()))),
-        None => Serial::discard().map_err(system("an event descriptor")),
-    }
-}
-
-/// A device and its name in metrics.
-type Named = (String, Box<dyn Device>);
-
-/// All virtio devices, in the order of their addresses: disks first, so that they are vda, vdb, …
-fn devices(config: &VmConfig) -> Result<Vec<Named>, StartError> {
-    let mut devices: Vec<Named> = Vec::new();
-    for disk in &config.disks {
-        let backend = block::open(&disk.path, disk.read_only, disk.layer.as_deref())
-            .map_err(device_error(format!("disk {:?}", disk.id)))?;
-        let device = Block::new(&disk.id, backend, disk.read_only);
-        devices.push((format!("block.{}", disk.id), Box::new(device)));
-    }
-    if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.guest_cid, &vsock.socket).map_err(device_error(format!(
-            "vsock socket {}",
-            vsock.socket.display()
-        )))?;
-        devices.push(("vsock".into(), Box::new(device)));
-    }
-    for (index, net) in config.networks.iter().enumerate() {
-        let device = Net::open(&net.tap, mac(net, &config.id, index)?)
-            .map_err(device_error(format!("network device {}", net.tap)))?;
-        devices.push((format!("net.{index}"), Box::new(device)));
-    }
-    devices.push(("rng".into(), Box::new(Rng::new())));
-    Ok(devices)
-}
-
-/// A locally administered address: the one given, or one made from the VM's id (FNV-1a).
-fn mac(net: &NetConfig, id: &str, index: usize) -> Result<[u8; 6], StartError> {
-    let Some(text) = &net.mac else {
-        let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        let [a, b, c, d, ..] = hash.to_be_bytes();
-        return Ok([2, a, b, c, d, index as u8]);
-    };
-    let bytes: Option<Vec<u8>> = text
-        .split(':')
-        .map(|part| {
-            u8::from_str_radix(part, 16)
-                .ok()
-                .filter(|_| part.len() == 2)
-        })
-        .collect();
-    bytes
-        .and_then(|bytes| <[u8; 6]>::try_from(bytes).ok())
-        .filter(|mac| mac[0] & 1 == 0)
-        .ok_or_else(|| StartError::Device {
-            what: format!("MAC address {text:?} of {}", net.tap),
-            source: "it needs six hex bytes with colons, the first one even".into(),
-        })
-}
-
-/// The kernel's command line: quiet, its devices, what the host needs, what the user adds.
-fn command_line(config: &VmConfig, class: HostClass) -> String {
-    let mut words = vec![
-        "console=ttyS0 quiet reboot=k panic=-1".to_owned(),
-        format!("pvpanic_mmio.port={:#x}", crate::bus::PVPANIC_PORT),
-        // A stable TSC would be preferred, but it does not survive a move to another host.
-        "clocksource=kvm-clock swiotlb=noforce".to_owned(),
-        host::boot_args(class).to_owned(),
-    ];
-    let devices =
-        config.disks.len() + usize::from(config.vsock.is_some()) + config.networks.len() + 1;
-    for index in 0..devices {
-        words.push(format!(
-            "virtio_mmio.device={}K@{:#x}:{}",
-            MMIO_SIZE >> 10,
-            MMIO_BASE + index as u64 * MMIO_SIZE,
-            MMIO_IRQ + index as u32
-        ));
-    }
-    words.push(config.kernel_args.clone());
-    words.retain(|word| !word.is_empty());
-    words.join(" ")
-}
-
 /// The file that a machine's socket device made, to be removed when the VM ends.
 pub fn vsock_socket(config: &VmConfig) -> Option<&Path> {
     config.vsock.as_ref().map(|vsock| vsock.socket.as_path())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config() -> VmConfig {
-        VmConfig::from_json(
-            br#"{"id":"vm-1","vcpus":1,"memory_mib":128,"kernel":"/k","kernel_args":"x=1",
-                 "disks":[{"id":"root","path":"/d"}],"vsock":{"guest_cid":3,"socket":"/s"}}"#,
-        )
-        .unwrap()
-    }
-
-    #[test]
-    fn every_device_is_announced_and_the_users_words_come_last() {
-        let line = command_line(&config(), HostClass::Hardware);
-        assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5 "));
-        assert!(line.contains("virtio_mmio.device=4K@0xd0002000:7 "));
-        assert!(!line.contains("0xd0003000"));
-        assert!(line.ends_with(" x=1"), "{line}");
-        assert!(!line.contains("noxsave"));
-        assert!(command_line(&config(), HostClass::Emulated).contains("noxsave"));
-    }
-
-    #[test]
-    fn a_mac_is_the_given_one_or_a_local_one_of_the_vms_own() {
-        let net = |mac: Option<&str>| NetConfig {
-            tap: "tap0".into(),
-            mac: mac.map(str::to_owned),
-        };
-        let of = |mac| super::mac(&net(mac), "vm-1", 0);
-        assert_eq!(
-            of(Some("02:00:00:0a:0b:0c")).unwrap(),
-            [2, 0, 0, 10, 11, 12]
-        );
-        assert_eq!(of(None).unwrap()[0], 2);
-        assert_ne!(
-            of(None).unwrap(),
-            super::mac(&net(None), "vm-2", 0).unwrap()
-        );
-        for wrong in [
-            "",
-            "02:00",
-            "03:00:00:00:00:00",
-            "2:0:0:0:0:0",
-            "02:00:00:00:00:0g",
-        ] {
-            assert!(of(Some(wrong)).is_err(), "{wrong}");
-        }
-    }
 }
