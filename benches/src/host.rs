@@ -46,6 +46,8 @@ pub struct Noise {
     pub median_ms: f64,
     /// Its slowest turn.
     pub max_ms: f64,
+    /// How much of one processor the loop got, 0 to 1: what is missing went to others.
+    pub cpu_share: f64,
     /// /proc/loadavg.
     pub loadavg: String,
 }
@@ -66,24 +68,30 @@ fn output(program: &str, args: &[&str]) -> String {
         .unwrap_or_default()
 }
 
-/// Measures the noise floor: 31 turns of a loop of two million dependent steps.
+/// Measures the noise floor: 31 turns of a loop of twenty million steps, a second or so in all.
 pub fn noise() -> Noise {
     let loadavg = read("/proc/loadavg");
+    let cpu_time = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let (begin, cpu_begin) = (Instant::now(), cpu_time());
     let mut times: Vec<f64> = (0..31)
         .map(|turn| {
             let start = Instant::now();
             let mut x: u64 = turn + 1;
-            for _ in 0..2_000_000 {
-                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            for _ in 0..20_000_000 {
+                x = std::hint::black_box(x.wrapping_mul(5).wrapping_add(1));
             }
-            std::hint::black_box(x);
             start.elapsed().as_secs_f64() * 1e3
         })
         .collect();
+    let wall = begin.elapsed().as_secs_f64();
+    let cpu_end = cpu_time();
+    let cpu = (cpu_end.tv_sec - cpu_begin.tv_sec) as f64
+        + (cpu_end.tv_nsec - cpu_begin.tv_nsec) as f64 / 1e9;
     times.sort_by(f64::total_cmp);
     Noise {
         median_ms: times[times.len() / 2],
         max_ms: times[times.len() - 1],
+        cpu_share: cpu / wall,
         loadavg,
     }
 }
@@ -139,8 +147,11 @@ impl Host {
     pub fn markdown(&self) -> String {
         let noise = |noise: &Noise| {
             format!(
-                "{:.2} ms median, {:.2} ms max, load {}",
-                noise.median_ms, noise.max_ms, noise.loadavg
+                "{:.2} ms median, {:.2} ms max, {:.0} % of a processor, load {}",
+                noise.median_ms,
+                noise.max_ms,
+                noise.cpu_share * 100.0,
+                noise.loadavg
             )
         };
         let governor = if self.governor.is_empty() {

@@ -24,6 +24,8 @@ use ratoon_protocol::RUNTIME_PORT;
 use ratoon_vmm_api::{DiskConfig, MetricsReply, SerialConfig, VmConfig, VsockConfig};
 use tempfile::TempDir;
 
+use crate::proc;
+
 /// How long a guest may take to come up.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
 /// How long a VMM may take to end.
@@ -133,6 +135,18 @@ pub struct Ratoon {
     /// CLOCK_MONOTONIC right before the process was made, in nanoseconds.
     pub spawned_ns: u64,
     dir: TempDir,
+}
+
+/// A guest whose runtime has answered. Times are after the spawn.
+pub struct Ready {
+    /// The runtime.
+    pub client: RuntimeClient,
+    /// When its HELLO was there (R3).
+    pub hello_ns: u64,
+    /// When the console's ready line was there (R3'), if it was seen before the HELLO.
+    pub console_ns: Option<u64>,
+    /// CPU time of the VMM until that line.
+    pub cpu_ns: Option<u64>,
 }
 
 fn new_dir() -> Result<TempDir> {
@@ -269,19 +283,20 @@ impl Ratoon {
         Ok(self.control.metrics()?)
     }
 
-    /// Waits for the runtime's HELLO on its standing connection: R3. Returns the client, when the
-    /// HELLO was there, and when the console's ready line was there (if the shape asks for it; it
-    /// comes before the HELLO), both in nanoseconds after the spawn.
+    /// Waits for the runtime's HELLO on its standing connection: R3; on the way for the console's
+    /// ready line, if the shape asks for one (it comes before the HELLO).
     ///
     /// # Errors
     /// When the VMM ends or the guest takes too long.
-    pub fn ready(&mut self, console: bool) -> Result<(RuntimeClient, u64, Option<u64>)> {
+    pub fn ready(&mut self, console: bool) -> Result<Ready> {
         let from = Instant::now();
         let serial = self.dir.path().join("serial.log");
-        let mut told = None;
+        let mut console_ns = None;
+        let mut cpu_ns = None;
         let stream = loop {
-            if console && told.is_none() && says_ready(&serial) {
-                told = Some(monotonic_ns() - self.spawned_ns);
+            if console && console_ns.is_none() && says_ready(&serial) {
+                console_ns = Some(monotonic_ns() - self.spawned_ns);
+                cpu_ns = Some(proc::cpu_total_ns(self.pid())?);
             }
             match self.ready.accept() {
                 Ok((stream, _)) => break stream,
@@ -294,10 +309,12 @@ impl Ratoon {
         stream.set_nonblocking(false)?;
         let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
         let hello_ns = monotonic_ns() - self.spawned_ns;
-        if console && told.is_none() && says_ready(&serial) {
-            told = Some(hello_ns);
-        }
-        Ok((client, hello_ns, told))
+        Ok(Ready {
+            client,
+            hello_ns,
+            console_ns,
+            cpu_ns,
+        })
     }
 
     /// Stops the VM and waits for the whole end of its process. Returns how long that took.
@@ -338,11 +355,16 @@ pub fn accept(listener: &UnixListener) -> Result<UnixStream> {
 }
 
 /// Boots QEMU's microvm to the console's ready line (R3'), then ends it. Returns nanoseconds from
-/// the spawn.
+/// the spawn, and the CPU time of the process until then.
 ///
 /// # Errors
 /// When it ends first or takes too long.
-pub fn boot_qemu(qemu: &Path, parts: &Parts, shape: &Shape, kernel_words: &str) -> Result<u64> {
+pub fn boot_qemu(
+    qemu: &Path,
+    parts: &Parts,
+    shape: &Shape,
+    kernel_words: &str,
+) -> Result<(u64, u64)> {
     let dir = new_dir()?;
     let serial = dir.path().join("serial.log");
     let memory = shape.memory_mib.to_string();
@@ -394,7 +416,8 @@ pub fn boot_qemu(qemu: &Path, parts: &Parts, shape: &Shape, kernel_words: &str) 
     let from = Instant::now();
     loop {
         if says_ready(&serial) {
-            return Ok(monotonic_ns() - spawned_ns);
+            let ready_ns = monotonic_ns() - spawned_ns;
+            return Ok((ready_ns, proc::cpu_total_ns(process.0.id())?));
         }
         if let Some(status) = process.0.try_wait()? {
             bail!(

@@ -113,27 +113,36 @@ pub struct Cpu {
     pub vcpus_ns: u64,
 }
 
+/// CPU time of all threads of a process that still live, in nanoseconds.
+///
+/// # Errors
+/// When the process has ended.
+pub fn cpu_total_ns(pid: u32) -> Result<u64> {
+    threads(pid).map(|tid| thread_cpu_ns(pid, tid)).sum()
+}
+
+fn thread_cpu_ns(pid: u32, tid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat"))
+        .context("CPU time of the VMM")?;
+    let first = text.split(' ').next().unwrap_or_default();
+    first
+        .parse()
+        .with_context(|| format!("schedstat says {text:?}"))
+}
+
 /// Reads the CPU times of a VM's process from its threads' schedstat.
 ///
 /// # Errors
 /// When the process has ended.
 pub fn cpu(pid: u32) -> Result<Cpu> {
-    let time = |tid: u32| -> Result<u64> {
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat"))
-            .context("CPU time of the VMM")?;
-        let first = text.split(' ').next().unwrap_or_default();
-        first
-            .parse()
-            .with_context(|| format!("schedstat says {text:?}"))
-    };
     let mut cpu = Cpu {
-        event_loop_ns: time(pid)?,
+        event_loop_ns: thread_cpu_ns(pid, pid)?,
         vcpus_ns: 0,
     };
     for tid in threads(pid) {
         let name = fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
         if name.starts_with("vcpu") {
-            cpu.vcpus_ns += time(tid)?;
+            cpu.vcpus_ns += thread_cpu_ns(pid, tid)?;
         }
     }
     Ok(cpu)

@@ -138,7 +138,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         ..Shape::of(256)
     };
     let mut vm = Ratoon::spawn(plan.parts, &shape)?;
-    let (mut client, _, _) = vm.ready(false)?;
+    let mut client = vm.ready(false)?.client;
     let (stdin, go) = io::pipe()?;
     let mut conductor = Conductor {
         vm: &vm,

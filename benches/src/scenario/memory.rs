@@ -23,7 +23,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     for round in 1..=plan.rounds(3, 1) {
         go_on()?;
         let mut vm = Ratoon::spawn(plan.parts, &Shape::of(128))?;
-        let (mut client, _, _) = vm.ready(false)?;
+        let mut client = vm.ready(false)?.client;
         client.ping(Duration::from_secs(60))?;
         let parts = proc::memory(vm.pid())?;
         let mut add = |metric: String, kib: u64| {

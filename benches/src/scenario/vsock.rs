@@ -46,7 +46,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     let (mib, trips) = if plan.quick { (2, 20) } else { (8, 100) };
     let mut vm = Ratoon::spawn(plan.parts, &Shape::of(256))?;
     let listener = UnixListener::bind(format!("{}_{PORT}", vm.vsock().display()))?;
-    let (mut client, _, _) = vm.ready(false)?;
+    let mut client = vm.ready(false)?.client;
 
     let ping = series(NAME, "ratoon", "runtime ping", "ms", Readiness::None);
     for trip in 0..trips {
