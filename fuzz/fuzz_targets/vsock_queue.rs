@@ -99,6 +99,22 @@ impl Header {
     }
 }
 
+/// The guest's wish to connect; `ports` are the host's and its own.
+fn request((host_port, guest_port): (u32, u32)) -> Header {
+    Header {
+        src_cid: u64::from(CID),
+        dst_cid: HOST_CID,
+        host_port,
+        guest_port,
+        len: 0,
+        kind: 1,
+        op: REQUEST,
+        flags: 0,
+        buf_alloc: CREDIT,
+        fwd_cnt: 0,
+    }
+}
+
 /// A run of bytes that count up, so that a gap shows.
 #[derive(Debug, Default, Clone, Copy)]
 struct Count(Option<u8>);
@@ -398,20 +414,15 @@ impl World {
             };
         }
         let mut header = Header {
-            src_cid: u64::from(CID),
-            dst_cid: HOST_CID,
-            host_port: ports.0,
-            guest_port: ports.1,
             len,
-            kind: 1,
             op,
             flags: if op == SHUTDOWN {
                 input.int_in_range(0..=3)?
             } else {
                 0
             },
-            buf_alloc: CREDIT,
             fwd_cnt: connection.told,
+            ..request(ports)
         };
         if op == RESET {
             // What is under way may still come.
@@ -434,6 +445,39 @@ impl World {
             }
         }
         self.send(input, header, &data)
+    }
+
+    /// Data of one connection until its credit is gone: what a slow program does not take.
+    fn burst(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let mut known: Vec<_> = self.connections.keys().copied().collect();
+        known.sort_unstable();
+        if known.is_empty() {
+            return Ok(());
+        }
+        let ports = *input.choose(&known)?;
+        for _ in 0..12 {
+            if !self.may_send() {
+                break;
+            }
+            let Some(connection) = self.connections.get_mut(&ports) else {
+                break;
+            };
+            let way = connection.wrote_len.wrapping_sub(connection.device_taken);
+            let len = connection.device_alloc.saturating_sub(way).min(30_000);
+            if len == 0 {
+                break;
+            }
+            connection.wrote_len = connection.wrote_len.wrapping_add(len);
+            let data = connection.wrote.make(len as usize);
+            let header = Header {
+                len,
+                op: DATA,
+                fwd_cnt: connection.told,
+                ..request(ports)
+            };
+            self.send(input, header, &data)?;
+        }
+        Ok(())
     }
 
     // ---- host programs ----
@@ -556,7 +600,11 @@ fn run(mut input: Unstructured<'_>) -> Result<()> {
 
 fn act(world: &mut World, input: &mut Unstructured<'_>) -> Result<()> {
     while !input.is_empty() {
-        match input.int_in_range(0..=15u8)? {
+        match input.int_in_range(0..=16u8)? {
+            16 => {
+                world.burst(input)?;
+                world.kick(input, TX)?;
+            }
             0 | 1 => {
                 for _ in 0..=input.int_in_range(0..=12u8)? {
                     let lens: &[u32] = match input.int_in_range(0..=4u8)? {
@@ -576,22 +624,9 @@ fn act(world: &mut World, input: &mut Unstructured<'_>) -> Result<()> {
                 world.kick(input, TX)?;
             }
             7 if world.may_send() => {
-                let header = Header {
-                    src_cid: u64::from(CID),
-                    dst_cid: HOST_CID,
-                    host_port: *input.choose(&HOST_PORTS)?,
-                    guest_port: *input.choose(&GUEST_PORTS)?,
-                    len: 0,
-                    kind: 1,
-                    op: REQUEST,
-                    flags: 0,
-                    buf_alloc: CREDIT,
-                    fwd_cnt: 0,
-                };
-                world
-                    .connections
-                    .remove(&(header.host_port, header.guest_port));
-                world.send(input, header, &[])?;
+                let ports = (*input.choose(&HOST_PORTS)?, *input.choose(&GUEST_PORTS)?);
+                world.connections.remove(&ports);
+                world.send(input, request(ports), &[])?;
                 world.kick(input, TX)?;
             }
             8 => {
