@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
 use rustix::io::Errno;
 
 use super::backend::SECTOR_BYTES;
@@ -204,6 +204,27 @@ pub(super) fn check_size(len_bytes: u64, path: &Path) -> Result<(), OpenError> {
         });
     }
     Ok(())
+}
+
+/// Changes a range's space without changing the file's length (`fallocate(2)`); false if the file
+/// system does not know `flags`. No bytes are nothing to do, though `fallocate` refuses them.
+pub(super) fn allocate(
+    file: &File,
+    flags: FallocateFlags,
+    offset: u64,
+    len_bytes: u64,
+) -> io::Result<bool> {
+    if len_bytes == 0 {
+        return Ok(true);
+    }
+    loop {
+        match fallocate(file, flags | FallocateFlags::KEEP_SIZE, offset, len_bytes) {
+            Ok(()) => return Ok(true),
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// Whether both are one file.

@@ -21,6 +21,7 @@ mod backend;
 mod device;
 mod file;
 mod layered;
+mod places;
 mod raw;
 mod request;
 #[cfg(test)]

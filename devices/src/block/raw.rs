@@ -7,8 +7,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, fdatasync};
 use vm_memory::VolatileSlice;
 
 use super::backend::Backend;
@@ -63,26 +62,10 @@ impl RawFile {
         })
     }
 
-    /// Runs `fallocate`; false if the file system does not know `flags`.
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, len_bytes: u64) -> io::Result<bool> {
-        loop {
-            match fallocate(
-                &self.file,
-                flags | FallocateFlags::KEEP_SIZE,
-                offset,
-                len_bytes,
-            ) {
-                Ok(()) => return Ok(true),
-                Err(Errno::INTR) => {}
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
     fn punch(&mut self, offset: u64, len_bytes: u64) -> io::Result<bool> {
         if self.can_punch {
-            self.can_punch = self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len_bytes)?;
+            let hole = FallocateFlags::PUNCH_HOLE;
+            self.can_punch = file::allocate(&self.file, hole, offset, len_bytes)?;
         }
         Ok(self.can_punch)
     }
@@ -118,7 +101,8 @@ impl Backend for RawFile {
             return Ok(());
         }
         if self.can_zero {
-            self.can_zero = self.fallocate(FallocateFlags::ZERO_RANGE, offset, len_bytes)?;
+            let zero = FallocateFlags::ZERO_RANGE;
+            self.can_zero = file::allocate(&self.file, zero, offset, len_bytes)?;
             if self.can_zero {
                 return Ok(());
             }

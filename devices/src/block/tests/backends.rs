@@ -103,7 +103,44 @@ fn a_discard_gives_a_raw_files_space_back() {
     assert!(all.iter().all(|byte| *byte == 0));
 }
 
-/// The host gets nothing back: imago frees clusters in its tables and does not punch the file.
+#[test]
+fn a_layer_gives_back_the_space_of_what_is_discarded_or_unmapped() {
+    let (directory, base, content) = disk();
+    let layer = directory.path().join("layer");
+    let mut backend = open(&base, false, Some(&layer)).unwrap();
+    let half = DISK_BYTES / 2;
+    for unmap in [false, true] {
+        let empty = allocated(&layer);
+        write(backend.as_mut(), 0, &vec![7; half as usize]);
+        backend.flush().unwrap();
+        assert!(allocated(&layer) >= half);
+        if unmap {
+            // The clusters at both ends are zeroed in part only, so they stay.
+            backend.write_zeroes(512, half - 1024, true).unwrap();
+        } else {
+            backend.discard(0, half).unwrap();
+        }
+        backend.flush().unwrap();
+        let kept = allocated(&layer) - empty;
+        assert!(kept <= 512 << 10, "{kept} bytes");
+        let gone = read(backend.as_mut(), 512, half as usize - 1024);
+        assert!(gone.iter().all(|byte| *byte == 0));
+    }
+    assert!(read(backend.as_mut(), half, half as usize) == content[half as usize..]);
+}
+
+#[test]
+fn a_discard_of_what_only_the_base_has_writes_no_tables() {
+    let (directory, base, content) = disk();
+    let layer = directory.path().join("layer");
+    let mut backend = open(&base, false, Some(&layer)).unwrap();
+    let empty = allocated(&layer);
+    backend.discard(0, DISK_BYTES).unwrap();
+    backend.flush().unwrap();
+    assert_eq!(allocated(&layer), empty);
+    assert!(read(backend.as_mut(), 0, content.len()) == content);
+}
+
 #[test]
 fn what_a_layer_discards_is_used_again() {
     let (directory, base, _) = disk();
@@ -112,18 +149,18 @@ fn what_a_layer_discards_is_used_again() {
     let half = DISK_BYTES / 2;
     write(backend.as_mut(), 0, &vec![7; half as usize]);
     backend.flush().unwrap();
-    let full = allocated(&layer);
+    let full = fs::metadata(&layer).unwrap().len();
     for round in 1..8 {
         // The same data, now in one half, now in the other.
         let (from, to) = if round % 2 == 0 { (half, 0) } else { (0, half) };
         backend.discard(from, half).unwrap();
-        backend.flush().unwrap();
-        let gone = read(backend.as_mut(), from, half as usize);
-        assert!(gone.iter().all(|byte| *byte == 0));
         write(backend.as_mut(), to, &vec![round; half as usize]);
         backend.flush().unwrap();
+        let now = read(backend.as_mut(), to, half as usize);
+        assert!(now.iter().all(|byte| *byte == round));
     }
-    assert!(allocated(&layer) < full + half / 2, "{}", allocated(&layer));
+    let end = fs::metadata(&layer).unwrap().len();
+    assert!(end < full + half / 2, "{end}");
 }
 
 #[test]
@@ -145,6 +182,25 @@ fn a_transfer_of_more_buffers_than_one_call_takes_is_whole() {
     backend.read_at(&buffers, 512).unwrap();
     drop(buffers);
     assert!(bytes == content[512..512 + bytes.len()]);
+}
+
+#[test]
+fn a_transfer_of_no_bytes_succeeds() {
+    let (directory, path, content) = disk();
+    let layer = directory.path().join("layer");
+    for layer in [None, Some(layer.as_path())] {
+        let mut backend = open(&path, false, layer).unwrap();
+        for offset in [0, DISK_BYTES] {
+            backend.read_at(&[], offset).unwrap();
+            backend.write_at(&[], offset).unwrap();
+            assert!(read(backend.as_mut(), offset, 0).is_empty());
+            write(backend.as_mut(), offset, &[]);
+            backend.discard(offset, 0).unwrap();
+            backend.write_zeroes(offset, 0, true).unwrap();
+            backend.write_zeroes(offset, 0, false).unwrap();
+        }
+        assert!(read(backend.as_mut(), 0, content.len()) == content);
+    }
 }
 
 #[test]
