@@ -8,13 +8,27 @@ use crate::host::{self, HostClass};
 /// KVM's own feature leaf (Linux, Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
 
+/// Whether KVM emulates the local APIC's TSC-deadline timer; its CPUID does not say so by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TscDeadline(pub bool);
+
 /// Adapts KVM's supported CPUID for vCPU `index` of `vcpus`: one package, one thread a core, the
 /// APIC id is the index.
-pub fn for_vcpu(supported: &CpuId, index: u32, vcpus: u32, class: HostClass) -> CpuId {
+pub fn for_vcpu(
+    supported: &CpuId,
+    index: u32,
+    vcpus: u32,
+    class: HostClass,
+    deadline: TscDeadline,
+) -> CpuId {
+    const TSC_DEADLINE: u32 = 1 << 24;
     let mut cpuid = supported.clone();
     for entry in cpuid.as_mut_slice() {
         if entry.function == KVM_FEATURES {
             entry.eax = host::kvm_features(class, entry.eax);
+        }
+        if entry.function == 1 && deadline.0 {
+            entry.ecx |= TSC_DEADLINE;
         }
         adapt(entry, index, vcpus);
     }
@@ -94,7 +108,14 @@ mod tests {
             ..kvm_cpuid_entry2::default()
         };
         let supported = CpuId::from_entries(&[entry]).unwrap();
-        for_vcpu(&supported, index, vcpus, HostClass::Emulated).as_slice()[0]
+        for_vcpu(
+            &supported,
+            index,
+            vcpus,
+            HostClass::Emulated,
+            TscDeadline(true),
+        )
+        .as_slice()[0]
     }
 
     #[test]
@@ -102,6 +123,7 @@ mod tests {
         let entry = adapted(1, 0, 2, 3);
         assert_eq!(entry.ebx, 0x0204_0800);
         assert_ne!(entry.ecx & 1 << 31, 0);
+        assert_ne!(entry.ecx & 1 << 24, 0);
         assert_ne!(entry.edx & 1 << 28, 0);
         assert_eq!(adapted(1, 0, 0, 1).edx & 1 << 28, 0);
     }
@@ -114,7 +136,7 @@ mod tests {
             ..kvm_cpuid_entry2::default()
         };
         let supported = CpuId::from_entries(&[entry]).unwrap();
-        let eax = |class| for_vcpu(&supported, 0, 1, class).as_slice()[0].eax;
+        let eax = |class| for_vcpu(&supported, 0, 1, class, TscDeadline(false)).as_slice()[0].eax;
         assert_eq!(!eax(HostClass::Emulated), 1 << 7 | 1 << 11 | 1 << 13);
         assert_eq!(eax(HostClass::Hardware), u32::MAX);
     }

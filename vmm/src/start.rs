@@ -19,7 +19,7 @@ use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
     kvm_enable_cap, kvm_pit_config,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use ratoon_devices::virtio::mmio::MmioTransport;
 use ratoon_vmm_api::{HostClass, Phases, VmConfig, VmState};
 use vm_memory::GuestMemoryMmap;
@@ -238,6 +238,7 @@ impl WithMemory {
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm_step("a list of processor features"))?;
+        let deadline = cpuid::TscDeadline(self.kvm.check_extension(Cap::TscDeadlineTimer));
         let mut vcpus = Vec::new();
         for index in 0..self.config.vcpus {
             let vcpu = vm
@@ -248,6 +249,7 @@ impl WithMemory {
                 index,
                 self.config.vcpus,
                 self.class,
+                deadline,
             ))
             .map_err(kvm_step(format!("the features of vCPU {index}")))?;
             vcpus.push(vcpu);
