@@ -51,7 +51,7 @@ impl EndCause {
         }
         match last_word(dir) {
             Some(line) => Self::chain([line]),
-            None => Self::chain(["ratoon-vmm was killed: it left no report".to_owned()]),
+            None => Self::chain(["ratoon-vmm ended and left no report: was it killed?".to_owned()]),
         }
     }
 }
