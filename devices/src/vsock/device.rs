@@ -20,6 +20,8 @@ use crate::virtio::{Activation, Device, DeviceError};
 
 /// The most chains in a queue.
 pub(super) const QUEUE_SIZE: u16 = 256;
+/// The driver fills the receive queue when it starts, a page and thousands of instructions a buffer.
+const RX_QUEUE_SIZE: u16 = 64;
 /// How long the guest may take to finish a close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Host ports given to connections that a host program asked for begin here.
@@ -240,7 +242,7 @@ impl Device for Vsock {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE]
+        &[RX_QUEUE_SIZE, QUEUE_SIZE, RX_QUEUE_SIZE]
     }
 
     fn features(&self) -> u64 {

@@ -167,6 +167,8 @@ pub fn start(listener: UnixListener, machine: Arc<Machine>) -> std::io::Result<(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .max_io_events_per_tick(MAX_CONNECTIONS)
+        .max_blocking_threads(1)
         .build()?;
     std::thread::Builder::new()
         .name("control".into())
