@@ -78,6 +78,9 @@ pub enum BootError {
         /// What is wrong.
         why: String,
     },
+    /// The host's random numbers.
+    #[error("the host gives no random numbers for the guest's seed")]
+    Random(#[source] std::io::Error),
     /// Guest memory cannot be written: our own layout does not fit it.
     #[error("guest memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
@@ -107,7 +110,7 @@ pub fn load(
         None => None,
     };
     let command_line_len = write_command_line(memory, command_line)?;
-    params::write(memory, initramfs, command_line_len).map_err(BootError::Memory)?;
+    params::write(memory, initramfs, command_line_len)?;
     mptable::write(memory, vcpus).map_err(BootError::Memory)?;
     Ok(Loaded { entry })
 }

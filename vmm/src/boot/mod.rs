@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  0x00500 GDT        0x07000 boot_params ("zero page")   0x09000 page tables (3 pages)
-//!  0x20000 command line (up to 4 KiB)                     0x9fc00 MP table
+//!  0x0c000 seed for random numbers   0x20000 command line (up to 4 KiB)   0x9fc00 MP table
 //! ```
 //! The kernel goes where its ELF headers say (16 MiB), the initramfs to the end of low memory.
 
@@ -27,6 +27,7 @@ const GDT: u64 = 0x500;
 const PML4: u64 = 0x9000;
 const PDPT: u64 = 0xa000;
 const PAGE_DIRECTORY: u64 = 0xb000;
+const RNG_SEED: u64 = 0xc000;
 const BOOT_STACK: u64 = 0x8ff0;
 const COMMAND_LINE: u64 = 0x20000;
 /// COMMAND_LINE_SIZE of x86 is 2048; a longer one is cut by the kernel, so it is refused here.

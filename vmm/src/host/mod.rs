@@ -40,11 +40,12 @@ fn detect_in(modules: &Path) -> HostClass {
 /// patches itself with their instructions, which the emulator lacks. `emulated_kernel` is our own
 /// kernel's (docs/kernel.md); others ignore it. `noreplace-smp` leaves out the rewriting of all lock
 /// prefixes on one processor, the blacklist many sysfs files: millions of instructions each.
+/// `tick_stretch` (our kernel's too) makes a busy vCPU tick every 40 ms: a tick costs 2800 instructions.
 pub fn boot_args(class: HostClass) -> &'static str {
     match class {
         HostClass::Hardware => "",
         HostClass::Emulated => {
-            "emulated_kernel noreplace-smp noxsave nofsgsbase noinvpcid nopcid nopku \
+            "emulated_kernel tick_stretch=4 noreplace-smp noxsave nofsgsbase noinvpcid nopcid nopku \
              clearcpuid=smap,smep,umip,popcnt,erms,fsrm,fsrs,rdrand,rdseed,xsaves,serialize,\
              movdiri,movdir64b,clwb,clflushopt,rdtscp,rdpid,cx16,waitpkg \
              initcall_blacklist=slab_late_init,param_sysfs_builtin_init"
