@@ -30,9 +30,11 @@ impl Vsock {
     /// Takes the guest's packets.
     pub(super) fn receive(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let mut used = 0;
+        let mut bytes = 0;
         loop {
             while used < TURN_PACKETS && self.resets.len() < MAX_RESETS && queues.pop(TX)? {
                 self.packet(queues)?;
+                bytes += queues.chain.readable_len_bytes();
                 queues.finish(TX, 0)?;
                 used += 1;
             }
@@ -48,10 +50,7 @@ impl Vsock {
                 break;
             }
         }
-        if used > 0 {
-            queues.notify(TX)?;
-        }
-        Ok(())
+        queues.notify_sent(used, bytes)
     }
 
     fn packet(&mut self, queues: &Queues) -> Result<(), DeviceError> {

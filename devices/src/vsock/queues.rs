@@ -14,12 +14,18 @@ pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 pub(super) const EVENT: usize = 2;
 
+/// How many of the guest's packets, and bytes, it may have back without being told.
+const UNTOLD_PACKETS: usize = 32;
+const UNTOLD_BYTES: u64 = 256 << 10;
+
 /// What the driver gave.
 pub(super) struct Queues {
     pub(super) memory: GuestMemoryMmap,
     queues: [Queue; 3],
     interrupt: Interrupt,
     interrupt_due: bool,
+    /// Packets of the guest, and bytes, that it has back and has not been told of.
+    untold: (usize, u64),
     kicks: Arc<[EventFd]>,
     /// The chain at hand.
     pub(super) chain: Chain,
@@ -34,6 +40,7 @@ impl Queues {
             queues,
             interrupt: activation.interrupt,
             interrupt_due: false,
+            untold: (0, 0),
             kicks: activation.kicks,
             chain: Chain::default(),
         })
@@ -72,9 +79,24 @@ impl Queues {
         Ok(())
     }
 
+    /// Notes that so many packets of the guest, with so many bytes, were used. The guest only frees
+    /// memory when it hears of that, and an interrupt costs it thousands of instructions: it is told
+    /// with the next packet for it, or when much has come together.
+    pub(super) fn notify_sent(&mut self, packets: usize, bytes: u64) -> Result<(), DeviceError> {
+        self.untold.0 += packets;
+        self.untold.1 += bytes;
+        let many = UNTOLD_PACKETS.min(usize::from(self.queues[TX].size()) / 4);
+        if packets > 0 && (self.untold.0 >= many || self.untold.1 >= UNTOLD_BYTES) {
+            self.notify(TX)?;
+        }
+        Ok(())
+    }
+
     /// Raises the interrupt when a batch of this turn wanted it.
     pub(super) fn interrupt(&mut self) {
         if std::mem::take(&mut self.interrupt_due) {
+            // The driver looks at all queues then.
+            self.untold = (0, 0);
             self.interrupt.used_buffer();
         }
     }

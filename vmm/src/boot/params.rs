@@ -119,7 +119,7 @@ mod tests {
             let page: ZeroPage = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
             let mut data = [0; 16 + SEED_LEN];
             memory
-                .read_slice(&mut data, GuestAddress({ page.0.hdr.setup_data }))
+                .read_slice(&mut data, GuestAddress(page.0.hdr.setup_data))
                 .unwrap();
             assert_eq!(
                 data[..16],

@@ -65,17 +65,31 @@ fn resets_without_buffers_stop_the_guests_packets_and_buffers_let_them_go_on() {
 }
 
 #[test]
-fn a_batch_of_packets_is_one_kick_and_one_interrupt() {
+fn packets_of_the_guest_are_one_kick_and_no_interrupt_until_there_are_many() {
     let mut guest = Guest::new();
     let host = accepted(&mut guest, 5000, 52);
     let (kicks, interrupts) = (guest.kicks, guest.interrupts);
+    let told = |guest: &Guest| (guest.kicks - kicks, guest.interrupts - interrupts);
     for _ in 0..16 {
         guest.queue(data_header(5000, 52, 1000), &pattern(1000), &[]);
     }
     guest.flush();
     guest.settle();
     assert_eq!(read_some(&host).len(), 16_000);
-    assert_eq!((guest.kicks - kicks, guest.interrupts - interrupts), (1, 1));
+    assert_eq!(told(&guest), (1, 0));
+    // A packet for the guest tells it of all before.
+    write_some(&host, b"x");
+    guest.expect(Op::Data);
+    assert_eq!(told(&guest), (1, 1));
+    for _ in 0..3 {
+        for _ in 0..16 {
+            guest.queue(data_header(5000, 52, 1000), &pattern(1000), &[]);
+        }
+        guest.flush();
+        guest.settle();
+        read_some(&host);
+    }
+    assert_eq!(told(&guest), (4, 2));
 }
 
 #[test]
