@@ -1,0 +1,756 @@
+//! One interpreter: its descriptors, the cell that it runs, its end.
+//!
+//! ```text
+//!   Starting --H--> Up --(exit, crash, stop, limits)--> Dying --(reaped)--> drained --> gone
+//! ```
+//!
+//! A cell's end is said on the control socket and may overtake what lies in the pipes: at that
+//! time the bytes in each pipe are counted and delivered first. In the poll set the control socket
+//! stands before the pipes, so that a pipe that is not readable in the round in which the answer
+//! came is empty, and no system call is needed to know.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use ratoon_protocol::{
+    CodeContext, CodeEnd, CodeError, CodeRun, CodeStart, CodeStatus, ErrorCode, ErrorReply,
+    ExitStatus, Language,
+};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
+    SocketType, recvmsg,
+};
+use rustix::process::{Pid, Signal};
+
+use crate::groups::Group;
+use crate::session::Output;
+use crate::sessions::{CallRef, earlier};
+use crate::spawn::{SpawnError, read_now};
+
+use super::Answers;
+use super::wire::{Garbage, Outcome, Step, Wire};
+
+/// How long an interpreter may take to start.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a cell has after the interrupt of its time-out.
+const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
+
+/// A cell that runs for longer shows its output as it comes.
+const TICK: Duration = Duration::from_millis(100);
+
+/// An interrupt that comes so soon after its cell may be too early for the interpreter to heed: it
+/// is sent again after as long.
+const EARLY: Duration = Duration::from_millis(500);
+
+/// What is kept of an output while no cell runs: its last bytes, for the next cell.
+const LATE_LIMIT: usize = 32 * 1024;
+
+/// A cell that runs, or is to run.
+#[derive(Debug)]
+struct Cell {
+    /// Whose; `None` when the client is gone.
+    at: Option<CallRef>,
+    /// Until it is sent.
+    code: Option<String>,
+    timeout: Option<Duration>,
+    /// When it was sent.
+    since: Option<Instant>,
+    /// The next step of its time-out.
+    due: Option<Instant>,
+    tick: Option<Instant>,
+    again: Option<Instant>,
+    interrupted: bool,
+    timed_out: bool,
+    /// The client takes no more of these.
+    stopped: [bool; 3],
+}
+
+/// One interpreter. See the module.
+#[derive(Debug)]
+pub struct Context {
+    /// How it was asked for.
+    pub params: CodeStart,
+    /// Its name.
+    pub name: String,
+    /// It has been stopped: its name is free.
+    pub hidden: bool,
+    /// The number of its zygote, if it has one.
+    pub zygote: Option<u64>,
+    is_orphan: bool,
+    /// Its process id, when it is known.
+    pub pid: Option<i32>,
+    /// Its control group, if it is its own.
+    pub group: Option<Group>,
+    /// Its zygote has been told to reap it.
+    pub is_reaped_for: bool,
+    /// The call that waits for it to be up.
+    pub waiting: Option<CallRef>,
+    count: u64,
+    cell: Option<Cell>,
+    up: bool,
+    up_by: Option<Instant>,
+    control: Option<OwnedFd>,
+    outputs: [Option<OwnedFd>; 2],
+    wire: Wire,
+    outbox: Vec<u8>,
+    late: [Vec<u8>; 2],
+    /// What is in the pipes at the cell's end and not yet read, when that has been asked.
+    owed: [Option<u64>; 2],
+    /// In this round: polled; read and perhaps not empty; the control socket was read.
+    watched: [bool; 2],
+    left: [bool; 2],
+    heard: bool,
+    blocked: bool,
+    /// It has been killed, and why if not by its own fault.
+    dying: bool,
+    verdict: Option<CodeError>,
+    refused: Option<i32>,
+    /// It is reaped; with how it ended, if anybody knows.
+    gone: bool,
+    fate: Option<ExitStatus>,
+}
+
+/// Two ends of a control socket.
+pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd), ErrorReply> {
+    let flags = SocketFlags::CLOEXEC;
+    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .map_err(|error| ErrorReply::new(ErrorCode::NoSpace, format!("no socket: {error}")))
+}
+
+/// An interpreter that cannot be executed.
+pub(super) fn refusal(program: &str, error: &SpawnError) -> ErrorReply {
+    match error {
+        SpawnError::NotInPath { .. } => {
+            let language = program.trim_end_matches('3');
+            let message = format!("no {language} in this image: {}", error.reply().message);
+            ErrorReply::new(ErrorCode::Unsupported, message)
+        }
+        error => error.reply(),
+    }
+}
+
+impl Context {
+    /// An interpreter that has just been asked for. `control` and `outputs` are our ends.
+    pub fn new(
+        name: String,
+        params: CodeStart,
+        control: OwnedFd,
+        outputs: [Option<OwnedFd>; 2],
+    ) -> Self {
+        Self {
+            params,
+            name,
+            hidden: false,
+            zygote: None,
+            is_orphan: false,
+            pid: None,
+            group: None,
+            is_reaped_for: false,
+            waiting: None,
+            count: 0,
+            cell: None,
+            up: false,
+            up_by: Some(Instant::now() + START_LIMIT),
+            control: Some(control),
+            outputs,
+            wire: Wire::default(),
+            outbox: Vec::new(),
+            late: [Vec::new(), Vec::new()],
+            owed: [None; 2],
+            watched: [false; 2],
+            left: [false; 2],
+            heard: false,
+            blocked: false,
+            dying: false,
+            verdict: None,
+            refused: None,
+            gone: false,
+            fate: None,
+        }
+    }
+
+    /// As the client is told.
+    pub fn info(&self) -> CodeContext {
+        CodeContext {
+            context: self.name.clone(),
+            language: self.params.language,
+            pid: self.pid.unwrap_or(0),
+            count: self.count,
+            busy: self.cell.is_some(),
+        }
+    }
+
+    /// Runs a cell, as soon as it is up.
+    ///
+    /// # Errors
+    /// It runs another one.
+    pub fn run(&mut self, at: CallRef, params: CodeRun) -> Result<(), ErrorReply> {
+        if self.cell.is_some() {
+            let message = format!(
+                "context `{}` runs a cell: wait for it, or interrupt it",
+                self.name.escape_debug()
+            );
+            return Err(ErrorReply::new(ErrorCode::Busy, message));
+        }
+        self.count += 1;
+        self.cell = Some(Cell {
+            at: Some(at),
+            code: Some(params.code),
+            timeout: params.timeout_ms.map(Duration::from_millis),
+            since: None,
+            due: None,
+            tick: None,
+            again: None,
+            interrupted: false,
+            timed_out: false,
+            stopped: [false; 3],
+        });
+        if self.up {
+            self.send_cell();
+        }
+        Ok(())
+    }
+
+    fn send_cell(&mut self) {
+        let now = Instant::now();
+        let Some(cell) = &mut self.cell else { return };
+        let Some(code) = cell.code.take() else { return };
+        cell.since = Some(now);
+        cell.due = cell.timeout.map(|timeout| now + timeout);
+        if self.params.language == Language::Python {
+            cell.tick = Some(now + TICK);
+        }
+        self.owed = [None; 2];
+        let request = match self.params.language {
+            Language::Bash => format!("{:08}{code}", code.len()),
+            _ => format!("{}\n", serde_json::json!({ "run": code })),
+        };
+        self.say(request.as_bytes());
+    }
+
+    fn say(&mut self, bytes: &[u8]) {
+        self.outbox.extend_from_slice(bytes);
+        self.write();
+    }
+
+    fn write(&mut self) {
+        let Some(control) = &self.control else { return };
+        while !self.outbox.is_empty() {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(control, &self.outbox, flags) {
+                Ok(len) if len == self.outbox.len() => self.outbox = Vec::new(),
+                Ok(len) => {
+                    self.outbox.drain(..len);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                // Reading will tell.
+                Err(_) => self.outbox = Vec::new(),
+            }
+        }
+    }
+
+    /// New random numbers, after the machine has become another one.
+    pub fn reseed(&mut self) {
+        if self.params.language == Language::Python && self.up && !self.dying {
+            self.say(b"{\"reseed\":1}\n");
+        }
+    }
+
+    /// Sends a signal to it and to what it has started in the foreground.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid.and_then(Pid::from_raw).filter(|_| !self.gone) {
+            let _ = rustix::process::kill_process_group(pid, signal);
+        }
+    }
+
+    /// Interrupts its cell.
+    pub fn interrupt(&mut self, now: Instant) {
+        let Some(cell) = &mut self.cell else { return };
+        cell.interrupted = true;
+        match cell.since {
+            None => {}
+            Some(since) => {
+                if now.saturating_duration_since(since) < EARLY {
+                    cell.again = Some(now + EARLY);
+                }
+                self.signal(Signal::INT);
+            }
+        }
+    }
+
+    /// Ends it: kills it and all that it started. `why` is told to whom it matters.
+    pub fn kill(&mut self, why: Option<CodeError>) {
+        if !self.dying {
+            self.dying = true;
+            self.verdict = why;
+        }
+        if self.group.as_ref().is_none_or(|group| group.kill().is_err()) {
+            self.signal(Signal::KILL);
+        }
+        if self.pid.is_none() {
+            // Nobody knows it yet: it ends by itself when nobody listens.
+            self.control = None;
+            self.gone = true;
+        }
+    }
+
+    /// Whether its zygote is to reap it.
+    pub fn wants_reaping(&self) -> Option<i32> {
+        self.pid.filter(|_| self.dying && !self.gone && self.zygote.is_some())
+    }
+
+    /// Whether something was printed since the last cell ended.
+    #[cfg(test)]
+    pub fn has_late_output(&self) -> bool {
+        self.late.iter().any(|late| !late.is_empty())
+    }
+
+    /// Its zygote has gone: nobody can tell how it ends, unless it comes to us as an orphan.
+    pub fn orphan(&mut self) {
+        self.zygote = None;
+        self.is_orphan = true;
+    }
+
+    /// It has ended and been reaped.
+    pub fn reaped(&mut self, fate: Option<ExitStatus>) {
+        if !self.gone {
+            // What it has started ends with it; the number is still its group's, if there is any.
+            self.kill(None);
+            self.gone = true;
+            self.fate = fate;
+        }
+    }
+
+    /// Its client has gone.
+    pub fn lost(&mut self, session: u64, now: Instant) {
+        if self.waiting.is_some_and(|at| at.session == session) {
+            self.waiting = None;
+        }
+        let cell = self.cell.as_mut();
+        if let Some(cell) = cell.filter(|cell| cell.at.is_some_and(|at| at.session == session)) {
+            cell.at = None;
+            if !cell.interrupted {
+                self.interrupt(now);
+            }
+        }
+    }
+
+    /// The client takes no more of an output; false: it is not of this context.
+    pub fn stop_output(&mut self, at: CallRef, output: Output) -> bool {
+        match &mut self.cell {
+            Some(cell) if cell.at == Some(at) => {
+                cell.stopped[output as usize] = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn room(&self, output: Output, answers: &impl Answers) -> usize {
+        room(self.cell.as_ref(), output, answers)
+    }
+
+    /// Tells what to poll: the descriptor, its events, and which it is (0: control socket).
+    pub fn poll(&mut self, answers: &impl Answers, mut add: impl FnMut(RawFd, i16, u64)) {
+        self.heard = false;
+        self.left = [false; 2];
+        self.watched = [false; 2];
+        if let Some(control) = self.control.as_ref().filter(|_| !self.blocked) {
+            let more = match self.outbox.is_empty() {
+                true => 0,
+                false => libc::POLLOUT,
+            };
+            add(control.as_raw_fd(), libc::POLLIN | more, 0);
+        }
+        for output in Output::BOTH {
+            let index = output as usize;
+            if let Some(pipe) = &self.outputs[index]
+                && self.room(output, answers) > 0
+            {
+                self.watched[index] = true;
+                add(pipe.as_raw_fd(), libc::POLLIN, index as u64 + 1);
+            }
+        }
+    }
+
+    /// Poll said something of a descriptor.
+    pub fn ready(
+        &mut self,
+        which: u64,
+        revents: i16,
+        answers: &mut impl Answers,
+        scratch: &mut [u8],
+    ) {
+        match which {
+            0 => {
+                if revents & libc::POLLOUT != 0 {
+                    self.write();
+                }
+                if revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0 {
+                    self.hear(scratch);
+                }
+            }
+            1 => self.read(Output::Stdout, revents, answers, scratch),
+            _ => self.read(Output::Stderr, revents, answers, scratch),
+        }
+    }
+
+    /// Reads the control socket; false when there was nothing.
+    fn hear(&mut self, scratch: &mut [u8]) -> bool {
+        let Some(control) = &self.control else {
+            return false;
+        };
+        let received = match self.pid {
+            Some(_) => rustix::net::recv(control, &mut *scratch, RecvFlags::DONTWAIT)
+                .map(|(len, _)| (len, None)),
+            None => receive_with_pid(control, scratch),
+        };
+        match received {
+            Ok((len, pid)) if len > 0 => {
+                self.heard = true;
+                self.pid = self.pid.or(pid);
+                self.wire.feed(&scratch[..len]);
+                true
+            }
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            _ => {
+                self.control = None;
+                self.kill(None);
+                false
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        output: Output,
+        revents: i16,
+        answers: &mut impl Answers,
+        scratch: &mut [u8],
+    ) {
+        let index = output as usize;
+        let room = self.room(output, answers).min(scratch.len());
+        let Some(pipe) = &self.outputs[index] else {
+            return;
+        };
+        if room == 0 {
+            self.left[index] = true;
+            return;
+        }
+        let read = match revents & libc::POLLIN != 0 {
+            true => read_now(pipe.as_fd(), &mut scratch[..room]),
+            false => Ok(0),
+        };
+        match read {
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok(len) if len > 0 => {
+                self.left[index] = len == room;
+                if let Some(owed) = &mut self.owed[index] {
+                    *owed = owed.saturating_sub(len as u64);
+                }
+                self.deliver(output, &scratch[..len], answers);
+            }
+            _ => self.outputs[index] = None,
+        }
+    }
+
+    fn deliver(&mut self, output: Output, bytes: &[u8], answers: &mut impl Answers) {
+        let Some(cell) = &self.cell else {
+            let late = &mut self.late[output as usize];
+            late.extend_from_slice(bytes);
+            if late.len() > LATE_LIMIT {
+                late.drain(..late.len() - LATE_LIMIT);
+            }
+            return;
+        };
+        if let Some(at) = cell.at.filter(|_| !cell.stopped[output as usize]) {
+            answers.output(at, output, bytes);
+        }
+    }
+
+    /// Whether everything that was in the pipes has been delivered.
+    fn is_drained(&mut self) -> bool {
+        for index in 0..2 {
+            if self.outputs[index].is_none() {
+                self.owed[index] = Some(0);
+            }
+            if self.owed[index] == Some(0) {
+                continue;
+            }
+            let known_empty = self.heard && self.watched[index] && !self.left[index];
+            let waiting = match (&self.outputs[index], known_empty) {
+                (Some(pipe), false) => rustix::io::ioctl_fionread(pipe).unwrap_or(0),
+                _ => 0,
+            };
+            // Somebody else may have read from the pipe: what is not there is not owed.
+            let owed = self.owed[index].map_or(waiting, |owed| owed.min(waiting));
+            self.owed[index] = Some(owed);
+        }
+        self.owed == [Some(0); 2]
+    }
+
+    /// Goes on with what has come; true when it is over with the context.
+    pub fn settle(&mut self, now: Instant, answers: &mut impl Answers) -> bool {
+        self.give_late(answers);
+        if self.pump(answers).is_err() {
+            self.wire = Wire::default();
+            let message = "its control channel carried what no driver says; it was killed";
+            self.control = None;
+            self.kill(Some(died(message)));
+        }
+        if self.is_orphan && self.dying {
+            self.reaped(None);
+        }
+        if self.gone && !self.blocked {
+            // It is dead: what it still had to say is there.
+            let mut scratch = [0; 4096];
+            while !self.blocked && self.hear(&mut scratch) {
+                self.heard = false;
+                if self.pump(answers).is_err() {
+                    self.control = None;
+                }
+            }
+        }
+        let late = self.late.iter().any(|late| !late.is_empty()) && self.cell.is_some();
+        self.heard = false;
+        if self.gone && !self.blocked && !late && (self.cell.is_none() || self.is_drained()) {
+            self.conclude(answers);
+            return true;
+        }
+        self.check_time(now);
+        false
+    }
+
+    /// What came while no cell ran is the next one's.
+    fn give_late(&mut self, answers: &mut impl Answers) {
+        if self.cell.is_none() {
+            return;
+        }
+        for output in Output::BOTH {
+            let index = output as usize;
+            while !self.late[index].is_empty() {
+                let len = self.room(output, answers).min(self.late[index].len());
+                if len == 0 {
+                    break;
+                }
+                let rest = self.late[index].split_off(len);
+                let bytes = std::mem::replace(&mut self.late[index], rest);
+                self.deliver(output, &bytes, answers);
+            }
+        }
+    }
+
+    fn pump(&mut self, answers: &mut impl Answers) -> Result<(), Garbage> {
+        loop {
+            if self.wire.at_end() {
+                let late = self.late.iter().any(|late| !late.is_empty()) && self.cell.is_some();
+                if late || !self.is_drained() {
+                    self.blocked = true;
+                    return Ok(());
+                }
+            }
+            let cell = self.cell.as_ref();
+            let step = self.wire.next(|output| room(cell, output, answers))?;
+            self.blocked = false;
+            match step {
+                Step::More => return Ok(()),
+                Step::Blocked => {
+                    self.blocked = true;
+                    return Ok(());
+                }
+                Step::Bytes(output, bytes) => {
+                    let cell = cell.filter(|cell| !cell.stopped[output as usize]);
+                    if let (Some(at), false) = (cell.and_then(|cell| cell.at), bytes.is_empty()) {
+                        answers.output(at, output, bytes);
+                    }
+                }
+                Step::Hello if !self.up => self.greet(answers),
+                Step::Refused(errno) if !self.up => self.refused = Some(errno),
+                Step::End(outcome) => self.finish(outcome, answers)?,
+                Step::Hello | Step::Refused(_) | Step::Reaped(..) => return Err(Garbage),
+            }
+        }
+    }
+
+    fn greet(&mut self, answers: &mut impl Answers) {
+        self.up = true;
+        self.up_by = None;
+        if let Some(at) = self.waiting.take() {
+            answers.reply(at, &self.info());
+        }
+        match &self.cell {
+            Some(cell) if cell.interrupted => {
+                let error = died("it was interrupted before it began");
+                let _ = self.finish(Some(error), answers);
+            }
+            _ => self.send_cell(),
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome, answers: &mut impl Answers) -> Result<(), Garbage> {
+        let cell = self.cell.take().ok_or(Garbage)?;
+        let status = match &outcome {
+            _ if cell.timed_out => CodeStatus::Timeout,
+            None => CodeStatus::Ok,
+            Some(_) if cell.interrupted => CodeStatus::Interrupted,
+            Some(_) => CodeStatus::Error,
+        };
+        if let Some(at) = cell.at {
+            let end = self.end(status, outcome);
+            answers.reply(at, &end);
+        }
+        self.owed = [None; 2];
+        Ok(())
+    }
+
+    fn end(&self, status: CodeStatus, error: Option<CodeError>) -> CodeEnd {
+        CodeEnd {
+            context: self.name.clone(),
+            count: self.count,
+            status,
+            error: error.map(|mut error| {
+                clip(&mut error.name, 256);
+                clip(&mut error.message, 8 << 10);
+                error
+            }),
+        }
+    }
+
+    /// It is gone: tells those who wait for it.
+    fn conclude(&mut self, answers: &mut impl Answers) {
+        let at = self.cell.take().and_then(|cell| cell.at);
+        if self.up {
+            if let Some(at) = at {
+                let error = self.verdict.clone().unwrap_or_else(|| self.cause_of_death());
+                let end = self.end(CodeStatus::Died, Some(error));
+                answers.reply(at, &end);
+            }
+            return;
+        }
+        for at in [at, self.waiting.take()].into_iter().flatten() {
+            answers.fail(at, &self.why_not_up());
+        }
+    }
+
+    fn cause_of_death(&self) -> CodeError {
+        match self.fate {
+            Some(ExitStatus::Code(code)) => died(format!("the interpreter exited with status {code}")),
+            Some(ExitStatus::Signal(signal)) => {
+                died(format!("the interpreter was killed by signal {signal}"))
+            }
+            None => died("the interpreter is gone"),
+        }
+    }
+
+    fn why_not_up(&self) -> ErrorReply {
+        if let Some(errno) = self.refused {
+            let source = std::io::Error::from_raw_os_error(errno);
+            let path = self.params.cwd.clone().unwrap_or_default();
+            return SpawnError::Directory { path, source }.reply();
+        }
+        let language = super::word(self.params.language);
+        let mut message = format!("{language} did not start");
+        let said = self.outputs[1].as_ref().map(super::zygote::complaint);
+        let said = said.filter(|text| !text.is_empty());
+        let why = match (&self.verdict, said) {
+            (Some(verdict), _) => verdict.message.clone(),
+            (None, Some(said)) => said,
+            (None, None) => self.cause_of_death().message,
+        };
+        message.push_str(": ");
+        message.push_str(&why);
+        ErrorReply::new(ErrorCode::Failed, message)
+    }
+
+    /// Why it does not start, when somebody else knows.
+    pub fn blame(&mut self, said: String) {
+        if !self.up && self.verdict.is_none() && !said.is_empty() {
+            self.verdict = Some(died(said));
+        }
+    }
+
+    fn check_time(&mut self, now: Instant) {
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+        if is_due(self.up_by.take_if(|at| now >= *at)) {
+            self.kill(Some(died(format!(
+                "it was not up after {} s",
+                START_LIMIT.as_secs()
+            ))));
+        }
+        let Some(cell) = &mut self.cell else { return };
+        let tick = is_due(cell.tick.take_if(|at| now >= *at));
+        let again = is_due(cell.again.take_if(|at| now >= *at));
+        let due = is_due(cell.due.take_if(|at| now >= *at));
+        let kill = due && cell.timed_out;
+        if due && !kill {
+            cell.timed_out = true;
+            cell.due = Some(now + INTERRUPT_GRACE);
+        }
+        if tick && !self.gone {
+            if let Some(pid) = self.pid.and_then(Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, Signal::URG);
+            }
+        }
+        if kill {
+            let mut error = died("it took too long and did not heed its interrupt; it was killed");
+            error.name = "Timeout".into();
+            self.kill(Some(error));
+        } else if due || again {
+            self.signal(Signal::INT);
+        }
+    }
+
+    /// When to look at it again.
+    pub fn next(&self) -> Option<Instant> {
+        let cell = self.cell.as_ref().filter(|_| !self.dying);
+        let times = cell.map_or([None; 3], |cell| [cell.due, cell.tick, cell.again]);
+        times.into_iter().fold(self.up_by.filter(|_| !self.dying), earlier)
+    }
+}
+
+/// How much of an output may be taken: of one that nobody wants, all.
+fn room(cell: Option<&Cell>, output: Output, answers: &impl Answers) -> usize {
+    match cell {
+        Some(cell) if !cell.stopped[output as usize] => {
+            cell.at.map_or(usize::MAX, |at| answers.room(at, output))
+        }
+        _ => usize::MAX,
+    }
+}
+
+fn died(message: impl Into<String>) -> CodeError {
+    CodeError {
+        name: "Died".into(),
+        message: message.into(),
+        traceback: String::new(),
+    }
+}
+
+fn clip(text: &mut String, most: usize) {
+    text.truncate(text.floor_char_boundary(most));
+}
+
+/// Receives the first message, and from the kernel who sent it: what a guest program says of its
+/// own process id is not to be believed, we signal it as root.
+fn receive_with_pid(
+    control: &OwnedFd,
+    scratch: &mut [u8],
+) -> rustix::io::Result<(usize, Option<i32>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(scratch)];
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(control, &mut parts, &mut ancillary, flags)?;
+    let mut pid = None;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmCredentials(who) = message {
+            pid = Some(who.pid.as_raw_nonzero().get());
+        }
+    }
+    Ok((received.bytes, pid))
+}

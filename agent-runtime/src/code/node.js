@@ -1,0 +1,133 @@
+// Ratoon's Node: runs cells as node's own REPL does (const, let and await at top level, require from
+// the working directory); see code/mod.rs for what is said on descriptor 3.
+'use strict';
+{
+  const { Socket } = require('net');
+  const { PassThrough } = require('stream');
+  const fs = require('fs');
+  const repl = require('repl');
+  const util = require('util');
+
+  const TEXT_MAX = 1 << 20;
+  const LINE_MAX = 8 << 20;
+  const control = new Socket({ fd: 3, readable: true, writable: false });
+  let interrupted = null; // rejects the cell that runs
+
+  // Whole messages, and in order: waits when the runtime takes them slowly.
+  const send = (text) => {
+    const bytes = Buffer.from(text + '\n');
+    for (let at = 0; at < bytes.length; ) {
+      try {
+        at += fs.writeSync(3, bytes, at);
+      } catch (error) {
+        if (error.code !== 'EAGAIN') throw error;
+        Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 5);
+      }
+    }
+  };
+
+  const clip = (text, most) => (text.length > most ? text.slice(0, most) + '…' : text);
+
+  const isPlain = (value) => {
+    if (Array.isArray(value)) return true;
+    if (value === null || typeof value !== 'object') return false;
+    const prototype = Object.getPrototypeOf(value);
+    return prototype === null || prototype === Object.prototype;
+  };
+
+  const show = (value, result) => {
+    const data = { 'text/plain': clip(util.inspect(value), TEXT_MAX) };
+    let message = JSON.stringify({ result, data });
+    if (isPlain(value)) {
+      try {
+        const whole = JSON.stringify({ result, data: { ...data, 'application/json': value } });
+        if (whole.length < LINE_MAX) message = whole;
+      } catch {
+        // It has a circle, or a BigInt: the text has to do.
+      }
+    }
+    send('D' + message);
+  };
+
+  const explain = (error) => {
+    const is = util.types.isNativeError(error) || error instanceof Error;
+    const read = (what, otherwise) => {
+      try {
+        return String(what());
+      } catch {
+        return otherwise;
+      }
+    };
+    const stack = is ? read(() => error.stack, '') : 'Uncaught ' + read(() => util.inspect(error), '');
+    // Our own frames, and those of node's REPL, say nothing about the cell.
+    const lines = stack.split('\n').filter((text) => !/\[eval\]|node:repl|node:internal|node:vm|node:domain|node:events/.test(text));
+    return {
+      name: clip(is ? read(() => error.name, 'Error') : 'Uncaught', 256),
+      message: clip(is ? read(() => error.message, '') : read(() => util.inspect(error), ''), 8192),
+      traceback: lines.join('\n').slice(-10000),
+    };
+  };
+
+  const quiet = new PassThrough();
+  const server = repl.start({
+    prompt: '',
+    input: quiet,
+    output: process.stderr,
+    terminal: false,
+    useGlobal: true,
+    breakEvalOnSigint: true,
+  });
+  server.removeAllListeners('SIGINT');
+  // The global `process.exit`, timers and so on are node's own: nothing else of the REPL is used.
+  globalThis.display = (...values) => values.forEach((value) => show(value, false));
+
+  // What a pipe does not take at once is written before anything else happens.
+  for (const stream of [process.stdout, process.stderr]) stream._handle?.setBlocking?.(true);
+  const flushed = (stream) => stream.writableLength > 0 && new Promise((done) => stream.write('', done));
+
+  const onInterrupt = () => {
+    if (interrupted) interrupted(Object.assign(new Error('interrupted'), { name: 'Interrupted' }));
+  };
+  process.on('SIGINT', onInterrupt);
+
+  let count = 0;
+  const run = async (code) => {
+    count += 1;
+    let answer = { status: 'ok' };
+    try {
+      const value = await new Promise((resolve, reject) => {
+        interrupted = reject;
+        server.eval(code + '\n', server.context, `cell-${count}`, (error, value) => {
+          if (!error) resolve({ value });
+          else reject(error instanceof repl.Recoverable ? error.err : error);
+        });
+      });
+      if (value.value !== undefined) {
+        globalThis._ = value.value;
+        show(value.value, true);
+      }
+    } catch (error) {
+      answer = { status: 'error', error: explain(error) };
+    }
+    interrupted = null;
+    await flushed(process.stdout);
+    await flushed(process.stderr);
+    send('E' + JSON.stringify(answer));
+  };
+
+  let rest = [];
+  control.on('data', (bytes) => {
+    rest.push(bytes);
+    if (bytes[bytes.length - 1] !== 10) return;
+    const lines = Buffer.concat(rest).toString().split('\n');
+    rest = [];
+    for (const line of lines) {
+      if (!line) continue;
+      const request = JSON.parse(line);
+      if ('run' in request) run(request.run);
+    }
+  });
+  control.on('end', () => process.exit(0));
+  control.on('error', () => process.exit(1));
+  send('H');
+}

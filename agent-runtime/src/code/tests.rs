@@ -1,0 +1,687 @@
+//! Against the host's python3, node and bash; a small loop stands for the server's.
+
+use super::*;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ratoon_protocol::{CodeData, CodeEnd, CodeStatus};
+use serde_json::Value;
+
+use crate::sys::{self, PollFd, poll_fd};
+
+/// Takes what contexts answer, no faster than its window allows.
+struct Fake {
+    outputs: BTreeMap<u64, [Vec<u8>; 3]>,
+    results: BTreeMap<u64, Result<Value, ErrorReply>>,
+    /// Bytes that may be given in a round.
+    window: usize,
+    given: usize,
+}
+
+impl Answers for Fake {
+    fn room(&self, _: CallRef, _: Output) -> usize {
+        self.window - self.given
+    }
+
+    fn output(&mut self, at: CallRef, output: Output, bytes: &[u8]) {
+        assert!(bytes.len() <= self.room(at, output), "more than there is room");
+        assert!(!self.results.contains_key(&at.call), "output after the reply");
+        self.given += bytes.len();
+        self.outputs.entry(at.call).or_default()[output as usize].extend_from_slice(bytes);
+    }
+
+    fn reply<T: Serialize>(&mut self, at: CallRef, value: &T) {
+        let before = self.results.insert(at.call, Ok(serde_json::to_value(value).unwrap()));
+        assert_eq!(before, None, "a call is answered once");
+    }
+
+    fn fail(&mut self, at: CallRef, error: &ErrorReply) {
+        let before = self.results.insert(at.call, Err(error.clone()));
+        assert_eq!(before, None, "a call is answered once");
+    }
+}
+
+struct Host {
+    contexts: Contexts,
+    spawner: Spawner,
+    fake: Fake,
+    next: u64,
+    scratch: Vec<u8>,
+}
+
+/// What came of a cell.
+struct Ran {
+    stdout: String,
+    stderr: String,
+    data: Vec<CodeData>,
+    end: CodeEnd,
+}
+
+impl Ran {
+    fn value(&self) -> Option<&str> {
+        let last = self.data.last().filter(|data| data.result)?;
+        last.data["text/plain"].as_str()
+    }
+
+    fn error(&self) -> &ratoon_protocol::CodeError {
+        self.end.error.as_ref().unwrap()
+    }
+}
+
+impl Host {
+    fn new() -> Self {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        Self {
+            contexts: Contexts::default(),
+            spawner: Spawner::new(null.into(), false),
+            fake: Fake {
+                outputs: BTreeMap::new(),
+                results: BTreeMap::new(),
+                window: 64 * 1024,
+                given: 0,
+            },
+            next: 0,
+            scratch: vec![0; 64 * 1024],
+        }
+    }
+
+    fn at(&mut self) -> CallRef {
+        self.next += 1;
+        CallRef {
+            session: 1,
+            call: self.next,
+        }
+    }
+
+    /// A round of the server's loop.
+    fn round(&mut self, longest: Duration) {
+        self.reap();
+        let now = Instant::now();
+        let next = self.contexts.due(now, &mut self.fake);
+        self.fake.given = 0;
+        let (mut polls, mut tokens): (Vec<PollFd>, Vec<u64>) = (Vec::new(), Vec::new());
+        self.contexts.poll(&self.fake, &mut |fd, events, token| {
+            polls.push(poll_fd(fd, events));
+            tokens.push(token);
+        });
+        let wait = next.map_or(longest, |at| at.saturating_duration_since(now).min(longest));
+        sys::poll(&mut polls, Some(wait)).unwrap();
+        for (poll, token) in polls.iter().zip(tokens) {
+            if poll.revents != 0 {
+                self.contexts
+                    .ready(token, poll.revents, &mut self.fake, &mut self.scratch);
+            }
+        }
+    }
+
+    /// As the server does, but of our own children alone: other tests have theirs.
+    fn reap(&mut self) {
+        let ours = self.contexts.contexts.values();
+        let ours = ours.filter(|context| context.zygote.is_none());
+        let ours = ours.filter_map(|context| context.pid);
+        let zygotes = self.contexts.zygotes.values().map(|zygote| zygote.pid);
+        let all: Vec<i32> = ours.chain(zygotes).collect();
+        for pid in all {
+            let wait = rustix::process::WaitOptions::NOHANG;
+            if let Ok(Some((_, status))) = rustix::process::waitpid(Pid::from_raw(pid), wait) {
+                let status = match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => ExitStatus::Code(code),
+                    (None, Some(signal)) => ExitStatus::Signal(signal),
+                    (None, None) => continue,
+                };
+                self.contexts.reaped(pid, status, &mut self.fake);
+            }
+        }
+    }
+
+    fn wait_until(&mut self, done: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done(self) {
+            assert!(Instant::now() < deadline, "it takes too long");
+            self.round(Duration::from_millis(20));
+        }
+    }
+
+    fn answer(&mut self, at: CallRef) -> Result<Value, ErrorReply> {
+        self.wait_until(|host| host.fake.results.contains_key(&at.call));
+        self.fake.results.remove(&at.call).unwrap()
+    }
+
+    fn start(&mut self, mut params: CodeStart) -> Result<CodeContext, ErrorReply> {
+        if !params.env.iter().any(|(name, _)| name == "PATH") {
+            let path = std::env::var("PATH").unwrap();
+            params.env.push(("PATH".into(), path));
+        }
+        let at = self.at();
+        let Self {
+            contexts,
+            spawner,
+            fake,
+            ..
+        } = self;
+        contexts.start(at, params, spawner, fake)?;
+        self.answer(at)
+            .map(|value| serde_json::from_value(value).unwrap())
+    }
+
+    fn context(&mut self, language: Language, name: &str) -> CodeContext {
+        self.start(CodeStart {
+            language,
+            context: Some(name.into()),
+            ..CodeStart::default()
+        })
+        .unwrap()
+    }
+
+    fn send(&mut self, params: CodeRun) -> Result<CallRef, ErrorReply> {
+        let at = self.at();
+        let Self {
+            contexts,
+            spawner,
+            fake,
+            ..
+        } = self;
+        contexts.run(at, params, spawner, fake)?;
+        Ok(at)
+    }
+
+    fn begin(&mut self, name: &str, code: &str) -> CallRef {
+        self.send(CodeRun {
+            code: code.into(),
+            context: Some(name.into()),
+            ..CodeRun::default()
+        })
+        .unwrap()
+    }
+
+    fn end(&mut self, at: CallRef) -> Ran {
+        let end = serde_json::from_value(self.answer(at).unwrap()).unwrap();
+        let [stdout, stderr, data] = self.fake.outputs.remove(&at.call).unwrap_or_default();
+        let data = String::from_utf8(data).unwrap();
+        Ran {
+            stdout: String::from_utf8(stdout).unwrap(),
+            stderr: String::from_utf8(stderr).unwrap(),
+            data: data
+                .lines()
+                .map(|line| serde_json::from_str(line).unwrap())
+                .collect(),
+            end,
+        }
+    }
+
+    fn run(&mut self, name: &str, code: &str) -> Ran {
+        let at = self.begin(name, code);
+        self.end(at)
+    }
+
+    fn run_for(&mut self, name: &str, code: &str, timeout_ms: u64) -> Ran {
+        let params = CodeRun {
+            code: code.into(),
+            context: Some(name.into()),
+            timeout_ms: Some(timeout_ms),
+            ..CodeRun::default()
+        };
+        let at = self.send(params).unwrap();
+        self.end(at)
+    }
+
+    /// Interrupts a cell when it has printed something.
+    fn interrupt_when_it_prints(&mut self, name: &str, at: CallRef) {
+        self.wait_until(|host| host.fake.outputs.contains_key(&at.call));
+        let interrupt = self.at();
+        let params = CodeName {
+            context: name.into(),
+        };
+        self.contexts
+            .interrupt(interrupt, &params, &mut self.fake)
+            .unwrap();
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let names = self.contexts.list().into_iter().map(|info| info.context);
+        for context in names.collect::<Vec<_>>() {
+            let _ = self.contexts.remove(&context);
+        }
+        for _ in 0..500 {
+            if self.contexts.contexts.is_empty() {
+                break;
+            }
+            self.round(Duration::from_millis(10));
+        }
+        for zygote in self.contexts.zygotes.values() {
+            if let Some(pid) = Pid::from_raw(zygote.pid) {
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+                let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+            }
+        }
+    }
+}
+
+const ALL: [Language; 3] = [Language::Python, Language::Node, Language::Bash];
+
+#[test]
+fn what_a_cell_leaves_is_there_for_the_next_one() {
+    let mut host = Host::new();
+    for language in ALL {
+        host.context(language, "a");
+        let (first, second) = match language {
+            Language::Python => ("import math\ndef f(x): return x + math.floor(1.5)\ny = 4", "print(f(y))"),
+            Language::Node => ("const f = (x) => x + 1; let y = 4;", "console.log(f(y))"),
+            Language::Bash => ("cd /; declare -A y=([k]=5); f() { echo ${y[k]}; }", "[ $PWD = / ] && f"),
+        };
+        let ran = host.run("a", first);
+        assert_eq!((ran.end.status, ran.end.count), (CodeStatus::Ok, 1));
+        let ran = host.run("a", second);
+        assert_eq!((ran.stdout.as_str(), ran.end.count), ("5\n", 2), "{language:?}");
+        assert_eq!(ran.end.error, None);
+        host.contexts.remove("a").unwrap();
+    }
+}
+
+#[test]
+fn the_last_expression_is_the_value_and_other_statements_have_none() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    assert_eq!(host.run("p", "x = 6\nx * 7").value(), Some("42"));
+    assert_eq!(host.run("p", "_ + 1").value(), Some("43"));
+    for nothing in ["y = 1", "None", "6 * 7;", "", "# a comment"] {
+        assert_eq!(host.run("p", nothing).data, [], "{nothing}");
+    }
+    let code = "import asyncio\nawait asyncio.sleep(0, 'waited')";
+    assert_eq!(host.run("p", code).value(), Some("'waited'"));
+    host.context(Language::Node, "n");
+    let ran = host.run("n", "await Promise.resolve({ a: [1] })");
+    assert_eq!(ran.value(), Some("{ a: [ 1 ] }"));
+    assert_eq!(ran.data[0].data["application/json"], serde_json::json!({"a": [1]}));
+    assert_eq!(host.run("n", "var z = 1").data, []);
+    assert_eq!(host.run("n", "require('path').basename('/a/b')").value(), Some("'b'"));
+}
+
+#[test]
+fn a_value_is_shown_in_all_forms_that_it_has() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let code = r#"
+class Rich:
+    def __repr__(self): return "rich"
+    def _repr_html_(self): return "<b>é</b>"
+    def _repr_png_(self): return b"\x89PNG"
+    def _repr_json_(self): return {"a": [1]}
+    def _repr_svg_(self): return None
+    def _repr_latex_(self): raise ValueError("no latex")
+display(Rich())
+Rich()
+"#;
+    let ran = host.run("p", code);
+    assert_eq!(ran.end.status, CodeStatus::Ok);
+    let results: Vec<bool> = ran.data.iter().map(|data| data.result).collect();
+    assert_eq!(results, [false, true]);
+    let expected = serde_json::json!({
+        "text/plain": "rich",
+        "text/html": "<b>é</b>",
+        "image/png": "iVBORw==",
+        "application/json": {"a": [1]},
+    });
+    for data in &ran.data {
+        assert_eq!(serde_json::to_value(&data.data).unwrap(), expected);
+    }
+    assert!(ran.stderr.contains("no latex"), "{}", ran.stderr);
+}
+
+#[test]
+fn an_error_shows_the_cells_lines_and_no_others() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    host.run("p", "def f():\n    return 1 / 0");
+    let ran = host.run("p", "x = 1\nf()");
+    assert_eq!(ran.end.status, CodeStatus::Error);
+    let error = ran.error();
+    assert_eq!(error.name, "ZeroDivisionError");
+    assert_eq!(error.message, "division by zero");
+    for line in ["<cell 2>\", line 2", "    f()", "<cell 1>\", line 2", "return 1 / 0"] {
+        assert!(error.traceback.contains(line), "{}", error.traceback);
+    }
+    assert!(!error.traceback.contains("<string>"), "{}", error.traceback);
+    let ran = host.run("p", "x = = 1");
+    assert_eq!(ran.error().name, "SyntaxError");
+    assert!(!ran.error().traceback.contains("<string>"));
+    assert_eq!(host.run("p", "input()").error().name, "EOFError");
+
+    host.context(Language::Node, "n");
+    let ran = host.run("n", "function f() { throw new TypeError('bad') }\nf()");
+    assert_eq!((ran.error().name.as_str(), ran.error().message.as_str()), ("TypeError", "bad"));
+    assert!(ran.error().traceback.contains("cell-1:1"), "{}", ran.error().traceback);
+    assert_eq!(host.run("n", "let = ;").error().name, "SyntaxError");
+
+    host.context(Language::Bash, "b");
+    let ran = host.run("b", "(exit 3)");
+    assert_eq!((ran.error().name.as_str(), ran.error().message.as_str()), ("ExitStatus", "3"));
+    assert_eq!(host.run("b", "echo $?").stdout, "3\n");
+}
+
+#[test]
+fn an_interrupt_ends_the_cell_and_keeps_the_state() {
+    let mut host = Host::new();
+    for (language, cells) in [
+        (
+            Language::Python,
+            &[
+                "x = 5\nimport sys\nprint('go', flush=True)\nwhile True: pass",
+                "import time\nprint('go', flush=True)\ntime.sleep(100)",
+                "import os\nprint('go', flush=True)\nos.system('sleep 100; sleep 100') and 1 / 0\ntime.sleep(100)",
+                "import asyncio\nprint('go', flush=True)\nawait asyncio.sleep(100)",
+            ][..],
+        ),
+        (
+            Language::Node,
+            &[
+                "var x = 5; console.log('go'); while (true);",
+                "console.log('go'); await new Promise((r) => setTimeout(r, 100000))",
+            ][..],
+        ),
+        (
+            Language::Bash,
+            &[
+                "x=5; f() { echo go; sleep 100; echo no; }; while true; do f; done; echo no",
+                "echo go; while :; do :; done",
+                "echo go; sleep 100 | cat; echo no",
+            ][..],
+        ),
+    ] {
+        host.context(language, "c");
+        for cell in cells {
+            let at = host.begin("c", cell);
+            host.interrupt_when_it_prints("c", at);
+            let ran = host.end(at);
+            assert_eq!(ran.end.status, CodeStatus::Interrupted, "{cell}: {:?}", ran.end);
+            assert_eq!(ran.stdout, "go\n", "{cell}");
+        }
+        let (code, expected) = match language {
+            Language::Bash => ("echo $x; echo second", "5\nsecond\n"),
+            Language::Python => ("print(x)", "5\n"),
+            Language::Node => ("console.log(x)", "5\n"),
+        };
+        let ran = host.run("c", code);
+        assert_eq!((ran.stdout.as_str(), ran.end.status), (expected, CodeStatus::Ok));
+        host.contexts.remove("c").unwrap();
+    }
+}
+
+#[test]
+fn an_interrupt_without_a_cell_harms_nothing() {
+    let mut host = Host::new();
+    for language in ALL {
+        host.context(language, "c");
+        let at = host.at();
+        let params = CodeName { context: "c".into() };
+        host.contexts.interrupt(at, &params, &mut host.fake).unwrap();
+        // One that came too late for its cell.
+        host.contexts.named("c").unwrap().signal(Signal::INT);
+        let code = match language {
+            Language::Python => "print(1)",
+            Language::Node => "console.log(1)",
+            Language::Bash => "echo 1",
+        };
+        let ran = host.run("c", code);
+        assert_eq!((ran.stdout.as_str(), ran.end.status), ("1\n", CodeStatus::Ok));
+        host.contexts.remove("c").unwrap();
+    }
+}
+
+#[test]
+fn a_cell_that_takes_too_long_is_interrupted_and_one_that_does_not_heed_it_killed() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let ran = host.run_for("p", "x = 1\nimport time\ntime.sleep(100)", 200);
+    assert_eq!(ran.end.status, CodeStatus::Timeout);
+    assert_eq!(ran.error().name, "KeyboardInterrupt");
+    assert_eq!(host.run("p", "x").value(), Some("1"));
+    let deaf = "while True:\n  try:\n    while True: pass\n  except KeyboardInterrupt: pass";
+    let ran = host.run_for("p", deaf, 200);
+    assert_eq!((ran.end.status, ran.error().name.as_str()), (CodeStatus::Died, "Timeout"));
+    let error = host.send(CodeRun {
+        context: Some("p".into()),
+        ..CodeRun::default()
+    });
+    assert_eq!(error.unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[test]
+fn a_restart_forgets_and_a_stop_frees_the_name() {
+    let mut host = Host::new();
+    for language in ALL {
+        let old = host.context(language, "c");
+        let (set, get) = match language {
+            Language::Python => ("x = 1", "print('x' in globals())"),
+            Language::Node => ("x = 1", "console.log('x' in globalThis)"),
+            Language::Bash => ("x=1", "[ -n \"$x\" ] && echo true || echo false"),
+        };
+        host.run("c", set);
+        let at = host.at();
+        let params = CodeName { context: "c".into() };
+        let Host { contexts, spawner, fake, .. } = &mut host;
+        contexts.restart(at, &params, spawner, fake).unwrap();
+        let new: CodeContext = serde_json::from_value(host.answer(at).unwrap()).unwrap();
+        assert_ne!(old.pid, new.pid);
+        assert_eq!((new.count, new.context.as_str()), (0, "c"));
+        assert_eq!(host.run("c", get).stdout.to_lowercase(), "false\n");
+        let at = host.at();
+        host.contexts.stop(at, &params, &mut host.fake).unwrap();
+        assert_eq!(host.answer(at), Ok(Value::Null));
+        assert_eq!(host.contexts.list(), []);
+    }
+    host.wait_until(|host| host.contexts.contexts.is_empty());
+}
+
+#[test]
+fn the_second_context_costs_no_interpreter_and_shares_nothing() {
+    let mut host = Host::new();
+    host.context(Language::Python, "a");
+    host.context(Language::Python, "b");
+    assert_eq!(host.contexts.zygotes.len(), 1);
+    let zygote = host.contexts.zygotes.values().next().unwrap().pid;
+    let parents = ["a", "b"].map(|name| host.run(name, "import os; os.getppid()"));
+    for ran in &parents {
+        assert_eq!(ran.value(), Some(zygote.to_string().as_str()));
+    }
+    host.run("a", "x = 1");
+    assert_eq!(host.run("b", "x").error().name, "NameError");
+    let random = "import random; random.random()";
+    let (a, b) = (host.run("a", random), host.run("b", random));
+    assert_ne!(a.value(), b.value());
+}
+
+#[test]
+fn one_cell_at_a_time_runs_in_a_context_and_others_go_on() {
+    let mut host = Host::new();
+    host.context(Language::Python, "a");
+    host.context(Language::Python, "b");
+    let at = host.begin("a", "print('go', flush=True)\nimport time\ntime.sleep(100)");
+    let error = host.send(CodeRun {
+        context: Some("a".into()),
+        ..CodeRun::default()
+    });
+    assert_eq!(error.unwrap_err().code, ErrorCode::Busy);
+    assert_eq!(host.run("b", "1").value(), Some("1"));
+    let busy: Vec<bool> = host.contexts.list().iter().map(|info| info.busy).collect();
+    assert_eq!(busy, [true, false]);
+    host.interrupt_when_it_prints("a", at);
+    assert_eq!(host.end(at).end.status, CodeStatus::Interrupted);
+}
+
+#[test]
+fn much_output_comes_whole_and_in_order_and_before_the_reply() {
+    let mut host = Host::new();
+    for language in ALL {
+        host.context(language, "c");
+        let code = match language {
+            Language::Python => "for i in range(1000000): print('%09d' % i)",
+            Language::Node => "for (let i = 0; i < 1000000; i += 1000) console.log(Array.from({length: 1000}, (_, k) => String(i + k).padStart(9, '0')).join('\\n'))",
+            Language::Bash => "seq -f %09.0f 0 999999",
+        };
+        let ran = host.run("c", code);
+        assert_eq!(ran.end.status, CodeStatus::Ok, "{:?}", ran.end);
+        assert_eq!(ran.stdout.len(), 10_000_000, "{language:?}");
+        let in_order = ran.stdout.lines().enumerate();
+        assert!(in_order.into_iter().all(|(at, line)| line.parse() == Ok(at)));
+        host.contexts.remove("c").unwrap();
+    }
+}
+
+#[test]
+fn a_large_value_is_passed_on_in_pieces() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let code = "class Big:\n  def _repr_html_(self): return 'x' * 5000000\nBig()";
+    let ran = host.run("p", code);
+    assert_eq!(ran.data[0].data["text/html"].as_str().unwrap().len(), 5_000_000);
+    let code = "class Huge:\n  def _repr_html_(self): return 'x' * 9000000\nHuge()";
+    let ran = host.run("p", code);
+    assert!(!ran.data[0].data.contains_key("text/html"));
+    assert!(ran.stderr.contains("too large"), "{}", ran.stderr);
+}
+
+#[test]
+fn output_of_children_stands_where_it_belongs() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let code = "import subprocess, os\nprint(1)\nsubprocess.run(['echo', '2'])\nprint(3)\nos.system('echo 4')\nprint(5)\nos.fork() or print(6, flush=True) or os._exit(0)\nos.wait()\nprint(7)";
+    let ran = host.run("p", code);
+    assert_eq!(ran.stdout, "1\n2\n3\n4\n5\n6\n7\n", "{:?}", ran.end);
+    // A child that runs on to the cell's end does not answer for it.
+    let ran = host.run("p", "pid = os.fork()\nif pid: os.waitpid(pid, 0)\n'once'");
+    assert_eq!(ran.data.len(), 1);
+    assert_eq!(host.run("p", "1").value(), Some("1"));
+}
+
+#[test]
+fn a_long_cell_shows_its_output_as_it_comes() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let at = host.begin("p", "import time\nprint('early')\ntime.sleep(100)");
+    host.interrupt_when_it_prints("p", at);
+    assert_eq!(host.end(at).stdout, "early\n");
+}
+
+#[test]
+fn the_end_of_an_interpreter_ends_its_cell_and_context() {
+    let mut host = Host::new();
+    for (language, code, message) in [
+        (Language::Python, "import os\nprint('x', flush=True)\nos._exit(3)", "the interpreter exited with status 3"),
+        (Language::Python, "print('x')\nexit(4)", "the interpreter exited with status 4"),
+        (Language::Python, "import ctypes\nprint('x', flush=True)\nctypes.string_at(0)", "the interpreter was killed by signal 11"),
+        (Language::Python, "import os\nprint('x', flush=True)\nos.kill(os.getpid(), 9)", "the interpreter was killed by signal 9"),
+        (Language::Node, "console.log('x'); process.exit(3)", "the interpreter exited with status 3"),
+        (Language::Bash, "echo x; exit 3", "the interpreter exited with status 3"),
+        (Language::Bash, "echo x; kill -9 $$", "the interpreter was killed by signal 9"),
+    ] {
+        host.context(language, "c");
+        let ran = host.run("c", code);
+        assert_eq!(ran.end.status, CodeStatus::Died, "{code}");
+        assert_eq!(ran.error().message, message, "{code}");
+        assert_eq!(ran.stdout, "x\n", "{code}");
+        assert_eq!(host.contexts.list(), [], "{code}");
+    }
+    // The zygote has survived all of it.
+    assert_eq!(host.contexts.zygotes.len(), 1);
+}
+
+#[test]
+fn garbage_on_the_control_channel_ends_the_context_and_nothing_else() {
+    let mut host = Host::new();
+    for garbage in ["b'hello\\n'", "b'E[]\\n'", "b'E{\"status\":\"ok\"}\\n' * 2", "b'E' + b' ' * 400000", "b'\\xff' * 100"] {
+        host.context(Language::Python, "p");
+        host.run("p", "1");
+        let code = format!("import os, time\nos.write(3, {garbage})\ntime.sleep(100)");
+        let at = host.begin("p", &code);
+        let _ = host.answer(at).unwrap();
+        host.wait_until(|host| host.contexts.contexts.is_empty());
+    }
+    host.context(Language::Python, "p");
+    assert_eq!(host.run("p", "1").value(), Some("1"));
+}
+
+#[test]
+fn a_client_that_goes_away_leaves_the_context_to_others() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let at = host.begin("p", "x = 1\nprint('go', flush=True)\nwhile True: print('y' * 1000)");
+    host.wait_until(|host| host.fake.outputs.contains_key(&at.call));
+    host.contexts.lost(1);
+    host.wait_until(|host| !host.contexts.list()[0].busy);
+    assert!(!host.fake.results.contains_key(&at.call));
+    let ran = host.run("p", "x");
+    assert_eq!((ran.value(), ran.stdout.as_str()), (Some("1"), ""));
+}
+
+#[test]
+fn what_a_thread_prints_between_cells_is_the_next_ones() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let code = "import threading, os\nthreading.Timer(0.05, lambda: os.write(1, b'late\\n')).start()";
+    assert_eq!(host.run("p", code).stdout, "");
+    host.wait_until(|host| {
+        let mut all = host.contexts.contexts.values();
+        all.any(|context| context.has_late_output())
+    });
+    assert_eq!(host.run("p", "print('own')").stdout, "late\nown\n");
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_its_code() {
+    let mut host = Host::new();
+    let nowhere = |language| CodeStart {
+        language,
+        cwd: Some("/no/such".into()),
+        ..CodeStart::default()
+    };
+    for language in ALL {
+        let error = host.start(nowhere(language)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::NotFound, "{error}");
+        let empty = CodeStart {
+            language,
+            env: vec![("PATH".into(), "/no/such".into())],
+            ..CodeStart::default()
+        };
+        let error = host.start(empty).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Unsupported);
+        let expected = format!("no {} in this image", word(language));
+        assert!(error.message.starts_with(&expected), "{error}");
+    }
+    host.context(Language::Bash, "b");
+    let named = |name: &str| CodeStart {
+        language: Language::Bash,
+        context: Some(name.into()),
+        ..CodeStart::default()
+    };
+    assert_eq!(host.start(named("b")).unwrap_err().code, ErrorCode::Exists);
+    assert_eq!(host.start(named("")).unwrap_err().code, ErrorCode::BadRequest);
+    let run = |context: &str, code: String| CodeRun {
+        context: Some(context.into()),
+        code,
+        ..CodeRun::default()
+    };
+    let long = "x".repeat(MAX_CODE_LEN);
+    for (params, code) in [
+        (run("none", String::new()), ErrorCode::NotFound),
+        (run("b", long), ErrorCode::BadRequest),
+        (run("b", "\0".into()), ErrorCode::BadRequest),
+    ] {
+        assert_eq!(host.send(params).unwrap_err().code, code);
+    }
+}
+
+#[test]
+fn a_zygote_that_is_killed_is_replaced_and_its_contexts_live_on() {
+    let mut host = Host::new();
+    host.context(Language::Python, "a");
+    host.run("a", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)");
+    host.wait_until(|host| host.contexts.zygotes.is_empty());
+    assert_eq!(host.run("a", "1").value(), Some("1"));
+    host.context(Language::Python, "b");
+    assert_eq!(host.run("b", "2").value(), Some("2"));
+    let ran = host.run("a", "os._exit(0)");
+    assert_eq!(ran.end.status, CodeStatus::Died);
+}
