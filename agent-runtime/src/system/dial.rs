@@ -51,7 +51,10 @@ pub fn connect(params: &PortConnect) -> Result<Dial, ErrorReply> {
     let hosts = match &params.host {
         None => vec![IpAddr::V6(Ipv6Addr::LOCALHOST), Ipv4Addr::LOCALHOST.into()],
         Some(host) => vec![host.parse().map_err(|_| {
-            bad_request(format!("host `{}` is not an IP address of the guest", shown(host)))
+            bad_request(format!(
+                "host `{}` is not an IP address of the guest",
+                shown(host)
+            ))
         })?],
     };
     let mut left = hosts

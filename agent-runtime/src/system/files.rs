@@ -26,7 +26,11 @@ pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Errno>
             match error {
                 Errno::ROFS | Errno::BUSY => write_into(path, bytes).map_err(|second| {
                     // The first reason is the one to tell, unless there was such a file.
-                    if second == Errno::NOENT { error } else { second }
+                    if second == Errno::NOENT {
+                        error
+                    } else {
+                        second
+                    }
                 }),
                 _ => Err(error),
             }

@@ -92,9 +92,15 @@ impl Identity {
         };
         check_names(wake).map_err(step("identity"))?;
         let entropy = settings::entropy(&wake.entropy, MIN_ENTROPY).map_err(step("entropy"))?;
-        let time = wake.time_us.map(settings::time).transpose().map_err(step("time"))?;
+        let time = wake
+            .time_us
+            .map(settings::time)
+            .transpose()
+            .map_err(step("time"))?;
         let hostname = wake.hostname.as_deref();
-        hostname.map_or(Ok(()), settings::check_hostname).map_err(step("hostname"))?;
+        hostname
+            .map_or(Ok(()), settings::check_hostname)
+            .map_err(step("hostname"))?;
         let machine_id = wake.machine_id.as_deref().map(settings::machine_id);
         let machine_id = machine_id.transpose().map_err(step("machine-id"))?;
         let network = wake.network.as_ref().map(Plan::new);
@@ -144,7 +150,9 @@ fn check_names(wake: &Wake) -> Result<(), ErrorReply> {
     }
     for (what, text) in [("token", &wake.token), ("message", &wake.message)] {
         if text.as_ref().is_some_and(|text| text.len() > MAX_TEXT) {
-            return Err(bad_request(format!("{what} is longer than {MAX_TEXT} bytes")));
+            return Err(bad_request(format!(
+                "{what} is longer than {MAX_TEXT} bytes"
+            )));
         }
     }
     Ok(())
@@ -161,7 +169,10 @@ fn write_files(dir: &Path, awake: &Awake, token: Option<&str>) -> Result<(), Err
     }
     let kind = rustix::fs::statfs(dir).map_err(refused(dir))?.f_type;
     if !IN_MEMORY.contains(&kind) {
-        let message = format!("{} is not in memory, and a token must not get to a disk", dir.display());
+        let message = format!(
+            "{} is not in memory, and a token must not get to a disk",
+            dir.display()
+        );
         return Err(ErrorReply::new(ErrorCode::Unsupported, message));
     }
     let line = |text: &dyn std::fmt::Display| Some(format!("{text}\n"));
@@ -194,6 +205,8 @@ mod tests {
 
     use super::*;
 
+    type Spoil = fn(&mut Wake);
+
     fn wake() -> Wake {
         Wake {
             generation: "g1".into(),
@@ -215,7 +228,7 @@ mod tests {
 
     #[test]
     fn each_parameter_is_refused_by_its_step_and_the_runtime_waits_on() {
-        let spoil: [(&str, fn(&mut Wake)); 9] = [
+        let spoil: [(&str, Spoil); 9] = [
             ("identity", |wake| wake.generation.clear()),
             ("identity", |wake| wake.id = "a b".into()),
             ("identity", |wake| wake.id = "x".repeat(129)),
@@ -238,7 +251,10 @@ mod tests {
             spoil(&mut wake);
             let error = identity.wake(&wake).unwrap_err();
             assert_eq!(error.code, ErrorCode::BadRequest, "{error}");
-            assert!(error.message.starts_with(&format!("wake, `{step}`: ")), "{error}");
+            assert!(
+                error.message.starts_with(&format!("wake, `{step}`: ")),
+                "{error}"
+            );
             assert!(identity.is_waiting());
             assert_eq!(identity.whoami(), Awake::default());
         }
@@ -263,8 +279,14 @@ mod tests {
         assert!(!identity.is_waiting());
         assert_eq!(identity.token(), Some("secret"));
         let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap();
-        assert_eq!(read("generation") + &read("id") + &read("index"), "g1\nvm-1\n3\n");
-        assert_eq!((read("token"), read("message")), ("secret".into(), "hello\n".into()));
+        assert_eq!(
+            read("generation") + &read("id") + &read("index"),
+            "g1\nvm-1\n3\n"
+        );
+        assert_eq!(
+            (read("token"), read("message")),
+            ("secret".into(), "hello\n".into())
+        );
         let mode = |name: &str| fs::metadata(dir.join(name)).unwrap().mode() & 0o7777;
         assert_eq!((mode("token"), mode("id"), mode("")), (0o400, 0o644, 0o755));
 

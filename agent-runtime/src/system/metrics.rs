@@ -32,7 +32,10 @@ const MAX_BYTES: usize = 64 * 1024;
 /// `bad_request` for more than 100 processes; the system's when /proc cannot be read.
 pub fn metrics(params: &MetricsParams) -> Result<Metrics, ErrorReply> {
     if params.top > MAX_TOP {
-        return Err(bad_request(format!("top {}: at most {MAX_TOP}", params.top)));
+        return Err(bad_request(format!(
+            "top {}: at most {MAX_TOP}",
+            params.top
+        )));
     }
     let mut buffer = Vec::new();
     let mut read = |path: &str, take: &mut dyn FnMut(&str)| {
@@ -86,7 +89,9 @@ fn processors(text: &str, metrics: &mut Metrics) {
         }
         let busy = rest.split_ascii_whitespace().enumerate();
         let busy = busy.filter(|(at, _)| matches!(at, 0..=2 | 5..=7));
-        let ticks = busy.fold(0u64, |sum, (_, word)| sum.saturating_add(number(Some(word))));
+        let ticks = busy.fold(0u64, |sum, (_, word)| {
+            sum.saturating_add(number(Some(word)))
+        });
         metrics.cpu_busy_us = ticks.saturating_mul(TICK_US);
     }
 }
@@ -261,7 +266,9 @@ mod tests {
         network(nonsense, &mut metrics);
         assert_eq!(metrics.memory_total, u64::MAX);
         assert_eq!(metrics.memory_cache, 0);
-        assert_eq!(metrics.network_received, 0);
+        // A sum that does not fit is the largest number.
+        assert_eq!(metrics.network_received, u64::MAX);
+        assert_eq!(metrics.network_sent, 0);
     }
 
     #[test]
@@ -273,7 +280,16 @@ mod tests {
         assert_eq!(process.state, 'Z');
         assert_eq!(process.cpu_us, 110_000);
         assert_eq!(process.memory, 8192);
-        for text in ["", "7", "7 (", "7 (a)", "7 (a) ", "7 (a) R", "7 (a) 5 1", "x (a) R 1 1"] {
+        for text in [
+            "",
+            "7",
+            "7 (",
+            "7 (a)",
+            "7 (a) ",
+            "7 (a) R",
+            "7 (a) 5 1",
+            "x (a) R 1 1",
+        ] {
             assert!(scanned(text).is_none(), "{text}");
         }
     }

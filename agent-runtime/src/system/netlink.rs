@@ -80,7 +80,13 @@ pub(super) fn address_header(family: u8, prefix: u8, flags: u8, index: i32) -> [
 }
 
 /// `struct rtmsg` (linux/rtnetlink.h) of a unicast route in the main table.
-pub(super) fn route_header(family: u8, prefix: u8, protocol: u8, scope: u8, flags: u32) -> [u8; 12] {
+pub(super) fn route_header(
+    family: u8,
+    prefix: u8,
+    protocol: u8,
+    scope: u8,
+    flags: u32,
+) -> [u8; 12] {
     let mut bytes = [0; 12];
     bytes[..2].copy_from_slice(&[family, prefix]);
     bytes[4..8].copy_from_slice(&[libc::RT_TABLE_MAIN, protocol, scope, libc::RTN_UNICAST]);
@@ -118,7 +124,12 @@ impl Socket {
     /// In the network namespace of this thread.
     pub(super) fn open() -> Result<Self, Errno> {
         // No protocol: NETLINK_ROUTE is 0.
-        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+        let fd = socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
         Ok(Self {
             fd,
             sequence: 0,
@@ -152,7 +163,9 @@ impl Socket {
 fn take(mut bytes: &[u8], sequence: u32, answers: &mut Vec<Answer>) -> Result<bool, Errno> {
     let word = |bytes: &[u8], at: usize| -> Result<u32, Errno> {
         let word = bytes.get(at..at + 4).ok_or(Errno::BADMSG)?;
-        Ok(u32::from_ne_bytes(word.try_into().map_err(|_| Errno::BADMSG)?))
+        Ok(u32::from_ne_bytes(
+            word.try_into().map_err(|_| Errno::BADMSG)?,
+        ))
     };
     while !bytes.is_empty() {
         let len = word(bytes, 0)? as usize;
@@ -190,7 +203,10 @@ mod tests {
             libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
             &address_header(libc::AF_INET as u8, 24, 0, 7),
         );
-        let bytes = message.with(libc::IFA_LOCAL, &[10, 0, 0, 2]).with(3, b"abcde").finish(9);
+        let bytes = message
+            .with(libc::IFA_LOCAL, &[10, 0, 0, 2])
+            .with(3, b"abcde")
+            .finish(9);
         let expected: [u8; 44] = [
             44, 0, 0, 0, 20, 0, 0x05, 0x05, 9, 0, 0, 0, 0, 0, 0, 0, // header
             2, 24, 0, 0, 7, 0, 0, 0, // ifaddrmsg
@@ -202,7 +218,10 @@ mod tests {
             link_header(7, 1, 3),
             [0, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0]
         );
-        assert_eq!(route_header(10, 0, 4, 0, 4), [10, 0, 0, 0, 254, 4, 0, 1, 4, 0, 0, 0]);
+        assert_eq!(
+            route_header(10, 0, 4, 0, 4),
+            [10, 0, 0, 0, 254, 4, 0, 1, 4, 0, 0, 0]
+        );
     }
 
     #[test]
@@ -210,12 +229,22 @@ mod tests {
         let mut bytes = Vec::new();
         attribute(&mut bytes, 1, b"abc");
         attribute(&mut bytes, 2, b"");
-        assert_eq!(attributes(&bytes).collect::<Vec<_>>(), [(1, &b"abc"[..]), (2, b"")]);
+        assert_eq!(
+            attributes(&bytes).collect::<Vec<_>>(),
+            [(1, &b"abc"[..]), (2, b"")]
+        );
     }
 
     #[test]
     fn attributes_that_do_not_fit_end_the_list() {
-        for bytes in [&[][..], &[4], &[0, 0, 1, 0], &[3, 0, 1, 0], &[9, 0, 1, 0, 1], &[255; 8]] {
+        for bytes in [
+            &[][..],
+            &[4],
+            &[0, 0, 1, 0],
+            &[3, 0, 1, 0],
+            &[9, 0, 1, 0, 1],
+            &[255; 8],
+        ] {
             assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
         }
     }
@@ -224,11 +253,21 @@ mod tests {
     fn an_answer_that_is_cut_short_is_no_answer() {
         let whole = Message::new(libc::RTM_NEWLINK, 0, &[1; 16]).finish(1);
         for len in 1..whole.len() {
-            assert_eq!(take(&whole[..len], 1, &mut Vec::new()), Err(Errno::BADMSG), "{len}");
+            assert_eq!(
+                take(&whole[..len], 1, &mut Vec::new()),
+                Err(Errno::BADMSG),
+                "{len}"
+            );
         }
         let mut answers = Vec::new();
         assert_eq!(take(&whole, 1, &mut answers), Ok(false));
-        assert_eq!(answers, [Answer { kind: libc::RTM_NEWLINK, body: vec![1; 16] }]);
+        assert_eq!(
+            answers,
+            [Answer {
+                kind: libc::RTM_NEWLINK,
+                body: vec![1; 16]
+            }]
+        );
         // Of another request.
         assert_eq!(take(&whole, 2, &mut answers), Ok(false));
         assert_eq!(answers.len(), 1);

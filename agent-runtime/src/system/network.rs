@@ -62,7 +62,10 @@ impl Address {
             }
             (IpAddr::V6(a), IpAddr::V6(b)) => {
                 let differ = u128::from(a) ^ u128::from(b);
-                differ.checked_shr(128 - u32::from(self.prefix)).unwrap_or(0) == 0
+                differ
+                    .checked_shr(128 - u32::from(self.prefix))
+                    .unwrap_or(0)
+                    == 0
             }
             _ => false,
         }
@@ -94,20 +97,38 @@ impl Plan {
             )));
         }
         let mac = params.mac.as_deref().map(mac).transpose()?;
-        let addresses = params.addresses.as_ref().map(|texts| addresses(texts)).transpose()?;
+        let addresses = params
+            .addresses
+            .as_ref()
+            .map(|texts| addresses(texts))
+            .transpose()?;
         let gateways = ips("gateway", &params.gateways)?;
         for v4 in [true, false] {
             if gateways.iter().filter(|ip| ip.is_ipv4() == v4).count() > 1 {
                 return Err(bad_request("more than one gateway for a family"));
             }
         }
-        if let Some(own) = addresses.iter().flatten().find(|own| gateways.contains(&own.ip)) {
-            return Err(bad_request(format!("gateway {} is the device's own address", own.ip)));
+        if let Some(own) = addresses
+            .iter()
+            .flatten()
+            .find(|own| gateways.contains(&own.ip))
+        {
+            return Err(bad_request(format!(
+                "gateway {} is the device's own address",
+                own.ip
+            )));
         }
         let name_servers = params.name_servers.as_ref();
-        let name_servers = name_servers.map(|texts| ips("name server", texts)).transpose()?;
-        if name_servers.as_ref().is_some_and(|all| all.len() > MAX_NAME_SERVERS) {
-            return Err(bad_request(format!("more than {MAX_NAME_SERVERS} name servers")));
+        let name_servers = name_servers
+            .map(|texts| ips("name server", texts))
+            .transpose()?;
+        if name_servers
+            .as_ref()
+            .is_some_and(|all| all.len() > MAX_NAME_SERVERS)
+        {
+            return Err(bad_request(format!(
+                "more than {MAX_NAME_SERVERS} name servers"
+            )));
         }
         if let Some(mtu) = params.mtu.filter(|mtu| !(68..=65_535).contains(mtu)) {
             return Err(bad_request(format!("mtu {mtu} is not 68 to 65535 bytes")));
@@ -133,7 +154,10 @@ impl Plan {
         }
         if let Some(servers) = &self.name_servers {
             writable_root()?;
-            let text: String = servers.iter().map(|ip| format!("nameserver {ip}\n")).collect();
+            let text: String = servers
+                .iter()
+                .map(|ip| format!("nameserver {ip}\n"))
+                .collect();
             let path = etc.join("resolv.conf");
             files::replace(&path, text.as_bytes(), 0o644)
                 .map_err(|error| failed(path.display(), error))?;
@@ -151,7 +175,8 @@ impl Plan {
         let link = link(&mut socket, &self.device).map_err(say("no such network device"))?;
         let index = link.index;
         let new_mac = self.mac.filter(|mac| link.mac != mac);
-        let current = current_addresses(&mut socket, index).map_err(say("cannot list addresses"))?;
+        let current =
+            current_addresses(&mut socket, index).map_err(say("cannot list addresses"))?;
         let disturbs = new_mac.is_some() || self.addresses.is_some();
         let routes = match disturbs {
             true => current_routes(&mut socket, index).map_err(say("cannot list routes"))?,
@@ -292,7 +317,11 @@ fn ips(what: &str, texts: &[String]) -> Result<Vec<IpAddr>, ErrorReply> {
 }
 
 fn family(ip: IpAddr) -> u8 {
-    (if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }) as u8
+    (if ip.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    }) as u8
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {
@@ -325,7 +354,9 @@ fn link(socket: &mut Socket, device: &str) -> Result<Link, Errno> {
     name.push(0);
     let message = Message::new(libc::RTM_GETLINK, 0, &link_header(0, 0, 0));
     let answers = socket.ask(message.with(libc::IFLA_IFNAME, &name))?;
-    let answer = answers.iter().find(|answer| answer.kind == libc::RTM_NEWLINK);
+    let answer = answers
+        .iter()
+        .find(|answer| answer.kind == libc::RTM_NEWLINK);
     let body = &answer.ok_or(Errno::NODEV)?.body;
     let index = number(body, 4).ok_or(Errno::BADMSG)?;
     let mac = attributes(body.get(16..).unwrap_or(&[]))
@@ -345,10 +376,18 @@ fn set_up(socket: &mut Socket, index: i32, up: bool) -> Result<(), Errno> {
 
 /// Addresses that were set: not IPv6 link-local ones, nor those that a router gave for a time.
 fn current_addresses(socket: &mut Socket, index: i32) -> Result<Vec<Address>, Errno> {
-    let message = Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &address_header(0, 0, 0, 0));
+    let message = Message::new(
+        libc::RTM_GETADDR,
+        libc::NLM_F_DUMP,
+        &address_header(0, 0, 0, 0),
+    );
     let answers = socket.ask(message)?;
-    let ours = answers.iter().filter(|answer| answer.kind == libc::RTM_NEWADDR);
-    Ok(ours.filter_map(|answer| address_of(&answer.body, index)).collect())
+    let ours = answers
+        .iter()
+        .filter(|answer| answer.kind == libc::RTM_NEWADDR);
+    Ok(ours
+        .filter_map(|answer| address_of(&answer.body, index))
+        .collect())
 }
 
 fn address_of(body: &[u8], index: i32) -> Option<Address> {
@@ -392,29 +431,35 @@ fn default_route(index: i32, gateway: IpAddr, addresses: &[Address]) -> Message 
         || matches!(gateway, IpAddr::V6(ip) if ip.is_unicast_link_local());
     let flags = if is_near { 0 } else { ON_LINK };
     let header = route_header(family(gateway), 0, STATIC, libc::RT_SCOPE_UNIVERSE, flags);
-    Message::new(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &header)
-        .with(libc::RTA_GATEWAY, &octets(gateway))
-        .with(libc::RTA_OIF, &index.to_ne_bytes())
+    Message::new(
+        libc::RTM_NEWROUTE,
+        libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
+        &header,
+    )
+    .with(libc::RTA_GATEWAY, &octets(gateway))
+    .with(libc::RTA_OIF, &index.to_ne_bytes())
 }
 
 /// Requests that put the device's routes back; of default routes also whether they are IPv4.
-fn current_routes(
-    socket: &mut Socket,
-    index: i32,
-) -> Result<Vec<(Option<bool>, Message)>, Errno> {
+fn current_routes(socket: &mut Socket, index: i32) -> Result<Vec<(Option<bool>, Message)>, Errno> {
     let header = route_header(0, 0, 0, 0, 0);
     // A request for all tables names none.
     let mut empty = [0; 12];
     empty[..1].copy_from_slice(&header[..1]);
     let answers = socket.ask(Message::new(libc::RTM_GETROUTE, libc::NLM_F_DUMP, &empty))?;
-    let ours = answers.iter().filter(|answer| answer.kind == libc::RTM_NEWROUTE);
-    Ok(ours.filter_map(|answer| route_again(&answer.body, index)).collect())
+    let ours = answers
+        .iter()
+        .filter(|answer| answer.kind == libc::RTM_NEWROUTE);
+    Ok(ours
+        .filter_map(|answer| route_again(&answer.body, index))
+        .collect())
 }
 
 fn route_again(body: &[u8], index: i32) -> Option<(Option<bool>, Message)> {
     let header = body.get(..12)?;
-    let (family, prefix, table, protocol, scope, kind) =
-        (header[0], header[1], header[4], header[5], header[6], header[7]);
+    let (family, prefix, table, protocol, scope, kind) = (
+        header[0], header[1], header[4], header[5], header[6], header[7],
+    );
     let flags = number(header, 8)? as u32;
     let is_set = table == libc::RT_TABLE_MAIN
         && kind == libc::RTN_UNICAST

@@ -16,21 +16,49 @@ fn refused(params: &NetworkSet) -> String {
 fn a_hardware_address_is_six_bytes_of_one_device() {
     assert_eq!(mac("02:0a:FF:00:00:01").unwrap(), [2, 10, 255, 0, 0, 1]);
     for text in [
-        "", "02:00:00:00:00", "02:00:00:00:00:01:02", "01:00:00:00:00:01", "00:00:00:00:00:00",
-        "2:0:0:0:0:1", "+2:00:00:00:00:01", "02-00-00-00-00-01", "é2:00:00:00:00:01",
+        "",
+        "02:00:00:00:00",
+        "02:00:00:00:00:01:02",
+        "01:00:00:00:00:01",
+        "00:00:00:00:00:00",
+        "2:0:0:0:0:1",
+        "+2:00:00:00:00:01",
+        "02-00-00-00-00-01",
+        "é2:00:00:00:00:01",
     ] {
-        assert!(mac(text).unwrap_err().message.starts_with("mac `"), "{text}");
+        assert!(
+            mac(text).unwrap_err().message.starts_with("mac `"),
+            "{text}"
+        );
     }
 }
 
 #[test]
 fn an_address_has_a_prefix_that_fits() {
-    for text in ["10.0.0.2/24", "10.0.0.2/32", "fd00::2/64", "fd00::2/128", "169.254.1.1/1"] {
+    for text in [
+        "10.0.0.2/24",
+        "10.0.0.2/32",
+        "fd00::2/64",
+        "fd00::2/128",
+        "169.254.1.1/1",
+    ] {
         assert!(addresses(&texts(&[text])).is_ok(), "{text}");
     }
     for text in [
-        "", "10.0.0.2", "10.0.0.2/", "10.0.0.2/0", "10.0.0.2/33", "fd00::2/129", "10.0.0.2/+8",
-        "0.0.0.0/8", "224.0.0.1/8", "127.0.0.1/8", "::1/128", "10.0.0/8", "x/8", "10.0.0.2/24/1",
+        "",
+        "10.0.0.2",
+        "10.0.0.2/",
+        "10.0.0.2/0",
+        "10.0.0.2/33",
+        "fd00::2/129",
+        "10.0.0.2/+8",
+        "0.0.0.0/8",
+        "224.0.0.1/8",
+        "127.0.0.1/8",
+        "::1/128",
+        "10.0.0/8",
+        "x/8",
+        "10.0.0.2/24/1",
     ] {
         let message = addresses(&texts(&[text])).unwrap_err().message;
         assert!(message.starts_with("address `"), "{text}");
@@ -38,14 +66,20 @@ fn an_address_has_a_prefix_that_fits() {
     let twice = addresses(&texts(&["10.0.0.2/24", "10.0.0.2/16"])).unwrap_err();
     assert_eq!(twice.message, "address 10.0.0.2 comes twice");
     let many = vec!["10.0.0.2/24".to_owned(); 17];
-    assert_eq!(addresses(&many).unwrap_err().message, "more than 16 addresses");
+    assert_eq!(
+        addresses(&many).unwrap_err().message,
+        "more than 16 addresses"
+    );
 }
 
 #[test]
 fn what_makes_no_sense_is_refused_by_name() {
     let base = NetworkSet::default;
     for device in ["", "lo", "..", "a/b", "a b", "sixteen-letters-", "a:1"] {
-        let message = refused(&NetworkSet { device: Some(device.into()), ..base() });
+        let message = refused(&NetworkSet {
+            device: Some(device.into()),
+            ..base()
+        });
         assert!(message.starts_with("device `"), "{device}");
     }
     let gateways = texts(&["10.0.0.1", "10.0.0.3"]);
@@ -56,12 +90,21 @@ fn what_makes_no_sense_is_refused_by_name() {
         gateways: texts(&["10.0.0.2"]),
         ..base()
     };
-    assert_eq!(refused(&own), "gateway 10.0.0.2 is the device's own address");
+    assert_eq!(
+        refused(&own),
+        "gateway 10.0.0.2 is the device's own address"
+    );
     let name_servers = Some(texts(&["dns.example"]));
-    let message = refused(&NetworkSet { name_servers, ..base() });
+    let message = refused(&NetworkSet {
+        name_servers,
+        ..base()
+    });
     assert_eq!(message, "name server `dns.example` is not an IP address");
     for mtu in [0, 67, 65_536] {
-        let message = refused(&NetworkSet { mtu: Some(mtu), ..base() });
+        let message = refused(&NetworkSet {
+            mtu: Some(mtu),
+            ..base()
+        });
         assert_eq!(message, format!("mtu {mtu} is not 68 to 65535 bytes"));
     }
 }
@@ -135,7 +178,9 @@ fn is_local(ip: &str) -> bool {
 
 fn default_via(hex: &str) -> bool {
     let table = proc_net("route");
-    table.lines().any(|line| line.starts_with(&format!("v0\t00000000\t{hex}\t")))
+    table
+        .lines()
+        .any(|line| line.starts_with(&format!("v0\t00000000\t{hex}\t")))
 }
 
 #[test]
@@ -170,7 +215,14 @@ fn what_is_not_named_outlives_a_new_hardware_address() {
         };
         apply(params, Path::new("/none")).unwrap();
         let mac = Some("02:00:00:00:00:08".to_owned());
-        apply(NetworkSet { mac, ..NetworkSet::default() }, Path::new("/none")).unwrap();
+        apply(
+            NetworkSet {
+                mac,
+                ..NetworkSet::default()
+            },
+            Path::new("/none"),
+        )
+        .unwrap();
         assert!(is_local("10.0.0.2") && is_local("fd00::2"));
         assert!(default_via("0100000A"), "{}", proc_net("route"));
         assert!(proc_net("ipv6_route").contains("fd000000000000000000000000000001"));
@@ -183,7 +235,11 @@ fn addresses_are_all_that_it_has_then() {
         let set = |all: &[&str], gateways: &[&str]| {
             let addresses = Some(texts(all));
             let gateways = texts(gateways);
-            let params = NetworkSet { addresses, gateways, ..NetworkSet::default() };
+            let params = NetworkSet {
+                addresses,
+                gateways,
+                ..NetworkSet::default()
+            };
             apply(params, Path::new("/none"))
         };
         set(&["10.0.0.2/24", "10.0.0.3/24"], &["10.0.0.1"]).unwrap();
@@ -204,7 +260,10 @@ fn addresses_are_all_that_it_has_then() {
 fn a_device_that_is_not_there_is_named() {
     in_namespace(|_| {
         let params = NetworkSet::default();
-        let error = Plan::new(&params).unwrap().apply(Path::new("/none")).unwrap_err();
+        let error = Plan::new(&params)
+            .unwrap()
+            .apply(Path::new("/none"))
+            .unwrap_err();
         assert_eq!(error.code, ErrorCode::NotFound);
         assert_eq!(
             error.message,

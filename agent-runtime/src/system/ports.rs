@@ -145,7 +145,9 @@ fn owners(listeners: &[Listener], buffer: &mut Vec<u8>) -> HashMap<u64, (i32, St
             }
             let program: &String = program.get_or_insert_with(|| {
                 let comm = procfs::read(format!("/proc/{pid}/comm"), 64, buffer);
-                comm.unwrap_or("?").trim_end_matches('\n').to_owned()
+                let comm = comm.unwrap_or("?").trim_end_matches('\n');
+                // A terminal would obey control characters.
+                comm.replace(char::is_control, "?")
             });
             found.insert(inode, (pid, program.clone()));
         }
@@ -231,7 +233,13 @@ mod tests {
             assert_eq!(listener(line), None, "{line}");
         }
         assert_eq!(socket_inode("socket:[12]"), Some(12));
-        for target in ["socket:[", "socket:[]", "socket:[-1]", "/socket:[1]", "pipe:[1]"] {
+        for target in [
+            "socket:[",
+            "socket:[]",
+            "socket:[-1]",
+            "/socket:[1]",
+            "pipe:[1]",
+        ] {
             assert_eq!(socket_inode(target), None, "{target}");
         }
     }

@@ -13,17 +13,21 @@ use rustix::io::Errno;
 const SURELY_LAST: usize = 3 * 1024;
 
 /// Reads at most `limit` bytes of a file into `buffer`, which is cleared before.
-pub(super) fn read<'a>(
+pub(super) fn read(
     path: impl AsRef<Path>,
     limit: usize,
-    buffer: &'a mut Vec<u8>,
-) -> Result<&'a str, Errno> {
+    buffer: &mut Vec<u8>,
+) -> Result<&str, Errno> {
     read_fd(&open(path)?, limit, buffer)
 }
 
 /// Opens a file for reading.
 pub(super) fn open(path: impl AsRef<Path>) -> Result<OwnedFd, Errno> {
-    rustix::fs::open(path.as_ref(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::open(
+        path.as_ref(),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 /// [`read`] of an open file. What is not UTF-8 ends the text: the callers' lines are the kernel's.

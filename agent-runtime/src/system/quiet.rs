@@ -160,7 +160,11 @@ fn root_ioctl(request: u32) -> Result<(), Errno> {
     let root = rustix::fs::open("/", flags, Mode::empty())?;
     // SAFETY: the kernel ignores the argument of both (fs/ioctl.c), an integer.
     let result = unsafe { libc::ioctl(root.as_raw_fd(), request as libc::Ioctl, 0) };
-    if result < 0 { Err(last_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(last_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn open_file(group: &Path, name: &str, flags: OFlags) -> Result<OwnedFd, ErrorReply> {
@@ -168,7 +172,10 @@ fn open_file(group: &Path, name: &str, flags: OFlags) -> Result<OwnedFd, ErrorRe
     rustix::fs::open(&path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(|error| match error {
         Errno::NOENT => ErrorReply::new(
             ErrorCode::Unsupported,
-            format!("{}: the guest has no cgroup freezer: {error}", path.display()),
+            format!(
+                "{}: the guest has no cgroup freezer: {error}",
+                path.display()
+            ),
         ),
         _ => failed(path.display(), error),
     })
@@ -214,7 +221,9 @@ fn wait_until_frozen(group: &Path, events: &OwnedFd, until: Instant) -> Result<(
 }
 
 fn is_frozen(events: &[u8]) -> bool {
-    events.split(|byte| *byte == b'\n').any(|line| line == b"frozen 1")
+    events
+        .split(|byte| *byte == b'\n')
+        .any(|line| line == b"frozen 1")
 }
 
 fn go_on(group: &Path) -> Result<(), ErrorReply> {
@@ -236,7 +245,13 @@ mod tests {
     #[test]
     fn frozen_is_a_line_of_its_own() {
         assert!(is_frozen(b"populated 1\nfrozen 1\n"));
-        for text in ["", "populated 1\nfrozen 0\n", "frozen 11\n", "unfrozen 1\n", "frozen 1 "] {
+        for text in [
+            "",
+            "populated 1\nfrozen 0\n",
+            "frozen 11\n",
+            "unfrozen 1\n",
+            "frozen 1 ",
+        ] {
             assert!(!is_frozen(text.as_bytes()), "{text}");
         }
     }

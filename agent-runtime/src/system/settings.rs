@@ -99,7 +99,11 @@ pub(super) fn apply_entropy(bytes: &[u8]) -> Result<(), ErrorReply> {
     // SAFETY: the kernel reads the two numbers and as many bytes as the second says, which `info`
     // has, rounded up; it writes nothing.
     let added = unsafe {
-        libc::ioctl(device.as_raw_fd(), RNDADDENTROPY as libc::Ioctl, info.as_ptr())
+        libc::ioctl(
+            device.as_raw_fd(),
+            RNDADDENTROPY as libc::Ioctl,
+            info.as_ptr(),
+        )
     };
     if added < 0 {
         return Err(failed("cannot add entropy", last_error()));
@@ -157,7 +161,10 @@ pub(super) fn apply_hostname(hostname: &str) -> Result<(), ErrorReply> {
 /// A frozen file system would hold the loop for ever, and with it the call that thaws.
 pub(super) fn writable_root() -> Result<(), ErrorReply> {
     if are_file_systems_frozen() {
-        return Err(failed("the file systems are frozen, thaw them first", Errno::BUSY));
+        return Err(failed(
+            "the file systems are frozen, thaw them first",
+            Errno::BUSY,
+        ));
     }
     Ok(())
 }
@@ -176,7 +183,11 @@ fn write_hostname(etc: &Path, old: &str, new: &str) -> Result<(), ErrorReply> {
     match files::read(&path, MAX_HOSTS) {
         Ok(Some(text)) => {
             let renamed = renamed(&text, old, new);
-            if renamed == text { Ok(()) } else { write("hosts", renamed) }
+            if renamed == text {
+                Ok(())
+            } else {
+                write("hosts", renamed)
+            }
         }
         Ok(None) => Ok(()),
         Err(error) => Err(failed(path.display(), error)),

@@ -6,10 +6,19 @@ use super::*;
 fn a_time_in_another_unit_is_refused() {
     let now = time(1_790_000_000_123_456).unwrap();
     assert_eq!((now.tv_sec, now.tv_nsec), (1_790_000_000, 123_456_000));
-    for wrong in [0, 1_790_000_000, 1_790_000_000_000, 1_790_000_000_000_000_000, u64::MAX] {
+    for wrong in [
+        0,
+        1_790_000_000,
+        1_790_000_000_000,
+        1_790_000_000_000_000_000,
+        u64::MAX,
+    ] {
         let error = time(wrong).unwrap_err();
         assert_eq!(error.code, ErrorCode::BadRequest);
-        assert!(error.message.starts_with(&format!("time_us {wrong} ")), "{error}");
+        assert!(
+            error.message.starts_with(&format!("time_us {wrong} ")),
+            "{error}"
+        );
     }
 }
 
@@ -94,7 +103,14 @@ fn hostname_and_hosts_follow_the_name() {
 fn a_machine_id_is_lower_case_and_not_zero() {
     let id = "0123456789abcdef0123456789ABCDEF";
     assert_eq!(machine_id(id).unwrap(), id.to_ascii_lowercase());
-    for wrong in ["", "0", &"0".repeat(32), &"g".repeat(32), &"a".repeat(33), &"é".repeat(16)] {
+    for wrong in [
+        "",
+        "0",
+        &"0".repeat(32),
+        &"g".repeat(32),
+        &"a".repeat(33),
+        &"é".repeat(16),
+    ] {
         let error = machine_id(wrong).unwrap_err();
         assert_eq!(error.code, ErrorCode::BadRequest);
         assert!(error.message.starts_with("machine id `"), "{error}");
