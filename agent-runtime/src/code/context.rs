@@ -289,7 +289,11 @@ impl Context {
             self.dying = true;
             self.verdict = why;
         }
-        if self.group.as_ref().is_none_or(|group| group.kill().is_err()) {
+        if self
+            .group
+            .as_ref()
+            .is_none_or(|group| group.kill().is_err())
+        {
             self.signal(Signal::KILL);
         }
         if self.pid.is_none() {
@@ -301,7 +305,8 @@ impl Context {
 
     /// Whether its zygote is to reap it.
     pub fn wants_reaping(&self) -> Option<i32> {
-        self.pid.filter(|_| self.dying && !self.gone && self.zygote.is_some())
+        self.pid
+            .filter(|_| self.dying && !self.gone && self.zygote.is_some())
     }
 
     /// Whether something was printed since the last cell ended.
@@ -626,7 +631,10 @@ impl Context {
         let at = self.cell.take().and_then(|cell| cell.at);
         if self.up {
             if let Some(at) = at {
-                let error = self.verdict.clone().unwrap_or_else(|| self.cause_of_death());
+                let error = self
+                    .verdict
+                    .clone()
+                    .unwrap_or_else(|| self.cause_of_death());
                 let end = self.end(CodeStatus::Died, Some(error));
                 answers.reply(at, &end);
             }
@@ -639,7 +647,9 @@ impl Context {
 
     fn cause_of_death(&self) -> CodeError {
         match self.fate {
-            Some(ExitStatus::Code(code)) => died(format!("the interpreter exited with status {code}")),
+            Some(ExitStatus::Code(code)) => {
+                died(format!("the interpreter exited with status {code}"))
+            }
             Some(ExitStatus::Signal(signal)) => {
                 died(format!("the interpreter was killed by signal {signal}"))
             }
@@ -709,7 +719,9 @@ impl Context {
     pub fn next(&self) -> Option<Instant> {
         let cell = self.cell.as_ref().filter(|_| !self.dying);
         let times = cell.map_or([None; 3], |cell| [cell.due, cell.tick, cell.again]);
-        times.into_iter().fold(self.up_by.filter(|_| !self.dying), earlier)
+        times
+            .into_iter()
+            .fold(self.up_by.filter(|_| !self.dying), earlier)
     }
 }
 

@@ -329,7 +329,9 @@ impl Contexts {
             add(zygote.fd(), libc::POLLIN, number << 2 | ZYGOTE);
         }
         for (&number, context) in &mut self.contexts {
-            context.poll(answers, |fd, events, which| add(fd, events, number << 2 | which));
+            context.poll(answers, |fd, events, which| {
+                add(fd, events, number << 2 | which)
+            });
         }
     }
 

@@ -90,6 +90,14 @@
   };
   process.on('SIGINT', onInterrupt);
 
+  // Errors of a cell and of what it has left behind come here, most of them by the REPL's domain.
+  const onError = (error) => {
+    if (interrupted) interrupted(error);
+    else process.stderr.write(explain(error).traceback + '\n');
+  };
+  if (server._domain) server._domain.removeAllListeners('error').on('error', onError);
+  else process.on('uncaughtException', onError);
+
   let count = 0;
   const run = async (code) => {
     count += 1;
@@ -97,10 +105,13 @@
     try {
       const value = await new Promise((resolve, reject) => {
         interrupted = reject;
+        // Node's watchdog for code that does not wait, and a listener, would undo each other.
+        process.removeListener('SIGINT', onInterrupt);
         server.eval(code + '\n', server.context, `cell-${count}`, (error, value) => {
           if (!error) resolve({ value });
           else reject(error instanceof repl.Recoverable ? error.err : error);
         });
+        process.on('SIGINT', onInterrupt);
       });
       if (value.value !== undefined) {
         globalThis._ = value.value;

@@ -10,9 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use ratoon_protocol::{CodeStart, ErrorReply, ExecParams};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg,
-};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::groups::Group;
 use crate::spawn::{Spawner, read_now};
@@ -42,7 +40,10 @@ pub struct Zygote {
 /// What concerns the interpreter itself: contexts that differ in it do not share a zygote.
 fn env_of(params: &CodeStart) -> Vec<(String, String)> {
     let matters = |name: &str| {
-        name == "PATH" || name == "VIRTUAL_ENV" || name.starts_with("PYTHON") || name.starts_with("LD_")
+        name == "PATH"
+            || name == "VIRTUAL_ENV"
+            || name.starts_with("PYTHON")
+            || name.starts_with("LD_")
     };
     let all = params.env.iter();
     all.filter(|(name, _)| matters(name)).cloned().collect()
