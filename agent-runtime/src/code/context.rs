@@ -15,8 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use ratoon_protocol::{
-    CodeContext, CodeEnd, CodeError, CodeRun, CodeStart, CodeStatus, ErrorCode, ErrorReply,
-    ExitStatus, Language,
+    CodeContext, CodeError, CodeRun, CodeStart, CodeStatus, ErrorCode, ErrorReply, ExitStatus,
+    Language,
 };
 use rustix::io::Errno;
 use rustix::net::{
@@ -25,10 +25,15 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal};
 
+mod ending;
+mod timing;
+
 use crate::groups::Group;
 use crate::session::Output;
-use crate::sessions::{CallRef, earlier};
+use crate::sessions::CallRef;
 use crate::spawn::{SpawnError, read_now};
+
+use ending::died;
 
 use super::Answers;
 use super::wire::{Garbage, Outcome, Step, Wire};
@@ -265,21 +270,6 @@ impl Context {
     pub fn signal(&self, signal: Signal) {
         if let Some(pid) = self.pid.and_then(Pid::from_raw).filter(|_| !self.gone) {
             let _ = rustix::process::kill_process_group(pid, signal);
-        }
-    }
-
-    /// Interrupts its cell.
-    pub fn interrupt(&mut self, now: Instant) {
-        let Some(cell) = &mut self.cell else { return };
-        cell.interrupted = true;
-        match cell.since {
-            None => {}
-            Some(since) => {
-                if now.saturating_duration_since(since) < EARLY {
-                    cell.again = Some(now + EARLY);
-                }
-                self.signal(Signal::INT);
-            }
         }
     }
 
@@ -612,117 +602,6 @@ impl Context {
         self.owed = [None; 2];
         Ok(())
     }
-
-    fn end(&self, status: CodeStatus, error: Option<CodeError>) -> CodeEnd {
-        CodeEnd {
-            context: self.name.clone(),
-            count: self.count,
-            status,
-            error: error.map(|mut error| {
-                clip(&mut error.name, 256);
-                clip(&mut error.message, 8 << 10);
-                error
-            }),
-        }
-    }
-
-    /// It is gone: tells those who wait for it.
-    fn conclude(&mut self, answers: &mut impl Answers) {
-        let at = self.cell.take().and_then(|cell| cell.at);
-        if self.up {
-            if let Some(at) = at {
-                let error = self
-                    .verdict
-                    .clone()
-                    .unwrap_or_else(|| self.cause_of_death());
-                let end = self.end(CodeStatus::Died, Some(error));
-                answers.reply(at, &end);
-            }
-            return;
-        }
-        for at in [at, self.waiting.take()].into_iter().flatten() {
-            answers.fail(at, &self.why_not_up());
-        }
-    }
-
-    fn cause_of_death(&self) -> CodeError {
-        match self.fate {
-            Some(ExitStatus::Code(code)) => {
-                died(format!("the interpreter exited with status {code}"))
-            }
-            Some(ExitStatus::Signal(signal)) => {
-                died(format!("the interpreter was killed by signal {signal}"))
-            }
-            None => died("the interpreter is gone"),
-        }
-    }
-
-    fn why_not_up(&self) -> ErrorReply {
-        if let Some(errno) = self.refused {
-            let source = std::io::Error::from_raw_os_error(errno);
-            let path = self.params.cwd.clone().unwrap_or_default();
-            return SpawnError::Directory { path, source }.reply();
-        }
-        let language = super::word(self.params.language);
-        let mut message = format!("{language} did not start");
-        let said = self.outputs[1].as_ref().map(super::zygote::complaint);
-        let said = said.filter(|text| !text.is_empty());
-        let why = match (&self.verdict, said) {
-            (Some(verdict), _) => verdict.message.clone(),
-            (None, Some(said)) => said,
-            (None, None) => self.cause_of_death().message,
-        };
-        message.push_str(": ");
-        message.push_str(&why);
-        ErrorReply::new(ErrorCode::Failed, message)
-    }
-
-    /// Why it does not start, when somebody else knows.
-    pub fn blame(&mut self, said: String) {
-        if !self.up && self.verdict.is_none() && !said.is_empty() {
-            self.verdict = Some(died(said));
-        }
-    }
-
-    fn check_time(&mut self, now: Instant) {
-        let is_due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
-        if is_due(self.up_by.take_if(|at| now >= *at)) {
-            self.kill(Some(died(format!(
-                "it was not up after {} s",
-                START_LIMIT.as_secs()
-            ))));
-        }
-        let Some(cell) = &mut self.cell else { return };
-        let tick = is_due(cell.tick.take_if(|at| now >= *at));
-        let again = is_due(cell.again.take_if(|at| now >= *at));
-        let due = is_due(cell.due.take_if(|at| now >= *at));
-        let kill = due && cell.timed_out;
-        if due && !kill {
-            cell.timed_out = true;
-            cell.due = Some(now + INTERRUPT_GRACE);
-        }
-        if tick && !self.gone {
-            if let Some(pid) = self.pid.and_then(Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, Signal::URG);
-            }
-        }
-        if kill {
-            let mut error = died("it took too long and did not heed its interrupt; it was killed");
-            error.name = "Timeout".into();
-            self.kill(Some(error));
-        } else if due || again {
-            self.signal(Signal::INT);
-        }
-    }
-
-    /// When to look at it again.
-    pub fn next(&self) -> Option<Instant> {
-        let cell = self.cell.as_ref().filter(|_| !self.dying);
-        let times = cell.map_or([None; 3], |cell| [cell.due, cell.tick, cell.again]);
-        times
-            .into_iter()
-            .fold(self.up_by.filter(|_| !self.dying), earlier)
-    }
 }
 
 /// How much of an output may be taken: of one that nobody wants, all.
@@ -733,18 +612,6 @@ fn room(cell: Option<&Cell>, output: Output, answers: &impl Answers) -> usize {
         }
         _ => usize::MAX,
     }
-}
-
-fn died(message: impl Into<String>) -> CodeError {
-    CodeError {
-        name: "Died".into(),
-        message: message.into(),
-        traceback: String::new(),
-    }
-}
-
-fn clip(text: &mut String, most: usize) {
-    text.truncate(text.floor_char_boundary(most));
 }
 
 /// Receives the first message, and from the kernel who sent it: what a guest program says of its

@@ -164,7 +164,8 @@ def forms(value):
     return data
 
 
-def show(data, result):
+def shown(data, result):
+    """The line that shows a value."""
     message = {"result": True, "data": data} if result else {"data": data}
     whole = line(b"D", message)
     while len(whole) > LINE_MAX and len(data) > 1:
@@ -172,7 +173,7 @@ def show(data, result):
         print("ratoon: a value's form %s is too large to show" % mime, file=sys.stderr)
         del data[mime]
         whole = line(b"D", message)
-    send(whole)
+    return whole
 
 
 def display(*values, **unused):
@@ -180,7 +181,7 @@ def display(*values, **unused):
     for value in values:
         if is_figure(value):
             State.shown.add(id(value))
-        show(forms(value), False)
+        send(shown(forms(value), False))
 
 
 def show_figures(value):
@@ -192,10 +193,9 @@ def show_figures(value):
             figure = pyplot.figure(number)
             if figure is not value and id(figure) not in State.shown and figure.get_axes():
                 data = {"text/plain": repr(figure), "image/png": encode("image/png", picture(figure))}
-                show(data, False)
+                send(shown(data, False))
     finally:
-        if is_figure(value):
-            value.canvas  # closing forgets the number, not the figure
+        # It forgets the figures' numbers; a figure that is the cell's value can still be drawn.
         pyplot.close("all")
 
 
@@ -264,6 +264,7 @@ def explain(error):
 
 def run(text, number, names):
     answer = {"status": "ok"}
+    parts = []  # of the answer: all in one system call
     State.shown = set()
     State.held = False
     try:
@@ -275,7 +276,7 @@ def run(text, number, names):
                 builtins._ = None
                 data = forms(value)
                 builtins._ = value
-                show(data, True)
+                parts.append(shown(data, True))
         finally:
             State.running = False
     except SystemExit:
@@ -288,8 +289,7 @@ def run(text, number, names):
     if not State.alive:
         flush()
         os._exit(0)
-    # What the outputs still hold goes out with the answer, in one system call.
-    parts = []
+    # What the outputs still hold goes out with it.
     for stream, raw, kind in ((OUT, OUT_RAW, b"O"), (ERR, ERR_RAW, b"P")):
         rest = leftover(stream, raw)
         if len(rest) > ANSWER_MAX:

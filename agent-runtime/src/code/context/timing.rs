@@ -1,0 +1,68 @@
+//! Interrupts and time-outs.
+
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal};
+
+use super::ending::died;
+use super::{Context, EARLY, INTERRUPT_GRACE, START_LIMIT};
+use crate::sessions::earlier;
+
+impl Context {
+    /// Interrupts its cell.
+    pub fn interrupt(&mut self, now: Instant) {
+        let Some(cell) = &mut self.cell else { return };
+        cell.interrupted = true;
+        match cell.since {
+            None => {}
+            Some(since) => {
+                if now.saturating_duration_since(since) < EARLY {
+                    cell.again = Some(now + EARLY);
+                }
+                self.signal(Signal::INT);
+            }
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn check_time(&mut self, now: Instant) {
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+        if is_due(self.up_by.take_if(|at| now >= *at)) {
+            self.kill(Some(died(format!(
+                "it was not up after {} s",
+                START_LIMIT.as_secs()
+            ))));
+        }
+        let Some(cell) = &mut self.cell else { return };
+        let tick = is_due(cell.tick.take_if(|at| now >= *at));
+        let again = is_due(cell.again.take_if(|at| now >= *at));
+        let due = is_due(cell.due.take_if(|at| now >= *at));
+        let kill = due && cell.timed_out;
+        if due && !kill {
+            cell.timed_out = true;
+            cell.due = Some(now + INTERRUPT_GRACE);
+        }
+        if tick
+            && !self.gone
+            && let Some(pid) = self.pid.and_then(Pid::from_raw)
+        {
+            let _ = rustix::process::kill_process(pid, Signal::URG);
+        }
+        if kill {
+            let mut error = died("it took too long and did not heed its interrupt; it was killed");
+            error.name = "Timeout".into();
+            self.kill(Some(error));
+        } else if due || again {
+            self.signal(Signal::INT);
+        }
+    }
+
+    /// When to look at it again.
+    pub fn next(&self) -> Option<Instant> {
+        let cell = self.cell.as_ref().filter(|_| !self.dying);
+        let times = cell.map_or([None; 3], |cell| [cell.due, cell.tick, cell.again]);
+        times
+            .into_iter()
+            .fold(self.up_by.filter(|_| !self.dying), earlier)
+    }
+}
