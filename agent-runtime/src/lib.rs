@@ -12,10 +12,20 @@
 //! connection, never the runtime. `docs/protocol.md` describes what it speaks.
 
 pub mod boot;
+mod calls;
+pub mod code;
+pub mod files;
+pub mod groups;
+pub mod pipes;
 pub mod power;
 pub mod process;
 pub mod server;
 pub mod session;
+pub mod sessions;
 pub mod spawn;
+pub mod spool;
 pub mod sys;
+pub mod system;
+pub mod task;
 pub mod users;
+pub mod work;

@@ -48,7 +48,7 @@ fn serve_machine() -> Result<()> {
     let null = boot::open_null()?;
     let listener = sys::vsock_listen(RUNTIME_PORT)
         .map_err(|source| boot::BootError::Step("listen on vsock port 1024", source))?;
-    let mut server = Server::new(listener, signals, null, true);
+    let mut server = Server::new(listener, signals, null, true)?;
     if options.ready_on_console {
         // A console that takes nothing is no reason not to serve.
         let _ = writeln!(std::io::stdout(), "{}", boot::READY_LINE);
@@ -68,6 +68,6 @@ fn serve_unix(path: &std::path::Path) -> Result<()> {
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
     let null = boot::open_null()?;
-    Server::new(listener.into(), signals, null, false).run()?;
+    Server::new(listener.into(), signals, null, false)?.run()?;
     Ok(())
 }

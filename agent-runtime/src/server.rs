@@ -1,59 +1,46 @@
-//! The poll loop: sockets, processes, timers. One thread; nothing in it waits except `poll`.
+//! The poll loop: sockets, tasks, timers. One thread; nothing in it waits except `poll`.
 //!
-//! A round: poll; take what clients sent and do it; read outputs, write inputs; reap; end calls
-//! that are over; send. SIGCHLD comes through a signalfd that stands before the pipes in the poll
-//! set, so that a round that sees a death sees the pipe's end too. Reaping is `waitpid(-1)`, here
-//! and nowhere else (orphans of others come to PID 1 as well); processes are in the table before
-//! the loop can reap them.
+//! A round: poll; take what clients sent and do it ([`crate::calls`]); read outputs, write inputs;
+//! reap; end calls that are over; send. SIGCHLD comes through a signalfd that stands before the
+//! pipes in the poll set, so that a round that sees a death sees the pipe's end too. Reaping is
+//! here and nowhere else (orphans of others come to PID 1 as well); processes are in the table
+//! before the loop can reap them.
 //!
-//! What is not urgent (a process has started, an output is at its end) waits up to [`LAZY`] for
-//! company: a system call costs much on some hosts, and most commands end sooner.
+//! What is not urgent (a process has started, an output is at its end) waits up to
+//! [`crate::sessions::LAZY`] for company: a system call costs much on some hosts, and most commands
+//! end sooner.
 //!
-//! How it fails: a connection that breaks is closed and its processes are killed, group by group;
-//! connections not from the host are refused; when descriptors run out, accepting pauses.
+//! How it fails: a connection that breaks is closed and its tasks end, unless its session has a
+//! name; connections not from the host are refused; when descriptors run out, accepting pauses.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use ratoon_protocol::{ErrorCode, ErrorReply, ExitStatus, MAX_PAYLOAD_LEN};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
-use rustix::process::{Signal, WaitOptions};
+use ratoon_protocol::{Call, ExitStatus, MAX_PAYLOAD_LEN, Usage};
+use rustix::process::Signal;
 
+use crate::code::Contexts;
 use crate::power;
-use crate::process::Process;
-use crate::session::{Action, Output, Session};
+use crate::process::Ended;
+use crate::session::{Action, Output};
+use crate::sessions::{CallRef, Heard, Sessions, earlier};
 use crate::spawn::Spawner;
 use crate::sys::{self, PollFd, poll_fd};
-
-/// How long a frame that is not urgent may wait.
-pub const LAZY: Duration = Duration::from_millis(250);
-
-/// How many connections are served at once.
-pub const MAX_CONNECTIONS: usize = 64;
+use crate::system::Identity;
+use crate::task::{Job, State, Task};
+use crate::work::{News, Office};
 
 /// How long accepting pauses when descriptors or memory run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
-struct Connection {
-    fd: OwnedFd,
-    session: Session,
-    /// Whether connect(2) is decided.
-    connected: bool,
-    /// When unsent frames that are not urgent go out.
-    flush_at: Option<Instant>,
-    /// Send what is unsent, then close.
-    closing: bool,
-    /// The socket takes no more for now.
-    blocked: bool,
-}
+/// How many processes that have ended, and that nobody has asked for, are remembered.
+const MAX_KEPT: usize = 64;
 
 /// The machine is ending: who asked, and how far it is.
-struct Ending {
-    connection: u64,
-    call: u64,
+pub(crate) struct Ending {
+    pub(crate) at: CallRef,
     stage: Stage,
     until: Instant,
 }
@@ -69,63 +56,68 @@ enum Stage {
 pub struct Server {
     listener: OwnedFd,
     signals: OwnedFd,
-    spawner: Spawner,
     is_machine: bool,
-    ready_at_us: u64,
-    connections: BTreeMap<u64, Connection>,
-    next_connection: u64,
-    processes: Vec<Process>,
-    ending: Option<Ending>,
     accept_again: Option<Instant>,
+    pub(crate) sessions: Sessions,
+    pub(crate) tasks: Vec<Task>,
+    pub(crate) spawner: Spawner,
+    pub(crate) office: Office,
+    pub(crate) contexts: Contexts,
+    pub(crate) identity: Identity,
+    /// Calls that wait for `wake`.
+    pub(crate) waiting: VecDeque<(CallRef, Call)>,
+    pub(crate) ending: Option<Ending>,
     scratch: Vec<u8>,
     polls: Vec<PollFd>,
     tokens: Vec<Token>,
 }
 
-/// What a poll entry is about. Processes are meant by place: the table changes only between polls.
+/// What a poll entry is about. Tasks are meant by place: the table changes only between polls.
 #[derive(Debug, Clone, Copy)]
 enum Token {
     Signals,
     Listener,
-    Connection(u64),
-    Stdin(usize),
-    Output(usize, Output),
+    Work,
+    Session(u64),
+    Task(usize, Option<Output>),
+    Code(u64),
 }
 
 impl Server {
     /// A server on a listening, non-blocking socket. `signals` is from [`sys::block_signals`],
     /// `null` is /dev/null. `is_machine`: this is PID 1 and `shutdown` ends the machine; otherwise
     /// it ends [`Server::run`].
-    pub fn new(listener: OwnedFd, signals: OwnedFd, null: OwnedFd, is_machine: bool) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor left.
+    pub fn new(
+        listener: OwnedFd,
+        signals: OwnedFd,
+        null: OwnedFd,
+        is_machine: bool,
+    ) -> io::Result<Self> {
+        Ok(Self {
             listener,
             signals,
-            spawner: Spawner::new(null),
             is_machine,
-            ready_at_us: sys::boot_time_us(),
-            connections: BTreeMap::new(),
-            next_connection: 0,
-            processes: Vec::new(),
-            ending: None,
             accept_again: None,
+            sessions: Sessions::new(sys::boot_time_us()),
+            tasks: Vec::new(),
+            spawner: Spawner::new(null, is_machine),
+            office: Office::new()?,
+            contexts: Contexts::default(),
+            identity: Identity::default(),
+            waiting: VecDeque::new(),
+            ending: None,
             scratch: vec![0; MAX_PAYLOAD_LEN],
             polls: Vec::new(),
             tokens: Vec::new(),
-        }
+        })
     }
 
     /// Serves a connection that was made, or is being made, elsewhere.
     pub fn add(&mut self, fd: OwnedFd, connected: bool) {
-        let connection = Connection {
-            fd,
-            session: Session::new(self.ready_at_us),
-            connected,
-            flush_at: None,
-            closing: false,
-            blocked: false,
-        };
-        self.connections.insert(self.next_connection, connection);
-        self.next_connection += 1;
+        self.sessions.add(fd, connected);
     }
 
     /// Serves until `shutdown` has been called and done.
@@ -139,14 +131,21 @@ impl Server {
                 return Ok(());
             }
             let deadline = self.settle(now);
-            self.prepare_poll(now);
-            let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let backlog = self.prepare_poll(now);
+            let timeout = match backlog {
+                true => Some(Duration::ZERO),
+                false => deadline.map(|at| at.saturating_duration_since(Instant::now())),
+            };
             sys::poll(&mut self.polls, timeout)?;
             self.handle_polled();
+            if backlog {
+                self.give_backlog();
+            }
         }
     }
 
-    fn prepare_poll(&mut self, now: Instant) {
+    /// Collects what to poll; true when something can go on without.
+    fn prepare_poll(&mut self, now: Instant) -> bool {
         self.polls.clear();
         self.tokens.clear();
         let mut add = |fd, events, token| {
@@ -154,34 +153,29 @@ impl Server {
             self.tokens.push(token);
         };
         add(self.signals.as_raw_fd(), libc::POLLIN, Token::Signals);
-        if self.accept_again.is_none_or(|at| now >= at) && self.connections.len() < MAX_CONNECTIONS
-        {
+        if self.accept_again.is_none_or(|at| now >= at) && self.sessions.has_room() {
             add(self.listener.as_raw_fd(), libc::POLLIN, Token::Listener);
         }
-        for (&id, connection) in &self.connections {
-            let mut events = 0;
-            if !connection.connected || connection.blocked {
-                events |= libc::POLLOUT;
-            }
-            if connection.connected && !connection.closing && connection.session.wants_input() {
-                events |= libc::POLLIN;
-            }
-            add(connection.fd.as_raw_fd(), events, Token::Connection(id));
+        self.sessions
+            .poll(|fd, events, id| add(fd, events, Token::Session(id)));
+        let mut backlog = false;
+        let mut works = false;
+        for (index, task) in self.tasks.iter().enumerate() {
+            works |= matches!(task.job, Job::Work { .. });
+            backlog |= task.has_backlog(&self.sessions);
+            task.poll(&self.sessions, |fd, events, output| {
+                add(fd, events, Token::Task(index, output));
+            });
         }
-        for (index, process) in self.processes.iter().enumerate() {
-            let Some(connection) = process.connection.and_then(|id| self.connections.get(&id))
-            else {
-                continue;
-            };
-            if let Some((fd, events)) = process.stdin_poll() {
-                add(fd, events, Token::Stdin(index));
-            }
-            for output in Output::BOTH {
-                if let Some(fd) = process.output_poll(output, &connection.session) {
-                    add(fd, libc::POLLIN, Token::Output(index, output));
-                }
-            }
+        if works {
+            let wake = self.office.wake().as_raw_fd();
+            add(wake, libc::POLLIN, Token::Work);
         }
+        self.contexts
+            .poll(&self.sessions, &mut |fd, events, token| {
+                add(fd, events, Token::Code(token));
+            });
+        backlog
     }
 
     fn handle_polled(&mut self) {
@@ -193,11 +187,16 @@ impl Server {
                 continue;
             }
             match self.tokens[at] {
-                Token::Stdin(index) => self.stdin_ready(index, revents),
-                Token::Output(index, output) => {
-                    self.output_ready(index, output, revents & libc::POLLIN != 0);
+                Token::Task(index, output) => self.task_ready(index, output, revents),
+                Token::Session(id) => {
+                    let heard = self.sessions.ready(id, revents, &mut self.scratch);
+                    self.heard(id, heard);
                 }
-                Token::Connection(id) => self.connection_ready(id, revents),
+                Token::Code(token) => {
+                    self.contexts
+                        .ready(token, revents, &mut self.sessions, &mut self.scratch);
+                }
+                Token::Work => self.hear_of_work(),
                 Token::Listener => self.accept(),
                 Token::Signals => died = true,
             }
@@ -207,135 +206,86 @@ impl Server {
         }
     }
 
-    fn stdin_ready(&mut self, index: usize, revents: i16) {
-        let Some(process) = self.processes.get_mut(index) else {
+    fn task_ready(&mut self, index: usize, output: Option<Output>, revents: i16) {
+        let Some(task) = self.tasks.get_mut(index) else {
             return;
         };
-        let Some(connection) = process
-            .connection
-            .and_then(|id| self.connections.get_mut(&id))
-        else {
-            return;
-        };
-        if revents & libc::POLLERR != 0 {
-            process.close_stdin(&mut connection.session);
-        } else {
-            process.write_stdin(&mut connection.session);
+        match output {
+            None => task.input_ready(revents, &mut self.sessions),
+            Some(output) => task.output_ready(
+                output,
+                revents & libc::POLLIN != 0,
+                &mut self.sessions,
+                &mut self.scratch,
+            ),
         }
     }
 
-    fn output_ready(&mut self, index: usize, output: Output, readable: bool) {
-        let Some(process) = self.processes.get_mut(index) else {
-            return;
-        };
-        if let Some(connection) = process
-            .connection
-            .and_then(|id| self.connections.get_mut(&id))
-        {
-            process.read_output(output, readable, &mut self.scratch, &mut connection.session);
+    fn give_backlog(&mut self) {
+        for task in &mut self.tasks {
+            task.give_backlog(&mut self.sessions, &mut self.scratch);
         }
     }
 
-    fn connection_ready(&mut self, id: u64, revents: i16) {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return;
-        };
-        if !connection.connected {
-            connection.connected = true;
-            if revents & (libc::POLLERR | libc::POLLHUP) != 0 {
-                eprintln!(
-                    "ratoon-runtime: the host does not take the control connection; waiting for it to connect"
-                );
-                self.connections.remove(&id);
-                return;
+    fn hear_of_work(&mut self) {
+        for (number, news) in self.office.news() {
+            let task = self.tasks.iter_mut().find(
+                |task| matches!(task.job, Job::Work { number: known, .. } if known == number),
+            );
+            let Some(task) = task else { continue };
+            match (news, &mut task.job) {
+                (News::Event(event), _) => {
+                    if let Some(at) = task.at {
+                        self.sessions.event_now(at, &event);
+                    }
+                }
+                (News::End(end), Job::Work { result, .. }) => *result = Some(end),
+                _ => {}
             }
         }
-        connection.blocked &= revents & libc::POLLOUT == 0;
-        if revents & libc::POLLIN != 0 {
-            match rustix::net::recv(&connection.fd, &mut self.scratch[..], RecvFlags::DONTWAIT) {
-                Ok((len, _)) if len > 0 => self.received(id, len),
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                _ => self.lose(id),
+    }
+
+    fn heard(&mut self, id: u64, heard: Heard) {
+        match heard {
+            Heard::Nothing => {}
+            Heard::Gone => self.abandon(id),
+            Heard::Actions { actions, broken } => {
+                for action in actions {
+                    self.act(id, action);
+                }
+                if let Some(violation) = broken {
+                    self.sessions.close(id, &violation);
+                    self.abandon(id);
+                }
             }
-        } else if revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0 {
-            self.lose(id);
         }
     }
 
-    fn received(&mut self, id: u64, len: usize) {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return;
-        };
-        let mut actions = Vec::new();
-        let result = connection
-            .session
-            .receive(&self.scratch[..len], &mut actions);
-        connection.closing |= result.is_err();
-        for action in actions {
-            self.act(id, action);
-        }
-        if let Err(violation) = result {
-            eprintln!("ratoon-runtime: a client breaks the protocol, closing: {violation}");
-            if let Some(connection) = self.connections.get_mut(&id) {
-                connection.session.close(&violation);
-            }
-            self.abandon_processes(id);
-        }
-    }
-
-    fn act(&mut self, id: u64, action: Action) {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return;
-        };
-        let session = &mut connection.session;
+    fn act(&mut self, session: u64, action: Action) {
         match action {
-            Action::Ping { call } => session.pong(call, sys::boot_time_us()),
-            Action::Start { call, params } => {
-                if self.ending.is_some() {
-                    let error = ErrorReply::new(ErrorCode::Failed, "the machine is shutting down");
-                    return session.refused(call, &error);
-                }
-                match self.spawner.spawn(&params) {
-                    Ok(child) => {
-                        session.started(call, child.pid);
-                        self.processes.push(Process::new(child, id, call));
+            Action::Begin { call, request } => {
+                let at = CallRef { session, call };
+                if let Call::Session(params) = &request {
+                    if let Some(id) = self.sessions.name(at, params) {
+                        let heard = self.sessions.pending(id);
+                        self.heard(id, heard);
                     }
-                    Err(error) => session.refused(call, &error.reply()),
+                    return;
                 }
+                self.begin(at, request);
             }
-            Action::Signal {
-                call,
-                target,
-                signal,
-            } => {
-                let result = find(&mut self.processes, id, target)
-                    .filter(|process| process.status.is_none())
-                    .map_or(Err(Errno::SRCH), |process| process.signal(signal));
-                match result {
-                    Ok(()) => session.done(call),
-                    Err(error) => {
-                        let code = match error {
-                            Errno::SRCH => ErrorCode::NotFound,
-                            _ => ErrorCode::Failed,
-                        };
-                        let message = format!("signal {signal} to call {target}: {error}");
-                        session.refused(call, &ErrorReply::new(code, message));
-                    }
-                }
-            }
-            Action::Shutdown { call } if self.ending.is_some() => {
-                let error = ErrorReply::new(ErrorCode::Failed, "the machine is shutting down");
-                session.refused(call, &error);
-            }
-            Action::Shutdown { call } => self.begin_ending(id, call),
             Action::Stdin { call, bytes, end } => {
-                if let Some(process) = find(&mut self.processes, id, call) {
-                    process.queue_stdin(&bytes, end, session);
+                let at = CallRef { session, call };
+                if let Some(task) = find(&mut self.tasks, at) {
+                    task.take_input(&bytes, end, &mut self.sessions);
                 }
             }
             Action::StopOutput { call, output } => {
-                if let Some(process) = find(&mut self.processes, id, call) {
-                    process.stop_output(output, session);
+                let at = CallRef { session, call };
+                if let Some(task) = find(&mut self.tasks, at) {
+                    task.stop_output(output, &mut self.sessions);
+                } else {
+                    self.contexts.stop_output(at, output, &mut self.sessions);
                 }
             }
         }
@@ -362,18 +312,13 @@ impl Server {
         }
     }
 
-    /// The connection is gone: so are its processes. (A later protocol will let calls outlive it.)
-    fn lose(&mut self, id: u64) {
-        self.connections.remove(&id);
-        self.abandon_processes(id);
-    }
-
-    fn abandon_processes(&mut self, id: u64) {
-        for process in &mut self.processes {
-            if process.connection == Some(id) {
-                process.abandon();
-            }
-        }
+    /// A session has ended: so do its tasks, but for those that are to be kept.
+    fn abandon(&mut self, session: u64) {
+        self.waiting.retain(|(at, _)| at.session != session);
+        self.tasks.retain_mut(|task| {
+            !(task.at.is_some_and(|at| at.session == session) && task.abandon())
+        });
+        self.contexts.lost(session);
     }
 
     /// Takes away every dead child; true when there is no child at all any more.
@@ -381,77 +326,70 @@ impl Server {
         let mut signal = [0; size_of::<libc::signalfd_siginfo>()];
         let _ = rustix::io::read(&self.signals, &mut signal);
         loop {
-            let (pid, status) = match rustix::process::wait(WaitOptions::NOHANG) {
+            let dead = match sys::reap() {
                 Ok(Some(dead)) => dead,
                 Ok(None) => return false,
-                Err(error) => return error == Errno::CHILD,
+                Err(error) => return error.raw_os_error() == Some(libc::ECHILD),
             };
-            let pid = pid.as_raw_nonzero().get();
-            let status = match (status.exit_status(), status.terminating_signal()) {
-                (Some(code), _) => ExitStatus::Code(code),
-                (None, Some(signal)) => ExitStatus::Signal(signal),
-                (None, None) => continue,
+            let status = if libc::WIFEXITED(dead.status) {
+                ExitStatus::Code(libc::WEXITSTATUS(dead.status))
+            } else if libc::WIFSIGNALED(dead.status) {
+                ExitStatus::Signal(libc::WTERMSIG(dead.status))
+            } else {
+                continue;
             };
-            let ours = self.processes.iter_mut();
-            for process in ours.filter(|process| process.pid == pid && process.status.is_none()) {
-                process.status = Some(status);
+            let micros = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+            let usage = Usage {
+                user_us: micros(dead.used.ru_utime),
+                system_us: micros(dead.used.ru_stime),
+                memory_peak: dead.used.ru_maxrss as u64 * 1024,
+            };
+            let ours = self.tasks.iter_mut().filter_map(Task::process);
+            let ours = ours.filter(|process| process.pid == dead.pid && process.ended.is_none());
+            for process in ours {
+                process.ended = Some(Ended { status, usage });
             }
+            self.contexts.reaped(dead.pid, status, &mut self.sessions);
         }
     }
 
     /// Ends calls that are over, sends what is due; returns when to look again.
     fn settle(&mut self, now: Instant) -> Option<Instant> {
-        let mut deadline = self.ending.as_ref().map(|ending| ending.until);
-        let mut earlier = |at: Option<Instant>| {
-            deadline = match (deadline, at) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
+        let mut next = self.ending.as_ref().map(|ending| ending.until);
+        let Self {
+            tasks,
+            sessions,
+            spawner,
+            ..
+        } = self;
+        tasks.retain_mut(|task| match task.settle(now, sessions) {
+            State::Goes(at) => {
+                next = earlier(next, at);
+                true
             }
-        };
-        self.processes.retain_mut(|process| {
-            let connection = process
-                .connection
-                .and_then(|id| self.connections.get_mut(&id));
-            let Some(connection) = connection else {
-                return process.status.is_none();
-            };
-            match (process.is_over(now), process.status) {
-                (Ok(()), Some(status)) => {
-                    connection.session.ended(process.call, status);
-                    false
+            State::Over => {
+                if let Some(process) = task.process() {
+                    spawner.give_back(process.take_group());
                 }
-                (Err(at), _) => {
-                    earlier(at);
-                    true
-                }
-                (Ok(()), None) => true,
+                false
             }
         });
-        let mut lost = Vec::new();
-        for (&id, connection) in &mut self.connections {
-            match connection.flush(now) {
-                Ok(at) if connection.closing && connection.session.unsent().is_empty() => {
-                    debug_assert!(at.is_none());
-                    lost.push(id);
-                }
-                Ok(at) => earlier(at),
-                Err(_) => lost.push(id),
-            }
-        }
-        for id in lost {
-            self.lose(id);
+        forget_old(tasks);
+        next = earlier(next, self.contexts.due(now, &mut self.sessions));
+        let mut gone = Vec::new();
+        next = earlier(next, self.sessions.flush(now, &mut gone));
+        for id in gone {
+            self.abandon(id);
         }
         if self.accept_again.is_some_and(|at| now >= at) {
             self.accept_again = None;
         }
-        earlier(self.accept_again);
-        deadline
+        earlier(next, self.accept_again)
     }
 
-    fn begin_ending(&mut self, connection: u64, call: u64) {
+    pub(crate) fn begin_ending(&mut self, at: CallRef) {
         self.ending = Some(Ending {
-            connection,
-            call,
+            at,
             stage: Stage::Terminating,
             until: Instant::now() + power::TERM_GRACE,
         });
@@ -462,13 +400,10 @@ impl Server {
         if self.is_machine {
             power::signal_all(signal);
         } else {
-            let alive = self
-                .processes
-                .iter()
-                .filter(|process| process.status.is_none());
-            for process in alive {
+            for process in self.tasks.iter_mut().filter_map(Task::process) {
                 let _ = process.signal(signal.as_raw());
             }
+            self.contexts.signal_all(signal.as_raw());
         }
     }
 
@@ -494,48 +429,29 @@ impl Server {
                 if self.is_machine {
                     power::rest_file_systems();
                 }
-                if let Some(connection) = self.connections.get_mut(&ending.connection) {
-                    connection.session.done(ending.call);
-                }
+                self.sessions.reply(ending.at, &());
             }
-            Stage::Lingering => return due || !self.connections.contains_key(&ending.connection),
+            Stage::Lingering => return due || !self.sessions.contains(ending.at.session),
             _ => {}
         }
         false
     }
 }
 
-impl Connection {
-    /// Sends what is due; returns when what is left is.
-    fn flush(&mut self, now: Instant) -> rustix::io::Result<Option<Instant>> {
-        if !self.connected || self.blocked || self.session.unsent().is_empty() {
-            return Ok(None);
-        }
-        if !self.session.is_urgent() && !self.closing {
-            let at = *self.flush_at.get_or_insert(now + LAZY);
-            if now < at {
-                return Ok(Some(at));
-            }
-        }
-        self.flush_at = None;
-        while !self.session.unsent().is_empty() {
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::send(&self.fd, self.session.unsent(), flags) {
-                Ok(len) => self.session.sent(len),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    self.blocked = true;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(None)
-    }
+/// Kept processes that have ended are remembered up to a number; the oldest go first.
+fn forget_old(tasks: &mut Vec<Task>) {
+    let is_old = |task: &Task| match &task.job {
+        Job::Process(process) => task.at.is_none() && process.ended.is_some(),
+        _ => false,
+    };
+    let mut many = tasks.iter().filter(|task| is_old(task)).count();
+    tasks.retain(|task| {
+        let forget = many > MAX_KEPT && is_old(task);
+        many -= usize::from(forget);
+        !forget
+    });
 }
 
-fn find(processes: &mut [Process], connection: u64, call: u64) -> Option<&mut Process> {
-    processes
-        .iter_mut()
-        .find(|process| process.connection == Some(connection) && process.call == call)
+pub(crate) fn find(tasks: &mut [Task], at: CallRef) -> Option<&mut Task> {
+    tasks.iter_mut().find(|task| task.at == Some(at))
 }

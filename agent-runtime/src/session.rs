@@ -1,27 +1,31 @@
-//! One client connection as a state machine, without I/O: bytes come in, [`Action`]s and bytes
-//! come out. The server ([`crate::server`]) owns sockets and processes and does what the actions
-//! say; a fuzz target drives the same machine with processes replaced.
+//! One client as a state machine, without I/O: bytes come in, [`Action`]s and bytes come out. The
+//! server ([`crate::server`]) owns sockets and tasks and does what the actions say; a fuzz target
+//! drives the same machine with tasks replaced.
 //!
 //! ```text
 //!   receive(bytes) --> decoder --> checks (ids, offsets, windows) --> Vec<Action> --> server
-//!   unsent() <-- out buffer <-- pong / started / output / ended / refused   <-------- server
+//!   unsent() <-- out buffer <-- event / output / reply / fail                 <-------- server
 //! ```
+//!
+//! A session that the client has named outlives its connection: what was sent and not acknowledged
+//! is kept, and sent again to the connection that takes it up ([`Session::resume`]). Nothing is run
+//! twice, no byte is lost or repeated.
 //!
 //! How it fails: whatever breaks the protocol ends the connection with a [`Violation`]; its text
 //! goes to the client as the last frame, an error for call 0. What merely fails (no such program)
 //! ends one call. Memory is bounded: the server stops reading a client that does not take its
 //! output ([`Session::wants_input`]), output is framed only while [`Session::room`] says so, and
-//! standard input is held back by [`STREAM_WINDOW`].
+//! input is held back by [`STREAM_WINDOW`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use ratoon_protocol::{
-    Call, Decoder, ErrorCode, ErrorReply, Event, ExecParams, ExitStatus, Frame, FrameError, Hello,
-    Kind, MAX_OPEN_CALLS, MAX_PAYLOAD_LEN, Pong, STREAM_WINDOW,
+    Call, Decoder, ErrorCode, ErrorReply, Event, Frame, FrameError, HEADER_LEN, Have, HaveInput,
+    Hello, Kind, MAX_OPEN_CALLS, MAX_PAYLOAD_LEN, STREAM_WINDOW,
 };
-use serde_json::Value;
+use serde::Serialize;
 
-/// How many unsent bytes a connection may hold before its input and its processes' output wait.
+/// How many unsent bytes a connection may hold before its input and its tasks' output wait.
 pub const OUT_LIMIT: usize = 256 * 1024;
 
 /// An out buffer larger than this is given back when it is empty and no call is open.
@@ -30,69 +34,54 @@ const OUT_KEEP: usize = 64 * 1024;
 /// Longest error message, in bytes: escaped as JSON it still fits a frame.
 const MESSAGE_LIMIT: usize = 4096;
 
-/// Which output of a process.
+/// Which output of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
-    /// Standard output.
+    /// Standard output, or the call's only one.
     Stdout = 0,
     /// Standard error.
     Stderr = 1,
+    /// Values beside the text.
+    Data = 2,
 }
 
 impl Output {
-    /// Both, in the order of their index.
+    /// All, in the order of their index.
+    pub const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Data];
+    /// Those of a process.
     pub const BOTH: [Self; 2] = [Self::Stdout, Self::Stderr];
 
     fn kind(self) -> Kind {
         match self {
             Self::Stdout => Kind::Stdout,
             Self::Stderr => Kind::Stderr,
+            Self::Data => Kind::Data,
         }
     }
 }
 
 /// What the server must do for the client.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum Action {
-    /// Answer with [`Session::pong`].
-    Ping {
+    /// Do it; then [`Session::reply`], or [`Session::fail`].
+    Begin {
         /// The call.
         call: u64,
+        /// What is asked for.
+        request: Call,
     },
-    /// Start a process: then [`Session::started`], or [`Session::refused`].
-    Start {
-        /// The call.
-        call: u64,
-        /// What to start.
-        params: Box<ExecParams>,
-    },
-    /// Send a signal to the process group of `target`: then [`Session::done`], or
-    /// [`Session::refused`].
-    Signal {
-        /// The call.
-        call: u64,
-        /// The exec call whose process is meant; it is open.
-        target: u64,
-        /// Signal number, 1 to 64.
-        signal: i32,
-    },
-    /// End the machine; [`Session::done`] when the file systems are safe.
-    Shutdown {
-        /// The call.
-        call: u64,
-    },
-    /// Write to the process's standard input, then [`Session::stdin_taken`].
+    /// Take input, then [`Session::stdin_taken`].
     Stdin {
-        /// The exec call.
+        /// The call.
         call: u64,
         /// In order and without gaps.
         bytes: Vec<u8>,
-        /// Close the standard input after these.
+        /// Nothing follows.
         end: bool,
     },
-    /// The client takes no more of this output: close our end, so that the process is told.
+    /// The client takes no more of this output: close our end, so that the writer is told.
     StopOutput {
-        /// The exec call.
+        /// The call.
         call: u64,
         /// Which.
         output: Output,
@@ -111,7 +100,7 @@ pub enum Violation {
     /// Call id 0, or the id of an open call.
     #[error("call id {0} is 0 or in use")]
     DuplicateCall(u64),
-    /// Input for a call that did not ask for it, or after its end.
+    /// Input for a call that does not take it, or after its end.
     #[error("call {0} takes no standard input (any more)")]
     NoStdin(u64),
     /// A gap or a repetition in the input.
@@ -130,6 +119,9 @@ pub enum Violation {
     /// An acknowledgement of bytes never sent, or of fewer than before, or of no output stream.
     #[error("call {0}: an acknowledgement that does not fit what was sent")]
     Ack(u64),
+    /// `session` after another call.
+    #[error("`session` must be the first call of a connection")]
+    LateSession,
 }
 
 impl Violation {
@@ -161,18 +153,21 @@ struct Outbound {
     sent: u64,
     acked: u64,
     ended: bool,
+    /// In a named session: what was sent and not acknowledged.
+    replay: VecDeque<u8>,
 }
 
-#[derive(Debug)]
-enum Open {
-    Exec {
-        stdin: Option<Inbound>,
-        out: [Outbound; 2],
-    },
-    Shutdown,
+#[derive(Debug, Default)]
+struct Open {
+    stdin: Option<Inbound>,
+    out: [Outbound; 3],
+    /// In a named session: the events, whole frames, to be said again.
+    events: Vec<u8>,
+    /// In a named session: the last frame, until the client confirms it.
+    finished: Option<Vec<u8>>,
 }
 
-/// One connection. See the module.
+/// One client. See the module.
 #[derive(Debug)]
 pub struct Session {
     decoder: Decoder,
@@ -180,6 +175,11 @@ pub struct Session {
     out: Vec<u8>,
     out_sent: usize,
     urgent: bool,
+    /// A call has been seen on this connection.
+    begun: bool,
+    /// A `session` call waits for the server; what follows it is not looked at.
+    naming: bool,
+    named: bool,
 }
 
 impl Session {
@@ -192,13 +192,16 @@ impl Session {
             out: Vec::new(),
             out_sent: 0,
             urgent: true,
+            begun: false,
+            naming: false,
+            named: false,
         };
         let hello = Hello {
             runtime: env!("CARGO_PKG_VERSION").into(),
             methods: Call::METHODS.iter().map(|&name| name.into()).collect(),
             ready_at_us,
         };
-        session.json(Kind::Hello, 0, &hello);
+        let _ = session.json(Kind::Hello, 0, &hello);
         session
     }
 
@@ -208,15 +211,101 @@ impl Session {
     /// [`Violation`]: do the actions that were appended, then [`Session::close`].
     pub fn receive(&mut self, bytes: &[u8], actions: &mut Vec<Action>) -> Result<(), Violation> {
         self.decoder.feed(bytes);
-        while let Some(frame) = self.decoder.next_frame().map_err(Violation::Frame)? {
-            self.frame(frame, actions)?;
+        while !self.naming {
+            match self.decoder.next_frame().map_err(Violation::Frame)? {
+                Some(frame) => self.frame(frame, actions)?,
+                None => break,
+            }
         }
         Ok(())
     }
 
     /// Says why the connection ends. Send what is unsent, then close.
     pub fn close(&mut self, violation: &Violation) {
-        self.json(Kind::Error, 0, &violation.reply());
+        let _ = self.json(Kind::Error, 0, &violation.reply());
+        self.urgent = true;
+    }
+
+    /// From now on the session outlives its connection. (The first answer to a `session` call.)
+    pub fn name(&mut self) {
+        self.named = true;
+        self.naming = false;
+    }
+
+    /// Whether it outlives its connection.
+    pub fn is_named(&self) -> bool {
+        self.named
+    }
+
+    /// The connection is lost; the session waits for another.
+    pub fn detach(&mut self) {
+        self.decoder = Decoder::new();
+        self.out = Vec::new();
+        self.out_sent = 0;
+    }
+
+    /// A named session goes on over the connection that `newcomer` had begun; answers its
+    /// `session` call `call` and says again what the client has not.
+    ///
+    /// # Errors
+    /// [`Violation::Ack`] when the client claims to have what was never sent, or less than it once
+    /// acknowledged. The session is then as it was, without a connection.
+    pub fn resume(
+        &mut self,
+        newcomer: &mut Self,
+        call: u64,
+        have: &[Have],
+    ) -> Result<Vec<HaveInput>, Violation> {
+        for have in have {
+            let Some(open) = self.calls.get(&have.call) else {
+                continue;
+            };
+            for (stream, has) in open.out.iter().zip(have.outputs) {
+                if !(stream.acked..=stream.sent).contains(&has) {
+                    return Err(Violation::Ack(have.call));
+                }
+            }
+        }
+        if self.calls.contains_key(&call) {
+            return Err(Violation::DuplicateCall(call));
+        }
+        self.decoder = std::mem::take(&mut newcomer.decoder);
+        self.out = newcomer.unsent().to_vec();
+        self.out_sent = 0;
+        self.urgent = true;
+        for have in have {
+            if let Some(open) = self.calls.get_mut(&have.call) {
+                for (stream, has) in open.out.iter_mut().zip(have.outputs) {
+                    stream.acknowledge(has);
+                }
+            }
+        }
+        let inputs = self.calls.iter().map(|(&call, open)| HaveInput {
+            call,
+            stdin: open.stdin.as_ref().map_or(0, |stdin| stdin.received),
+        });
+        Ok(inputs.collect())
+    }
+
+    /// The second half of [`Session::resume`], after the answer to the `session` call.
+    pub fn say_again(&mut self) {
+        for (&call, open) in &mut self.calls {
+            self.out.extend_from_slice(&open.events);
+            if let Some(stdin) = &mut open.stdin {
+                stdin.acked = stdin.taken;
+                let ack = match stdin.stopped {
+                    true => Frame::ack_and_stop(call, Kind::Stdin, stdin.acked),
+                    false => Frame::ack(call, Kind::Stdin, stdin.acked),
+                };
+                ack.encode_into(&mut self.out);
+            }
+            for output in Output::ALL {
+                open.out[output as usize].say_again(output.kind(), call, &mut self.out);
+            }
+            if let Some(frame) = &open.finished {
+                self.out.extend_from_slice(frame);
+            }
+        }
         self.urgent = true;
     }
 
@@ -230,86 +319,65 @@ impl Session {
     }
 
     fn call(&mut self, frame: &Frame, actions: &mut Vec<Action>) -> Result<(), Violation> {
-        let id = frame.call;
-        if id == 0 || self.calls.contains_key(&id) {
-            return Err(Violation::DuplicateCall(id));
+        let call = frame.call;
+        if call == 0 || self.calls.contains_key(&call) {
+            // In a named session it is the repetition of a call that did arrive.
+            return match call != 0 && self.named {
+                true => Ok(()),
+                false => Err(Violation::DuplicateCall(call)),
+            };
         }
-        let call = match Call::parse(&frame.payload) {
-            Ok(call) => call,
+        let is_first = !std::mem::replace(&mut self.begun, true);
+        let request = match Call::parse(&frame.payload) {
+            Ok(request) => request,
             Err(error) => {
-                self.refused(id, &error);
+                self.fail(call, &error);
                 return Ok(());
             }
         };
-        let full = self.calls.len() >= MAX_OPEN_CALLS;
-        match call {
-            Call::Ping => actions.push(Action::Ping { call: id }),
-            Call::Signal(params) => self.signal(id, params.call, params.signal, actions),
-            Call::Exec(_) | Call::Shutdown if full => self.refused(
-                id,
-                &ErrorReply::new(
-                    ErrorCode::TooManyCalls,
-                    format!("{MAX_OPEN_CALLS} calls are open on this connection; wait for one"),
-                ),
-            ),
-            Call::Exec(params) => {
-                let open = Open::Exec {
-                    stdin: params.stdin.then(Inbound::default),
-                    out: Default::default(),
-                };
-                self.calls.insert(id, open);
-                actions.push(Action::Start {
-                    call: id,
-                    params: Box::new(params),
-                });
-            }
-            Call::Shutdown => {
-                self.calls.insert(id, Open::Shutdown);
-                actions.push(Action::Shutdown { call: id });
-            }
+        if self.calls.len() >= MAX_OPEN_CALLS {
+            let message =
+                format!("{MAX_OPEN_CALLS} calls are open on this connection; wait for one");
+            self.fail(call, &ErrorReply::new(ErrorCode::TooManyCalls, message));
+            return Ok(());
         }
+        if let Call::Session(_) = request {
+            if !is_first {
+                return Err(Violation::LateSession);
+            }
+            self.naming = true;
+        } else {
+            let open = Open {
+                stdin: request.takes_input().then(Inbound::default),
+                ..Open::default()
+            };
+            self.calls.insert(call, open);
+        }
+        actions.push(Action::Begin { call, request });
         Ok(())
     }
 
-    fn signal(&mut self, id: u64, target: u64, signal: i32, actions: &mut Vec<Action>) {
-        if !(1..=64).contains(&signal) {
-            let error = ErrorReply::new(
-                ErrorCode::BadRequest,
-                format!("signal {signal} is not 1 to 64"),
-            );
-            self.refused(id, &error);
-        } else if matches!(self.calls.get(&target), Some(Open::Exec { .. })) {
-            actions.push(Action::Signal {
-                call: id,
-                target,
-                signal,
-            });
-        } else {
-            let message = format!("no exec call {target} is open on this connection");
-            self.refused(id, &ErrorReply::new(ErrorCode::NotFound, message));
-        }
-    }
-
     fn stdin(&mut self, frame: Frame, actions: &mut Vec<Action>) -> Result<(), Violation> {
-        let id = frame.call;
-        let stdin = match self.calls.get_mut(&id) {
-            // It crossed the call's reply on the way.
+        let call = frame.call;
+        let stdin = match self.calls.get_mut(&call) {
+            // It crossed the call's end on the way.
             None => return Ok(()),
-            Some(Open::Exec {
+            Some(open) if open.finished.is_some() => return Ok(()),
+            Some(Open {
                 stdin: Some(stdin), ..
             }) if !stdin.ended => stdin,
-            Some(_) => return Err(Violation::NoStdin(id)),
+            Some(_) => return Err(Violation::NoStdin(call)),
         };
         if frame.offset != stdin.received {
             return Err(Violation::Offset {
-                call: id,
+                call,
                 expected: stdin.received,
                 found: frame.offset,
             });
         }
         stdin.received = stdin.received.saturating_add(frame.payload.len() as u64);
         if stdin.received - stdin.acked > STREAM_WINDOW {
-            return Err(Violation::Window(id));
+            return Err(Violation::Window(call));
         }
         stdin.ended = frame.end;
         if stdin.stopped {
@@ -317,7 +385,7 @@ impl Session {
             stdin.acked = stdin.received;
         } else if frame.end || !frame.payload.is_empty() {
             actions.push(Action::Stdin {
-                call: id,
+                call,
                 bytes: frame.payload,
                 end: frame.end,
             });
@@ -326,72 +394,115 @@ impl Session {
     }
 
     fn ack(&mut self, frame: &Frame, actions: &mut Vec<Action>) -> Result<(), Violation> {
-        let id = frame.call;
+        let call = frame.call;
         let output = match frame.acked_stream() {
             Some(Kind::Stdout) => Output::Stdout,
             Some(Kind::Stderr) => Output::Stderr,
-            _ => return Err(Violation::Ack(id)),
+            Some(Kind::Data) => Output::Data,
+            Some(Kind::Reply) => {
+                if self
+                    .calls
+                    .get(&call)
+                    .is_some_and(|open| open.finished.is_some())
+                {
+                    self.calls.remove(&call);
+                }
+                return Ok(());
+            }
+            _ => return Err(Violation::Ack(call)),
         };
-        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&id) else {
+        let Some(open) = self.calls.get_mut(&call) else {
             return Ok(());
         };
-        let stream = &mut out[output as usize];
+        let stream = &mut open.out[output as usize];
         if !(stream.acked..=stream.sent).contains(&frame.offset) {
-            return Err(Violation::Ack(id));
+            return Err(Violation::Ack(call));
         }
-        stream.acked = frame.offset;
-        if frame.end {
-            actions.push(Action::StopOutput { call: id, output });
+        stream.acknowledge(frame.offset);
+        if frame.end && open.finished.is_none() {
+            actions.push(Action::StopOutput { call, output });
         }
         Ok(())
     }
 
-    /// Answers a ping. `uptime_us` is CLOCK_BOOTTIME.
-    pub fn pong(&mut self, call: u64, uptime_us: u64) {
-        self.json(Kind::Reply, call, &Pong { uptime_us });
-        self.urgent = true;
-    }
-
     /// Ends a call with an error.
-    pub fn refused(&mut self, call: u64, error: &ErrorReply) {
-        self.calls.remove(&call);
+    pub fn fail(&mut self, call: u64, error: &ErrorReply) {
         if error.message.len() > MESSAGE_LIMIT {
             // A client's own words, quoted, must not make a frame that is too long.
             let end = error.message.floor_char_boundary(MESSAGE_LIMIT);
             let clipped = ErrorReply::new(error.code, format!("{}…", &error.message[..end]));
-            self.json(Kind::Error, call, &clipped);
+            self.finish(Kind::Error, call, &clipped);
         } else {
-            self.json(Kind::Error, call, error);
+            self.finish(Kind::Error, call, error);
+        }
+    }
+
+    /// Ends a call with its result; outputs that were used get their end before.
+    pub fn reply<T: Serialize>(&mut self, call: u64, value: &T) {
+        for output in Output::ALL {
+            let used = |open: &Open| open.out[output as usize].sent > 0;
+            if self.calls.get(&call).is_some_and(used) {
+                self.output_ended(call, output);
+            }
+        }
+        self.finish(Kind::Reply, call, value);
+    }
+
+    fn finish<T: Serialize>(&mut self, kind: Kind, call: u64, value: &T) {
+        let start = self.out.len();
+        if self.json(kind, call, value).is_err() {
+            let message =
+                format!("the answer is longer than {MAX_PAYLOAD_LEN} bytes: ask for less");
+            // Short, so this one fits.
+            let _ = self.json(
+                Kind::Error,
+                call,
+                &ErrorReply::new(ErrorCode::Failed, message),
+            );
         }
         self.urgent = true;
+        match self.calls.get_mut(&call) {
+            Some(open) if self.named => {
+                let frame = self.out[start..].to_vec();
+                open.finished.get_or_insert(frame);
+                open.events = Vec::new();
+            }
+            _ => {
+                self.calls.remove(&call);
+            }
+        }
     }
 
-    /// Ends a call that has no result.
-    pub fn done(&mut self, call: u64) {
-        self.calls.remove(&call);
-        self.json(Kind::Reply, call, &Value::Null);
+    /// Tells what happens in a call. Not urgent: it may travel with the first output.
+    pub fn event(&mut self, call: u64, event: &Event) {
+        let start = self.out.len();
+        let _ = self.json(Kind::Event, call, event);
+        if self.named
+            && let Some(open) = self.calls.get_mut(&call)
+        {
+            open.events.extend_from_slice(&self.out[start..]);
+        }
+    }
+
+    /// What is unsent is to go out now.
+    pub fn hurry(&mut self) {
         self.urgent = true;
-    }
-
-    /// Says that the process of an exec call runs. Not urgent: it may travel with the first output.
-    pub fn started(&mut self, call: u64, pid: i32) {
-        self.json(Kind::Event, call, &Event::Started { pid });
     }
 
     /// How many bytes of this output may be framed now, in one frame.
     pub fn room(&self, call: u64, output: Output) -> usize {
-        let Some(Open::Exec { out, .. }) = self.calls.get(&call) else {
+        let Some(open) = self.calls.get(&call) else {
             return 0;
         };
-        if self.unsent().len() >= OUT_LIMIT {
+        let stream = &open.out[output as usize];
+        if self.unsent().len() >= OUT_LIMIT || open.finished.is_some() || stream.ended {
             return 0;
         }
-        let stream = &out[output as usize];
         let window = STREAM_WINDOW - (stream.sent - stream.acked);
         window.min(MAX_PAYLOAD_LEN as u64) as usize
     }
 
-    /// Frames output of a process; `bytes` are at most [`Session::room`].
+    /// Frames output; `bytes` are at most [`Session::room`].
     pub fn output(&mut self, call: u64, output: Output, bytes: &[u8]) {
         self.stream(call, output, bytes, false);
         self.urgent = true;
@@ -403,37 +514,30 @@ impl Session {
     }
 
     fn stream(&mut self, call: u64, output: Output, bytes: &[u8], end: bool) {
-        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&call) else {
+        let Some(open) = self.calls.get_mut(&call) else {
             return;
         };
-        let stream = &mut out[output as usize];
-        if stream.ended {
+        let stream = &mut open.out[output as usize];
+        if stream.ended || open.finished.is_some() {
             return;
         }
         let offset = stream.sent;
         stream.sent += bytes.len() as u64;
         stream.ended = end;
+        if self.named {
+            stream.replay.extend(bytes);
+        }
         let header = Frame::header(output.kind(), call, offset, end, bytes.len());
         self.out.extend_from_slice(&header);
         self.out.extend_from_slice(bytes);
     }
 
-    /// The process has ended and its outputs are drained: ends the call.
-    pub fn ended(&mut self, call: u64, status: ExitStatus) {
-        for output in Output::BOTH {
-            self.output_ended(call, output);
-        }
-        if self.calls.remove(&call).is_some() {
-            self.json(Kind::Reply, call, &status);
-        }
-        self.urgent = true;
-    }
-
-    /// `len_bytes` more of the input have been written to the process.
+    /// `len_bytes` more of the input have been taken.
     pub fn stdin_taken(&mut self, call: u64, len_bytes: u64) {
-        let Some(Open::Exec {
-            stdin: Some(stdin), ..
-        }) = self.calls.get_mut(&call)
+        let Some(stdin) = self
+            .calls
+            .get_mut(&call)
+            .and_then(|open| open.stdin.as_mut())
         else {
             return;
         };
@@ -445,11 +549,12 @@ impl Session {
         }
     }
 
-    /// The process has closed its standard input: the client is told to send no more.
+    /// Nobody reads the input any more: the client is told to send no more.
     pub fn stdin_closed(&mut self, call: u64) {
-        let Some(Open::Exec {
-            stdin: Some(stdin), ..
-        }) = self.calls.get_mut(&call)
+        let Some(stdin) = self
+            .calls
+            .get_mut(&call)
+            .and_then(|open| open.stdin.as_mut())
         else {
             return;
         };
@@ -494,23 +599,55 @@ impl Session {
         }
     }
 
-    /// How many calls are open.
+    /// How many calls are open, or ended and not confirmed.
     pub fn open_calls(&self) -> usize {
         self.calls.len()
     }
 
-    fn json<T: serde::Serialize>(&mut self, kind: Kind, call: u64, value: &T) {
+    /// Frames a value as JSON.
+    ///
+    /// # Errors
+    /// When it is too long for a frame; nothing is framed then.
+    fn json<T: Serialize>(&mut self, kind: Kind, call: u64, value: &T) -> Result<(), TooLong> {
         let start = self.out.len();
         self.out
             .extend_from_slice(&Frame::header(kind, call, 0, false, 0));
         // Our own messages always serialize, and a `Vec` never refuses bytes.
         let written = serde_json::to_writer(&mut self.out, value);
         debug_assert!(written.is_ok());
-        let head = start + ratoon_protocol::HEADER_LEN;
-        let len = (self.out.len() - head).min(MAX_PAYLOAD_LEN);
-        self.out.truncate(head + len);
+        let head = start + HEADER_LEN;
+        let len = self.out.len() - head;
+        if len > MAX_PAYLOAD_LEN {
+            self.out.truncate(start);
+            return Err(TooLong);
+        }
         let header = Frame::header(kind, call, 0, false, len);
         self.out[start..head].copy_from_slice(&header);
+        Ok(())
+    }
+}
+
+struct TooLong;
+
+impl Outbound {
+    /// The client has the first `offset` bytes (between `acked` and `sent`).
+    fn acknowledge(&mut self, offset: u64) {
+        let newly = (offset - self.acked) as usize;
+        self.replay.drain(..newly.min(self.replay.len()));
+        self.acked = offset;
+    }
+
+    fn say_again(&mut self, kind: Kind, call: u64, out: &mut Vec<u8>) {
+        let mut offset = self.acked;
+        let bytes = self.replay.make_contiguous();
+        for piece in bytes.chunks(MAX_PAYLOAD_LEN) {
+            out.extend_from_slice(&Frame::header(kind, call, offset, false, piece.len()));
+            out.extend_from_slice(piece);
+            offset += piece.len() as u64;
+        }
+        if self.ended {
+            out.extend_from_slice(&Frame::header(kind, call, offset, true, 0));
+        }
     }
 }
 

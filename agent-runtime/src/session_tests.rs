@@ -34,8 +34,8 @@ fn feed(session: &mut Session, frame: &Frame) -> Result<Vec<Action>, Violation> 
 fn exec(session: &mut Session, id: u64) {
     let json = r#"{"method":"exec","params":{"argv":["x"],"stdin":true}}"#;
     let actions = call(session, id, json).unwrap();
-    assert!(matches!(actions[..], [Action::Start { call, .. }] if call == id));
-    session.started(id, 42);
+    assert!(matches!(actions[..], [Action::Begin { call, .. }] if call == id));
+    session.event(id, &Event::Started { pid: 42 });
     take(session);
 }
 
@@ -146,7 +146,8 @@ fn an_end_is_sent_once_and_before_the_reply() {
     exec(&mut session, 1);
     session.output_ended(1, Output::Stderr);
     assert!(!session.is_urgent(), "it waits for the reply");
-    session.ended(1, ExitStatus::Code(3));
+    session.output_ended(1, Output::Stdout);
+    session.reply(1, &ratoon_protocol::ExitStatus::Code(3));
     assert!(session.is_urgent());
     let frames = take(&mut session);
     let kinds: Vec<_> = frames.iter().map(|frame| (frame.kind, frame.end)).collect();
@@ -181,12 +182,140 @@ fn actions_before_a_violation_are_kept() {
         session.receive(&bytes, &mut actions),
         Err(Violation::Frame(FrameError::Version(0xff)))
     );
-    assert_eq!(actions, [Action::Ping { call: 1 }]);
-    session.pong(1, 5);
+    let request = Call::Ping;
+    assert_eq!(actions, [Action::Begin { call: 1, request }]);
+    session.reply(1, &5);
     session.close(&Violation::Frame(FrameError::Version(0xff)));
     let kinds: Vec<_> = take(&mut session)
         .iter()
         .map(|f| (f.kind, f.call))
         .collect();
     assert_eq!(kinds, [(Kind::Reply, 1), (Kind::Error, 0)]);
+}
+
+const NAME: &str = r#"{"method":"session","params":{"id":"0123456789abcdef"}}"#;
+
+fn named() -> Session {
+    let mut session = session();
+    call(&mut session, 1, NAME).unwrap();
+    session.name();
+    session.reply(1, &ratoon_protocol::SessionReply::default());
+    take(&mut session);
+    session
+}
+
+fn resume(session: &mut Session, have: &[Have]) -> (Vec<HaveInput>, Vec<Frame>) {
+    let mut newcomer = Session::new(1);
+    take(&mut newcomer);
+    session.detach();
+    let inputs = session.resume(&mut newcomer, 99, have).unwrap();
+    session.say_again();
+    (inputs, take(session))
+}
+
+#[test]
+fn what_the_client_has_not_is_said_again_and_nothing_else() {
+    let mut session = named();
+    exec(&mut session, 5);
+    session.output(5, Output::Stdout, b"hello ");
+    session.output(5, Output::Stderr, b"oops");
+    session.output(5, Output::Stdout, b"world");
+    take(&mut session);
+    feed(&mut session, &Frame::ack(5, Kind::Stdout, 2)).unwrap();
+    let have = Have {
+        call: 5,
+        outputs: [8, 4, 0],
+    };
+    let (inputs, frames) = resume(&mut session, &[have]);
+    assert_eq!(inputs, [HaveInput { call: 5, stdin: 0 }]);
+    let kinds: Vec<_> = frames.iter().map(|frame| frame.kind).collect();
+    assert_eq!(kinds, [Kind::Event, Kind::Ack, Kind::Stdout]);
+    assert_eq!((frames[2].offset, &frames[2].payload[..]), (8, &b"rld"[..]));
+    session.output(5, Output::Stdout, b"!");
+    assert_eq!(take(&mut session)[0].offset, 11);
+}
+
+#[test]
+fn a_call_that_is_repeated_in_a_named_session_is_not_run_twice() {
+    let mut session = named();
+    exec(&mut session, 5);
+    let again = call(
+        &mut session,
+        5,
+        r#"{"method":"exec","params":{"argv":["x"]}}"#,
+    );
+    assert_eq!(again, Ok(vec![]));
+    session.reply(5, &0);
+    take(&mut session);
+    let again = call(
+        &mut session,
+        5,
+        r#"{"method":"exec","params":{"argv":["x"]}}"#,
+    );
+    assert_eq!(again, Ok(vec![]));
+    let (_, frames) = resume(&mut session, &[]);
+    assert_eq!(frames.last().map(|frame| frame.kind), Some(Kind::Reply));
+}
+
+#[test]
+fn an_end_is_kept_until_the_client_confirms_it() {
+    let mut session = named();
+    exec(&mut session, 5);
+    session.output(5, Output::Stdout, b"x");
+    session.output_ended(5, Output::Stdout);
+    session.reply(5, &7);
+    take(&mut session);
+    assert_eq!(session.open_calls(), 1);
+    let (_, frames) = resume(&mut session, &[]);
+    let kinds: Vec<_> = frames.iter().map(|f| (f.kind, f.end)).collect();
+    assert_eq!(
+        kinds,
+        [
+            (Kind::Ack, false),
+            (Kind::Stdout, false),
+            (Kind::Stdout, true),
+            (Kind::Reply, false)
+        ]
+    );
+    feed(&mut session, &Frame::ack(5, Kind::Reply, 0)).unwrap();
+    assert_eq!(session.open_calls(), 0);
+}
+
+#[test]
+fn a_client_that_claims_what_was_never_sent_is_refused() {
+    let mut session = named();
+    exec(&mut session, 5);
+    let have = Have {
+        call: 5,
+        outputs: [1, 0, 0],
+    };
+    let mut newcomer = Session::new(1);
+    let refused = session.resume(&mut newcomer, 99, &[have]);
+    assert_eq!(refused, Err(Violation::Ack(5)));
+}
+
+#[test]
+fn a_session_is_named_before_all_else_and_what_follows_waits() {
+    let mut late = session();
+    exec(&mut late, 1);
+    assert_eq!(call(&mut late, 2, NAME), Err(Violation::LateSession));
+    let mut early = session();
+    let mut bytes = Frame::new(Kind::Call, 1, NAME.into()).encode();
+    bytes.extend(Frame::new(Kind::Call, 2, br#"{"method":"ping"}"#.to_vec()).encode());
+    let mut actions = Vec::new();
+    early.receive(&bytes, &mut actions).unwrap();
+    assert_eq!(actions.len(), 1);
+    early.name();
+    early.receive(&[], &mut actions).unwrap();
+    assert_eq!(actions.len(), 2);
+}
+
+#[test]
+fn an_answer_that_fits_no_frame_is_an_error_of_the_call() {
+    let mut session = session();
+    exec(&mut session, 1);
+    session.reply(1, &"x".repeat(MAX_PAYLOAD_LEN));
+    let frames = take(&mut session);
+    assert_eq!((frames[0].kind, frames[0].call), (Kind::Error, 1));
+    assert_eq!(session.open_calls(), 0);
 }

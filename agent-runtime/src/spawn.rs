@@ -3,22 +3,25 @@
 //! The child is made by clone(2) with CLONE_VM and CLONE_VFORK on a stack of its own: nothing is
 //! copied, no page faults for page tables, and the parent goes on when the child has called
 //! execve or has failed; then the failure lies in shared memory, with the step that failed. All
-//! that the child needs is prepared before: it makes system calls and nothing else.
+//! that the child needs is prepared before: it makes system calls and nothing else. clone3 puts it
+//! into its control group at birth: to move it there later waits for a grace period of the kernel.
 //!
 //! How it fails: [`SpawnError`], which names the program, directory or user and turns into an
 //! [`ErrorReply`]. The out-of-memory score needs no care here: the kernel never picks PID 1
 //! (`oom_unkillable_task`, mm/oom_kill.c), so the runtime keeps the score 0 that children inherit.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_char, c_int};
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::ptr;
 
-use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams};
+use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams, Size};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pty::OpenptFlags;
 
+use crate::groups::{Group, Groups};
 use crate::users::{self, User, UserError};
 
 /// Where programs are looked up when the environment has no `PATH`.
@@ -27,16 +30,19 @@ pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 /// Enough for the child's few frames and libc's.
 const STACK_LEN: usize = 64 * 1024;
 
-/// A process that runs, and our ends of its pipes. All are blocking pipes: use
-/// `RWF_NOWAIT` (another process may have opened the same pipe).
+/// A process that runs, and our ends of its streams.
 #[derive(Debug)]
 pub struct Child {
     /// Its process id, session and process group.
     pub pid: i32,
     /// Its standard input, if it was asked for.
     pub stdin: Option<OwnedFd>,
-    /// Its standard output and standard error.
-    pub outputs: [OwnedFd; 2],
+    /// Its standard output and standard error. With a terminal, `stdin` and the first one are its
+    /// master, non-blocking; otherwise all are blocking pipes: use [`read_now`] and [`write_now`]
+    /// (another process may have opened the same pipe).
+    pub outputs: [Option<OwnedFd>; 2],
+    /// Its control group, if there are any.
+    pub group: Option<Group>,
 }
 
 /// Why a program does not run.
@@ -74,6 +80,9 @@ pub enum SpawnError {
     /// Neither ELF nor `#!`.
     #[error("{0} is not in a format that this machine can execute (no `#!` line?)")]
     Format(String),
+    /// No terminal to be had.
+    #[error("cannot make a terminal")]
+    Terminal(#[source] io::Error),
     /// The working directory.
     #[error("cannot start in directory {path}")]
     Directory {
@@ -112,7 +121,12 @@ impl SpawnError {
                 PermissionDenied => ErrorCode::PermissionDenied,
                 _ => ErrorCode::Failed,
             },
-            Self::User(UserError::Read { .. }) | Self::System { .. } => ErrorCode::Failed,
+            Self::System { source, .. } if source.raw_os_error() == Some(libc::EAGAIN) => {
+                ErrorCode::NoSpace
+            }
+            Self::User(UserError::Read { .. }) | Self::System { .. } | Self::Terminal(_) => {
+                ErrorCode::Failed
+            }
         };
         let mut message = self.to_string();
         let mut source = std::error::Error::source(self);
@@ -130,15 +144,24 @@ impl SpawnError {
 pub struct Spawner {
     null: OwnedFd,
     stack: Vec<u8>,
+    groups: Option<Groups>,
 }
 
 impl Spawner {
-    /// `null` is an open /dev/null.
-    pub fn new(null: OwnedFd) -> Self {
+    /// `null` is an open /dev/null. `groups`: each process gets a control group.
+    pub fn new(null: OwnedFd, groups: bool) -> Self {
         Self {
             null,
             // Zeroed and so not touched before it is used.
             stack: vec![0; STACK_LEN],
+            groups: (!groups).then(Groups::default),
+        }
+    }
+
+    /// A group whose process has ended.
+    pub fn give_back(&mut self, group: Option<Group>) {
+        if let (Some(groups), Some(group)) = (&mut self.groups, group) {
+            groups.give_back(group);
         }
     }
 
@@ -147,32 +170,121 @@ impl Spawner {
     /// # Errors
     /// See [`SpawnError`]; nothing is left behind then.
     pub fn spawn(&mut self, params: &ExecParams) -> Result<Child, SpawnError> {
+        self.spawn_with(params, None)
+    }
+
+    /// As [`Spawner::spawn`]; `extra` is the program's descriptor 3.
+    ///
+    /// # Errors
+    /// See [`SpawnError`]; nothing is left behind then.
+    pub fn spawn_with(
+        &mut self,
+        params: &ExecParams,
+        extra: Option<OwnedFd>,
+    ) -> Result<Child, SpawnError> {
         let user = match params.user.as_deref() {
             None | Some("" | "root" | "0") => User::root(),
             Some(spec) => users::find(spec, Path::new("/etc")).map_err(SpawnError::User)?,
         };
         let plan = Plan::new(params, &user)?;
-        let pipe = || {
-            pipe_with(PipeFlags::CLOEXEC).map_err(|error| SpawnError::System {
+        let streams = match params.pty {
+            Some(size) => Streams::terminal(size, &user).map_err(SpawnError::Terminal)?,
+            None => Streams::pipes(params.stdin).map_err(|source| SpawnError::System {
                 what: "make a pipe".into(),
-                source: error.into(),
-            })
+                source,
+            })?,
         };
-        let (stdin_child, stdin) = match params.stdin {
+        let [stdin, stdout, stderr] = &streams.child;
+        let child_stdin = stdin.as_ref().unwrap_or(&self.null);
+        let child_stderr = stderr.as_ref().or(stdout.as_ref()).unwrap_or(&self.null);
+        let child_stdout = stdout.as_ref().unwrap_or(&self.null);
+        let fds = [child_stdin, child_stdout, child_stderr].map(AsRawFd::as_raw_fd);
+        let extra = extra.as_ref().map(AsRawFd::as_raw_fd);
+        let groups = self.groups.get_or_insert_with(|| {
+            Groups::set_up().unwrap_or_else(|error| {
+                eprintln!("ratoon-runtime: no control groups: {error}; going on without");
+                Groups::default()
+            })
+        });
+        let group = groups.take();
+        let result = plan.run(
+            fds,
+            extra,
+            params.pty.is_some(),
+            group.as_ref(),
+            &mut self.stack,
+        );
+        match result {
+            Ok(pid) => Ok(Child {
+                pid,
+                stdin: streams.stdin,
+                outputs: streams.outputs,
+                group,
+            }),
+            Err(error) => {
+                self.give_back(group);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Both ends of a child's standard streams.
+struct Streams {
+    child: [Option<OwnedFd>; 3],
+    stdin: Option<OwnedFd>,
+    outputs: [Option<OwnedFd>; 2],
+}
+
+impl Streams {
+    fn pipes(with_stdin: bool) -> io::Result<Self> {
+        let pipe = || pipe_with(PipeFlags::CLOEXEC);
+        let (stdin_child, stdin) = match with_stdin {
             true => pipe().map(|(read, write)| (Some(read), Some(write)))?,
             false => (None, None),
         };
         let (stdout, stdout_child) = pipe()?;
         let (stderr, stderr_child) = pipe()?;
-        let child_stdin = stdin_child.as_ref().unwrap_or(&self.null);
-        let fds = [child_stdin, &stdout_child, &stderr_child].map(AsRawFd::as_raw_fd);
-        let pid = plan.run(fds, &mut self.stack)?;
-        Ok(Child {
-            pid,
+        Ok(Self {
+            child: [stdin_child, Some(stdout_child), Some(stderr_child)],
             stdin,
-            outputs: [stdout, stderr],
+            outputs: [Some(stdout), Some(stderr)],
         })
     }
+
+    fn terminal(size: Size, user: &User) -> io::Result<Self> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = rustix::pty::openpt(flags)?;
+        rustix::fs::fcntl_setfl(&master, rustix::fs::OFlags::NONBLOCK)?;
+        rustix::pty::unlockpt(&master)?;
+        let peer = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
+        set_size(master.as_fd(), size)?;
+        if user.uid != 0 {
+            let owner = Some(rustix::fs::Uid::from_raw(user.uid));
+            rustix::fs::fchown(&peer, owner, None)?;
+        }
+        let second = rustix::io::fcntl_dupfd_cloexec(&master, 3)?;
+        let stdin = rustix::io::fcntl_dupfd_cloexec(&peer, 3)?;
+        Ok(Self {
+            child: [Some(stdin), Some(peer), None],
+            stdin: Some(second),
+            outputs: [Some(master), None],
+        })
+    }
+}
+
+/// Sets a terminal's size; its foreground process gets SIGWINCH.
+///
+/// # Errors
+/// When the descriptor is no terminal.
+pub fn set_size(terminal: BorrowedFd<'_>, size: Size) -> io::Result<()> {
+    let size = rustix::termios::Winsize {
+        ws_row: size.rows,
+        ws_col: size.cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    Ok(rustix::termios::tcsetwinsize(terminal, size)?)
 }
 
 /// Everything the child needs, as C wants it.
@@ -193,11 +305,20 @@ fn c_string(text: &str, what: &str) -> Result<CString, SpawnError> {
 
 impl<'a> Plan<'a> {
     fn new(params: &ExecParams, user: &'a User) -> Result<Self, SpawnError> {
-        let program = params.argv.first().ok_or(SpawnError::NoProgram)?;
+        let shell;
+        let argv = match &params.shell {
+            Some(line) if params.argv.is_empty() => {
+                shell = ["/bin/sh".to_owned(), "-c".to_owned(), line.clone()];
+                &shell[..]
+            }
+            Some(_) => return Err(SpawnError::BadString("both argv and shell".into())),
+            None => &params.argv,
+        };
+        let program = argv.first().ok_or(SpawnError::NoProgram)?;
         if program.is_empty() {
             return Err(SpawnError::NoProgram);
         }
-        let argv = params.argv.iter().map(|arg| c_string(arg, "an argument"));
+        let argv = argv.iter().map(|arg| c_string(arg, "an argument"));
         let argv = argv.collect::<Result<Vec<_>, _>>()?;
         let mut envp = Vec::with_capacity(params.env.len() + 5);
         for (name, value) in &params.env {
@@ -217,8 +338,10 @@ impl<'a> Plan<'a> {
             ("USER", &user.name),
             ("LOGNAME", &user.name),
             ("LANG", "C.UTF-8"),
+            ("TERM", "xterm-256color"),
         ];
-        for (name, value) in defaults {
+        let wanted = if params.pty.is_some() { 6 } else { 5 };
+        for (name, value) in defaults.into_iter().take(wanted) {
             if given(name).is_none() {
                 envp.push(c_string(&format!("{name}={value}"), "a variable")?);
             }
@@ -246,7 +369,14 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn run(&self, fds: [RawFd; 3], stack: &mut [u8]) -> Result<i32, SpawnError> {
+    fn run(
+        &self,
+        fds: [RawFd; 3],
+        extra: Option<RawFd>,
+        terminal: bool,
+        group: Option<&Group>,
+        stack: &mut [u8],
+    ) -> Result<i32, SpawnError> {
         let pointers = |strings: &[CString]| -> Vec<*const c_char> {
             let all = strings.iter().map(|string| string.as_ptr());
             all.chain([ptr::null()]).collect()
@@ -268,23 +398,35 @@ impl<'a> Plan<'a> {
             groups: self.user.groups.as_ptr(),
             groups_len: self.user.groups.len(),
             fds,
+            extra: extra.unwrap_or(-1),
+            terminal,
             step: Step::Session,
             errno: 0,
             tried: 0,
         };
-        // 16-byte alignment, as the ABI asks of a stack's top.
-        let top = stack.as_mut_ptr_range().end.map_addr(|end| end & !15);
-        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        let mut args = CloneArgs {
+            flags: (libc::CLONE_VM | libc::CLONE_VFORK) as u64,
+            exit_signal: libc::SIGCHLD as u64,
+            stack: stack.as_mut_ptr() as u64,
+            // The ABI wants a stack's top at a multiple of 16.
+            stack_size: ((stack.as_ptr() as u64 + stack.len() as u64) & !15)
+                - stack.as_ptr() as u64,
+            ..CloneArgs::default()
+        };
+        if let Some(group) = group {
+            args.flags |= CLONE_INTO_CGROUP;
+            args.cgroup = group.fd() as u64;
+        }
         // SAFETY: `stack` and everything `shared` points to outlive the child's use of them, since
         // CLONE_VFORK holds this thread until the child has executed a program or has exited.
-        // `child` runs on that stack, only makes system calls and writes to `shared`.
-        let pid = unsafe { libc::clone(child, top.cast(), flags, (&raw mut shared).cast()) };
+        let pid = unsafe { clone_and_run(&raw const args, &raw mut shared) };
         if pid < 0 {
             return Err(SpawnError::System {
                 what: "make a process".into(),
-                source: io::Error::last_os_error(),
+                source: io::Error::from_raw_os_error(-pid as i32),
             });
         }
+        let pid = pid as i32;
         // SAFETY: a plain integer that the child wrote before this thread went on; volatile, as
         // the compiler cannot see that writer.
         let errno = unsafe { ptr::read_volatile(&raw const shared.errno) };
@@ -382,14 +524,70 @@ struct Shared {
     groups: *const u32,
     groups_len: usize,
     fds: [RawFd; 3],
+    /// Becomes descriptor 3; -1: none.
+    extra: RawFd,
+    /// The streams are a terminal, to be the session's own.
+    terminal: bool,
     step: Step,
     errno: c_int,
     tried: usize,
 }
 
-extern "C" fn child(shared: *mut c_void) -> c_int {
+/// `struct clone_args` (linux/sched.h), version 2.
+#[derive(Default)]
+#[repr(C)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// linux/sched.h; libc has it with a type that does not fit.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// clone3(2): the child runs [`child`] on the stack of `args`. Returns its process id, or -errno.
+///
+/// # Safety
+/// `args` has CLONE_VM, CLONE_VFORK and a stack; it and `shared` and all they point to stay as they are
+/// until this returns.
+unsafe fn clone_and_run(args: *const CloneArgs, shared: *mut Shared) -> i64 {
+    let result: i64;
+    // SAFETY: the parent's path changes rax, rcx and r11 alone, as a system call does. The child comes
+    // back from the system call with a stack of its own, never touches this frame and never returns
+    // from `child`; its registers are its own copies.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") args,
+            in("rsi") size_of::<CloneArgs>(),
+            in("r12") shared,
+            in("r13") child as extern "C" fn(*mut Shared) -> !,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    result
+}
+
+extern "C" fn child(shared: *mut Shared) -> ! {
     // SAFETY: the parent passes a `Shared` and sleeps until we are done with it.
-    let shared = unsafe { &mut *shared.cast::<Shared>() };
+    let shared = unsafe { &mut *shared };
     let errno = child_steps(shared);
     // SAFETY: `shared` is valid as above; volatile for the parent's sake.
     unsafe { ptr::write_volatile(&raw mut shared.errno, errno) };
@@ -420,6 +618,17 @@ fn child_steps(shared: &mut Shared) -> c_int {
             if libc::dup2(fd, target as c_int) < 0 {
                 return errno();
             }
+        }
+        if shared.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+            return errno();
+        }
+        let joined = match shared.extra {
+            -1 => 0,
+            3 => libc::fcntl(3, libc::F_SETFD, 0),
+            fd => libc::dup2(fd, 3),
+        };
+        if joined < 0 {
+            return errno();
         }
         shared.step = Step::Ids;
         if shared.ids {
@@ -482,7 +691,7 @@ pub fn write_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn reading_and_writing_do_not_wait_on_a_blocking_pipe() {
@@ -510,7 +719,7 @@ mod tests {
     #[test]
     fn a_child_that_fails_leaves_no_zombie_and_says_the_step() {
         let null = std::fs::File::open("/dev/null").unwrap();
-        let mut spawner = Spawner::new(null.into());
+        let mut spawner = Spawner::new(null.into(), false);
         let params = ExecParams {
             argv: vec!["true".into()],
             cwd: Some("/no/such".into()),

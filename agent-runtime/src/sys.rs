@@ -110,6 +110,37 @@ pub fn block_signals() -> io::Result<OwnedFd> {
     }
 }
 
+/// A child that is dead and taken away.
+pub struct Dead {
+    /// Its process id.
+    pub pid: i32,
+    /// As wait(2) tells it.
+    pub status: libc::c_int,
+    /// What it and its own dead children used.
+    pub used: libc::rusage,
+}
+
+/// Takes away one dead child, whichever, without waiting; `None` when none is dead.
+///
+/// # Errors
+/// ECHILD when there is no child at all.
+pub fn reap() -> io::Result<Option<Dead>> {
+    // SAFETY: rusage is plain integers; all zeroes is a value of it.
+    let mut used: libc::rusage = unsafe { mem::zeroed() };
+    let mut status = 0;
+    // SAFETY: both pointers are to locals that live through the call.
+    let pid = check(unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut used) })?;
+    Ok((pid > 0).then_some(Dead { pid, status, used }))
+}
+
+/// How many processes the kernel has killed for want of memory since boot.
+pub fn oom_kills() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    line.and_then(|number| number.trim().parse().ok())
+        .unwrap_or(0)
+}
+
 /// What [`poll`] waits for: a raw descriptor (-1: none) and POLLIN, POLLOUT.
 pub type PollFd = libc::pollfd;
 

@@ -8,7 +8,8 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use common::{LONG, Ran, Runtime, command, is_alive, run, run_with, sh, until};
-use ratoon_engine::runtime::{ExecIo, RuntimeError};
+use ratoon_client::RuntimeError;
+use ratoon_client::blocking::ExecIo;
 use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams, ExitStatus};
 
 fn refused(result: Result<Ran, RuntimeError>) -> ErrorReply {
@@ -295,7 +296,7 @@ fn a_signal_reaches_the_whole_process_group() {
             io,
         )
         .unwrap();
-    assert_eq!(status, ExitStatus::Signal(15));
+    assert_eq!(status.status, ExitStatus::Signal(15));
     thread.join().unwrap();
     client.ping(LONG).unwrap();
 }
@@ -344,7 +345,7 @@ fn a_closed_reader_ends_the_writer_as_a_closed_pipe_does() {
         stderr: &mut io::sink(),
     };
     let status = client.exec(&command(&["yes"]), io).unwrap();
-    assert_eq!(status, ExitStatus::Signal(libc::SIGPIPE));
+    assert_eq!(status.status, ExitStatus::Signal(libc::SIGPIPE));
     client.ping(LONG).unwrap();
 }
 

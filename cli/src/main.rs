@@ -7,6 +7,7 @@
 mod commands;
 mod doctor;
 mod failure;
+mod guest;
 mod interrupt;
 mod output;
 mod progress;
@@ -18,7 +19,7 @@ use clap::{Parser, Subcommand};
 use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
-use commands::{image, kill, logs, ps, rm, run, stop};
+use commands::{code, cp, exec, forward, image, kill, logs, ps, rm, run, stop, top};
 use failure::Failure;
 
 /// Run commands in micro virtual machines.
@@ -29,6 +30,11 @@ use failure::Failure;
   ratoon image build debian
   ratoon run --image debian -- python3 -c 'print(6 * 7)'
   ratoon run -d --name web --memory 1G
+  ratoon exec web -- uname -a
+  ratoon shell web
+  ratoon cp notes.txt web:/root/
+  ratoon code web -c 'print(6 * 7)'
+  ratoon forward web 8080
   ratoon ps
   ratoon stop web && ratoon rm web
 
@@ -43,6 +49,12 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(Box<run::Args>),
+    Exec(exec::Args),
+    Shell(exec::ShellArgs),
+    Cp(cp::Args),
+    Code(code::Args),
+    Forward(forward::Args),
+    Top(top::Args),
     Ps(ps::Args),
     Logs(logs::Args),
     Stop(stop::Args),
@@ -69,6 +81,12 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     let engine = Engine::open(dirs)?;
     match command {
         Command::Run(args) => run::run(&engine, &args),
+        Command::Exec(args) => exec::run(&engine, &args),
+        Command::Shell(args) => exec::shell(&engine, &args),
+        Command::Cp(args) => cp::run(&engine, &args),
+        Command::Code(args) => code::run(&engine, &args),
+        Command::Forward(args) => forward::run(&engine, &args),
+        Command::Top(args) => top::run(&engine, &args),
         Command::Ps(args) => ps::run(&engine, &args),
         Command::Logs(args) => logs::run(&engine, &args),
         Command::Stop(args) => stop::run(&engine, &args),

@@ -18,11 +18,11 @@
 //!     ..CommandSpec::default()
 //! };
 //! let (mut out, mut err) = (Vec::new(), Vec::new());
-//! let status = runtime.exec(
+//! let report = runtime.exec(
 //!     &resolve(&started.command, &command)?,
 //!     ExecIo { stdin: None, stdout: &mut out, stderr: &mut err },
 //! )?;
-//! assert_eq!(status.shell_code(), 0);
+//! assert_eq!(report.status.shell_code(), 0);
 //! started.vm.end()?; // or drop it; `detach` would leave it running
 //! # Ok(())
 //! # }
@@ -32,7 +32,11 @@ pub mod dirs;
 mod engine;
 pub mod image;
 pub mod initramfs;
-pub mod runtime;
+/// The runtime in a guest.
+pub mod runtime {
+    pub use ratoon_client::RuntimeError;
+    pub use ratoon_client::blocking::{CallIo, Client as RuntimeClient, Controller, ExecIo};
+}
 pub mod vm;
 
 pub use engine::{

@@ -7,14 +7,14 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use ratoon_engine::runtime::state::{Happening, Output, State};
+use ratoon_client::state::{Happening, Output, State};
 use ratoon_fuzz::rarely;
-use ratoon_protocol::{Call, Decoder, ExecParams, ExitStatus, Frame, Kind, MAX_PAYLOAD_LEN};
+use ratoon_protocol::{Call, Decoder, ExecParams, Frame, Kind, MAX_PAYLOAD_LEN};
 
 /// What the fuzzer's runtime has sent of the calls 1 to 8.
 #[derive(Default)]
 struct Runtime {
-    sent: [[u64; 2]; 9],
+    sent: [[u64; 3]; 9],
 }
 
 fn frame(runtime: &mut Runtime, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
@@ -28,7 +28,7 @@ fn frame(runtime: &mut Runtime, input: &mut Unstructured<'_>) -> Result<Vec<u8>>
         4 => json(Kind::Event, r#"{"event":"started","pid":1}"#),
         5 => Frame::ack(call, Kind::Stdin, u64::from(input.arbitrary::<u8>()?)),
         _ => {
-            let index = usize::from(input.arbitrary::<bool>()?);
+            let index = input.int_in_range(0..=2)?;
             let len = match rarely(input)? {
                 true => MAX_PAYLOAD_LEN,
                 false => usize::from(input.arbitrary::<u8>()?),
@@ -36,7 +36,7 @@ fn frame(runtime: &mut Runtime, input: &mut Unstructured<'_>) -> Result<Vec<u8>>
             let offset = runtime.sent[call as usize][index];
             runtime.sent[call as usize][index] += len as u64;
             Frame {
-                kind: [Kind::Stdout, Kind::Stderr][index],
+                kind: [Kind::Stdout, Kind::Stderr, Kind::Data][index],
                 call,
                 offset,
                 end: rarely(input)?,
@@ -59,10 +59,10 @@ fn call(state: &mut State, open: &mut Vec<u64>, input: &mut Unstructured<'_>) ->
     let call = match input.int_in_range(0..=3u8)? {
         0 => Call::Ping,
         1 => Call::Shutdown,
-        _ => Call::Exec(ExecParams {
+        _ => Call::Exec(Box::new(ExecParams {
             stdin: input.arbitrary()?,
             ..ExecParams::default()
-        }),
+        })),
     };
     open.push(state.call(&call).expect("it fits a frame"));
     Ok(())
@@ -80,7 +80,7 @@ fn believe(
                 assert!(!hello.runtime.contains(char::is_control));
                 continue;
             }
-            Happening::Started { call, .. } => {
+            Happening::Event { call, .. } => {
                 assert!(open.contains(&call));
                 continue;
             }
@@ -100,12 +100,7 @@ fn believe(
                 assert!(!error.message.contains(char::is_control));
                 call
             }
-            Happening::Exited { call, status } => {
-                let (ExitStatus::Code(number) | ExitStatus::Signal(number)) = status;
-                assert!((0..=255).contains(&number));
-                call
-            }
-            Happening::Pong { call, .. } | Happening::Done { call } => call,
+            Happening::Reply { call, .. } => call,
         };
         let at = open.iter().position(|&id| id == ended);
         open.swap_remove(at.expect("an open call ends, once"));
@@ -140,7 +135,7 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
                 state.stdin(id, &vec![0; len], rarely(input)?);
             }
             if rarely(input)? {
-                state.stop(id, *input.choose(&[Output::Stdout, Output::Stderr])?);
+                state.stop(id, *input.choose(&[Output::Stdout, Output::Stderr, Output::Data])?);
             }
         }
         ours.feed(state.unsent());

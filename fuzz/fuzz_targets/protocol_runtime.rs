@@ -13,8 +13,8 @@ use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use ratoon_fuzz::rarely;
 use ratoon_protocol::{
-    Decoder, ErrorCode, ErrorReply, ExitStatus, Frame, Kind, MAX_OPEN_CALLS, MAX_PAYLOAD_LEN,
-    STREAM_WINDOW,
+    Call, Decoder, ErrorCode, ErrorReply, Event, Frame, Have, Kind, MAX_OPEN_CALLS,
+    MAX_PAYLOAD_LEN, STREAM_WINDOW,
 };
 use ratoon_runtime::session::{Action, OUT_LIMIT, Output, Session};
 
@@ -30,10 +30,12 @@ struct Seen {
 struct Client {
     decoder: Decoder,
     /// Open calls: outputs, and how much input was sent.
-    calls: BTreeMap<u64, ([Seen; 2], u64)>,
+    calls: BTreeMap<u64, ([Seen; 3], u64)>,
     /// The processes that run, as the server would have them.
     running: Vec<u64>,
     last: Option<(Kind, u64)>,
+    /// Its session has a name: ends are repeated until they are confirmed.
+    named: bool,
     /// It has said something that it did not mean: what it counts on is no rule any more.
     confused: bool,
 }
@@ -49,16 +51,18 @@ impl Client {
             let index = match frame.kind {
                 Kind::Stdout => 0,
                 Kind::Stderr => 1,
+                Kind::Data => 2,
                 Kind::Reply | Kind::Error if frame.call != 0 => {
-                    self.calls.remove(&frame.call).expect("answered once");
+                    let was_open = self.calls.remove(&frame.call).is_some();
+                    assert!(was_open || self.named, "answered once");
                     continue;
                 }
                 _ => continue,
             };
-            let (seen, _) = self
-                .calls
-                .get_mut(&frame.call)
-                .expect("output of an open call");
+            let Some((seen, _)) = self.calls.get_mut(&frame.call) else {
+                assert!(self.named, "output of an open call");
+                continue;
+            };
             let seen = &mut seen[index];
             assert!(!seen.ended && frame.offset == seen.received);
             seen.received += frame.payload.len() as u64;
@@ -75,7 +79,9 @@ fn frame(client: &mut Client, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     }
     let mut frame = match input.int_in_range(0..=5u8)? {
         0 | 1 => {
-            let text = match input.int_in_range(0..=5u8)? {
+            let text = match input.int_in_range(0..=7u8)? {
+                6 => r#"{"method":"file.write","params":{"path":"/x"}}"#.into(),
+                7 => r#"{"method":"code.run","params":{"code":"1"}}"#.into(),
                 0 => r#"{"method":"ping"}"#.into(),
                 1 => r#"{"method":"exec","params":{"argv":["x"],"stdin":true}}"#.into(),
                 2 => r#"{"method":"exec","params":{"argv":["x"]}}"#.into(),
@@ -114,8 +120,8 @@ fn frame(client: &mut Client, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
             }
         }
         _ => {
-            let index = usize::from(input.arbitrary::<bool>()?);
-            let kind = [Kind::Stdout, Kind::Stderr][index];
+            let index = input.int_in_range(0..=2)?;
+            let kind = [Kind::Stdout, Kind::Stderr, Kind::Data][index];
             let seen = client.calls.get_mut(&id).map(|(seen, _)| &mut seen[index]);
             let offset = seen.map_or(0, |seen| {
                 seen.acked = seen.received;
@@ -151,15 +157,21 @@ fn obey(
 ) -> Result<()> {
     for action in actions {
         match action {
-            Action::Ping { call } => session.pong(call, 1),
-            Action::Start { call, .. } if rarely(input)? => {
-                session.refused(call, &ErrorReply::new(ErrorCode::NotFound, "x"));
-            }
-            Action::Start { call, .. } => {
-                session.started(call, 1);
-                client.running.push(call);
-            }
-            Action::Signal { call, .. } | Action::Shutdown { call } => session.done(call),
+            Action::Begin { call, request } => match request {
+                Call::Session(_) => {
+                    session.name();
+                    session.reply(call, &());
+                }
+                Call::Ping => session.reply(call, &1),
+                Call::Signal(_) | Call::Shutdown => session.reply(call, &()),
+                _ if rarely(input)? => {
+                    session.fail(call, &ErrorReply::new(ErrorCode::NotFound, "x"));
+                }
+                _ => {
+                    session.event(call, &Event::Started { pid: 1 });
+                    client.running.push(call);
+                }
+            },
             Action::Stdin { call, bytes, .. } => match rarely(input)? {
                 true => session.stdin_closed(call),
                 false => session.stdin_taken(call, bytes.len() as u64),
@@ -176,10 +188,10 @@ fn work(session: &mut Session, client: &mut Client, input: &mut Unstructured<'_>
     }
     let at = input.choose_index(client.running.len())?;
     let call = client.running[at];
-    let output = *input.choose(&Output::BOTH)?;
+    let output = *input.choose(&Output::ALL)?;
     match input.int_in_range(0..=9u8)? {
         0 => {
-            session.ended(call, ExitStatus::Code(0));
+            session.reply(call, &0);
             client.running.swap_remove(at);
         }
         1 => session.output_ended(call, output),
@@ -194,9 +206,52 @@ fn work(session: &mut Session, client: &mut Client, input: &mut Unstructured<'_>
     Ok(())
 }
 
+/// The connection is lost, and taken up again with what the client has.
+fn cut(session: &mut Session, client: &mut Client) {
+    session.detach();
+    client.decoder = Decoder::new();
+    let have: Vec<Have> = client
+        .calls
+        .iter()
+        .map(|(&call, (seen, _))| Have {
+            call,
+            outputs: [seen[0].received, seen[1].received, seen[2].received],
+        })
+        .collect();
+    let mut newcomer = Session::new(0);
+    let len = newcomer.unsent().len();
+    newcomer.sent(len);
+    match session.resume(&mut newcomer, u64::MAX, &have) {
+        Ok(inputs) => {
+            for input in inputs {
+                if let Some((_, sent)) = client.calls.get_mut(&input.call) {
+                    *sent = input.stdin;
+                }
+            }
+            for (seen, _) in client.calls.values_mut() {
+                for seen in seen {
+                    seen.acked = seen.received;
+                }
+            }
+            session.say_again();
+        }
+        Err(_) => client.confused = true,
+    }
+}
+
 fn run(input: &mut Unstructured<'_>) -> Result<()> {
     let mut session = Session::new(0);
     let mut client = Client::default();
+    client.named = input.arbitrary()?;
+    if client.named {
+        let name = br#"{"method":"session","params":{"id":"0123456789abcdef"}}"#;
+        let frame = Frame::new(Kind::Call, u64::MAX, name.to_vec());
+        let mut actions = Vec::new();
+        session.receive(&frame.encode(), &mut actions).expect("it is the first");
+        obey(&mut session, &mut client, actions, input)?;
+        let len = session.unsent().len();
+        session.sent(len);
+    }
     for _ in 0..200 {
         if input.is_empty() {
             break;
@@ -215,6 +270,9 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
             }
         }
         work(&mut session, &mut client, input)?;
+        if client.named && !client.confused && rarely(input)? {
+            cut(&mut session, &mut client);
+        }
         assert!(session.unsent().len() <= OUT_LIMIT + 2 * (MAX_PAYLOAD_LEN + 4096));
         assert!(session.open_calls() <= MAX_OPEN_CALLS);
         if input.arbitrary()? {

@@ -122,7 +122,7 @@ fn run(client: &mut RuntimeClient, argv: &[&str]) -> ExitStatus {
         stdout: &mut out,
         stderr: &mut err,
     };
-    client.exec(&params, io).expect("the command runs")
+    client.exec(&params, io).expect("the command runs").status
 }
 
 fn one_of_two_commands_that_want_a_name_gets_it() {

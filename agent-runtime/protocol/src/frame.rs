@@ -42,6 +42,8 @@ pub enum Kind {
     Stdout = 17,
     /// Runtime to client: bytes of the process's standard error.
     Stderr = 18,
+    /// Runtime to client: a third output, of calls that have values beside their text.
+    Data = 20,
     /// Either way: all bytes before `offset` of the stream whose kind is the payload's one byte
     /// have been taken. With the end flag: the receiver wants no more of this stream.
     Ack = 19,
@@ -60,6 +62,7 @@ impl Kind {
             17 => Self::Stdout,
             18 => Self::Stderr,
             19 => Self::Ack,
+            20 => Self::Data,
             _ => return None,
         })
     }
@@ -146,11 +149,16 @@ impl Frame {
         }
     }
 
-    /// For an [`Kind::Ack`] frame: which stream it acknowledges. `None` when it names none.
+    /// For an [`Kind::Ack`] frame: which stream it acknowledges; [`Kind::Reply`] when it confirms the
+    /// call's end. `None` when it names neither.
     pub fn acked_stream(&self) -> Option<Kind> {
         match (self.kind, self.payload.as_slice()) {
-            (Kind::Ack, [byte]) => Kind::from_byte(*byte)
-                .filter(|kind| matches!(kind, Kind::Stdin | Kind::Stdout | Kind::Stderr)),
+            (Kind::Ack, [byte]) => Kind::from_byte(*byte).filter(|kind| {
+                matches!(
+                    kind,
+                    Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Data | Kind::Reply
+                )
+            }),
             _ => None,
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! One byte stream (a vsock connection, joined to a Unix socket on the host) carries many *calls*.
 //! Everything on it is a [`Frame`]: a fixed 24-byte header and a bounded payload. A call's id is
-//! chosen by the client; output frames carry the stream's byte offset and are acknowledged, so a
-//! later protocol revision can resume a call on a new connection without a change of framing.
+//! chosen by the client; output frames carry the stream's byte offset and are acknowledged, so that
+//! the calls of a named session are taken up again on a new connection.
 //!
 //! ```text
 //!  client                                   runtime
@@ -24,12 +24,29 @@
 //! The crate does no I/O and never panics on bytes from the other side: see [`Decoder`].
 //! `docs/protocol.md` describes the same byte by byte.
 
+mod code;
+mod files;
 mod frame;
 mod message;
+mod process;
+mod system;
 
+pub use code::{
+    CodeContext, CodeData, CodeEnd, CodeError, CodeName, CodeRun, CodeStart, CodeStatus, Language,
+};
+pub use files::{
+    ChangeKind, FileChange, FileEntry, FileKind, FileList, FileMkdir, FileMove, FilePath, FileRead,
+    FileRemove, FileWatch, FileWrite, Transferred, TreePack, TreeUnpack,
+};
 pub use frame::{Decoder, Frame, FrameError, HEADER_LEN, Kind, MAX_PAYLOAD_LEN};
-pub use message::{
-    Call, ErrorCode, ErrorReply, Event, ExecParams, ExitStatus, Hello, Pong, SignalParams,
+pub use message::{Call, ErrorCode, ErrorReply, Event, Hello, Pong};
+pub use process::{
+    AttachParams, ExecParams, ExitReport, ExitStatus, Have, HaveInput, OutputReport, ProcessInfo,
+    ResizeParams, SessionParams, SessionReply, SignalParams, Size, Target, Usage,
+};
+pub use system::{
+    Awake, EntropyAdd, FreezeParams, HostnameSet, Metrics, MetricsParams, NetworkSet, Port,
+    PortConnect, TimeSet, TopProcess, Wake,
 };
 
 /// The protocol version that this crate speaks, the header's `version` byte.

@@ -3,6 +3,13 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::{
+    AttachParams, CodeName, CodeRun, CodeStart, EntropyAdd, ExecParams, FileList, FileMkdir,
+    FileMove, FilePath, FileRead, FileRemove, FileWatch, FileWrite, FreezeParams, HostnameSet,
+    MetricsParams, NetworkSet, PortConnect, ResizeParams, SessionParams, SignalParams, TimeSet,
+    TreePack, TreeUnpack, Wake,
+};
+
 /// The runtime's first frame on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -15,109 +22,156 @@ pub struct Hello {
     pub ready_at_us: u64,
 }
 
-/// What a client asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "method", content = "params", rename_all = "snake_case")]
-pub enum Call {
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:literal $variant:ident $(($params:ty))?,)*) => {
+        /// What a client asks for.
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(tag = "method", content = "params")]
+        pub enum Call {
+            $($(#[$doc])* #[serde(rename = $name)] $variant $(($params))?,)*
+        }
+
+        impl Call {
+            /// The names of all calls, as [`Hello`] announces them.
+            pub const METHODS: &'static [&'static str] = &[$($name),*];
+
+            fn from_raw(raw: Raw) -> Result<Self, ErrorReply> {
+                match raw.method.as_str() {
+                    $($name => calls!(@make raw $name $variant $(($params))?),)*
+                    other => Err(ErrorReply::new(
+                        ErrorCode::UnknownMethod,
+                        format!("this runtime has no call `{}`", other.escape_debug()),
+                    )),
+                }
+            }
+        }
+    };
+    (@make $raw:ident $name:literal $variant:ident) => { Ok(Self::$variant) };
+    (@make $raw:ident $name:literal $variant:ident ($params:ty)) => {
+        params($name, $raw.params).map(Self::$variant)
+    };
+}
+
+calls! {
     /// Answer with [`Pong`].
-    Ping,
-    /// Run a program; the reply is its [`ExitStatus`].
-    Exec(ExecParams),
-    /// Send a signal to the process group of an exec call of this connection; replies `null`.
-    Signal(SignalParams),
+    "ping" Ping,
+    /// Name this connection's session, or take one up again.
+    "session" Session(SessionParams),
+    /// Run a program.
+    "exec" Exec(Box<ExecParams>),
+    /// Take a kept process over.
+    "attach" Attach(AttachParams),
+    /// Send a signal to a process.
+    "signal" Signal(SignalParams),
+    /// Change a terminal's size.
+    "resize" Resize(ResizeParams),
+    /// List the processes of exec calls: an array of [`crate::ProcessInfo`].
+    "processes" Processes,
+    /// Read a file.
+    "file.read" FileRead(FileRead),
+    /// Write a file.
+    "file.write" FileWrite(FileWrite),
+    /// Describe a file: [`crate::FileEntry`].
+    "file.stat" FileStat(FilePath),
+    /// List a directory.
+    "file.list" FileList(FileList),
+    /// Make a directory.
+    "file.mkdir" FileMkdir(FileMkdir),
+    /// Remove a file or directory.
+    "file.remove" FileRemove(FileRemove),
+    /// Rename a file or directory.
+    "file.rename" FileRename(FileMove),
+    /// Copy a file or directory.
+    "file.copy" FileCopy(FileMove),
+    /// Tell what changes.
+    "file.watch" FileWatch(FileWatch),
+    /// A tree out, as tar.
+    "tree.pack" TreePack(TreePack),
+    /// A tree in, as tar.
+    "tree.unpack" TreeUnpack(TreeUnpack),
+    /// Start an interpreter.
+    "code.start" CodeStart(CodeStart),
+    /// Run code in one.
+    "code.run" CodeRun(CodeRun),
+    /// Interrupt what it runs.
+    "code.interrupt" CodeInterrupt(CodeName),
+    /// Begin anew with it.
+    "code.restart" CodeRestart(CodeName),
+    /// End it.
+    "code.stop" CodeStop(CodeName),
+    /// List them: an array of [`crate::CodeContext`].
+    "code.list" CodeList,
+    /// Reach a server in the guest.
+    "port.connect" PortConnect(PortConnect),
+    /// List servers: an array of [`crate::Port`].
+    "port.list" PortList,
+    /// How the machine is: [`crate::Metrics`].
+    "metrics" Metrics(MetricsParams),
+    /// Set the clock.
+    "time.set" TimeSet(TimeSet),
+    /// Reseed the kernel's random numbers.
+    "entropy.add" EntropyAdd(EntropyAdd),
+    /// Name the machine.
+    "hostname.set" HostnameSet(HostnameSet),
+    /// Configure a network device.
+    "network.set" NetworkSet(NetworkSet),
+    /// Write all file systems back; replies `null`.
+    "sync" Sync,
+    /// Bring processes and file systems to a halt.
+    "freeze" Freeze(FreezeParams),
+    /// Let them go on.
+    "thaw" Thaw(FreezeParams),
+    /// From the next answer on, wait for `wake`; replies `null`.
+    "expect_wake" ExpectWake,
+    /// Become somebody else.
+    "wake" Wake(Box<Wake>),
+    /// Who this machine is: [`crate::Awake`].
+    "whoami" Whoami,
     /// Write file systems back and end the machine. The reply (`null`) comes before the end.
-    Shutdown,
+    "shutdown" Shutdown,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    method: String,
+    #[serde(default)]
+    params: Value,
+}
+
+fn params<T: for<'de> Deserialize<'de>>(method: &str, value: Value) -> Result<T, ErrorReply> {
+    let value = match value {
+        Value::Null => Value::Object(serde_json::Map::new()),
+        value => value,
+    };
+    serde_json::from_value(value).map_err(|error| {
+        ErrorReply::new(
+            ErrorCode::BadRequest,
+            format!("parameters of `{method}`: {error}"),
+        )
+    })
 }
 
 impl Call {
-    /// The names of all calls, as [`Hello`] announces them.
-    pub const METHODS: [&'static str; 4] = ["ping", "exec", "signal", "shutdown"];
-
     /// Reads the payload of a [`crate::Kind::Call`] frame.
     ///
     /// # Errors
     /// [`ErrorCode::BadRequest`] when it is not a call at all or its parameters do not fit,
     /// [`ErrorCode::UnknownMethod`] when this side has no such call.
     pub fn parse(payload: &[u8]) -> Result<Self, ErrorReply> {
-        #[derive(Deserialize)]
-        struct Raw {
-            method: String,
-            #[serde(default)]
-            params: Value,
-        }
-        fn params<T: for<'de> Deserialize<'de>>(
-            method: &str,
-            value: Value,
-        ) -> Result<T, ErrorReply> {
-            serde_json::from_value(value).map_err(|error| {
-                ErrorReply::new(
-                    ErrorCode::BadRequest,
-                    format!("parameters of `{method}`: {error}"),
-                )
-            })
-        }
         let raw: Raw = serde_json::from_slice(payload).map_err(|error| {
             ErrorReply::new(ErrorCode::BadRequest, format!("not a call: {error}"))
         })?;
-        match raw.method.as_str() {
-            "ping" => Ok(Self::Ping),
-            "exec" => Ok(Self::Exec(params("exec", raw.params)?)),
-            "signal" => Ok(Self::Signal(params("signal", raw.params)?)),
-            "shutdown" => Ok(Self::Shutdown),
-            other => Err(ErrorReply::new(
-                ErrorCode::UnknownMethod,
-                format!("this runtime has no call `{}`", other.escape_debug()),
-            )),
-        }
+        Self::from_raw(raw)
     }
-}
 
-/// Parameters of `exec`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExecParams {
-    /// Program and arguments; the program is looked up in the new environment's `PATH`.
-    pub argv: Vec<String>,
-    /// The environment, name and value. `PATH`, `HOME`, `USER`, `LOGNAME` and `LANG` are added
-    /// where they are missing; nothing else is.
-    #[serde(default)]
-    pub env: Vec<(String, String)>,
-    /// Where to start; default the user's home, or `/` when there is no such directory.
-    #[serde(default)]
-    pub cwd: Option<String>,
-    /// `user` or `user:group`, each by name or number, as in the guest's `/etc/passwd` and
-    /// `/etc/group`; default root. Without a group: the user's own and supplementary ones.
-    #[serde(default)]
-    pub user: Option<String>,
-    /// Whether the client will send [`crate::Kind::Stdin`] frames; otherwise it is `/dev/null`.
-    #[serde(default)]
-    pub stdin: bool,
-}
-
-/// Parameters of `signal`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SignalParams {
-    /// The id of the exec call.
-    pub call: u64,
-    /// Linux signal number, 1 to 64.
-    pub signal: i32,
-}
-
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ExitStatus {
-    /// It returned this status, 0 to 255.
-    Code(i32),
-    /// This signal ended it.
-    Signal(i32),
-}
-
-impl ExitStatus {
-    /// The status as a shell would show it: the code, or 128 and the signal.
-    pub fn shell_code(self) -> u8 {
+    /// Whether [`crate::Kind::Stdin`] frames follow the call.
+    pub fn takes_input(&self) -> bool {
         match self {
-            Self::Code(code) => code as u8,
-            Self::Signal(signal) => 128u8.wrapping_add(signal as u8),
+            Self::Exec(params) => params.stdin || params.pty.is_some(),
+            Self::Attach(_) | Self::FileWrite(_) | Self::TreeUnpack(_) | Self::PortConnect(_) => {
+                true
+            }
+            _ => false,
         }
     }
 }
@@ -138,6 +192,21 @@ pub enum Event {
         /// Its process id in the guest.
         pid: i32,
     },
+    /// An attach call has the process; its outputs go on here.
+    Attached {
+        /// Where, in bytes from the process's start: STDOUT and STDERR of this call begin there.
+        from: [u64; 2],
+        /// It has a terminal.
+        #[serde(default)]
+        pty: bool,
+    },
+    /// A watch call sees all that happens from now on.
+    Watching,
+    /// A port call has its server.
+    Connected,
+    /// Of a newer runtime.
+    #[serde(other)]
+    Unknown,
 }
 
 /// Why a call failed.
@@ -183,8 +252,20 @@ pub enum ErrorCode {
     TooManyCalls,
     /// No such program, directory, user or call.
     NotFound,
-    /// The program may not be executed.
+    /// The program may not be executed, the file not be touched.
     PermissionDenied,
+    /// It is there already.
+    Exists,
+    /// The context or process is in use.
+    Busy,
+    /// Another client has the process now.
+    TakenOver,
+    /// The client took no more of it.
+    Cancelled,
+    /// No room: disk, memory or processes.
+    NoSpace,
+    /// The guest lacks what it takes (a kernel feature, an interpreter).
+    Unsupported,
     /// Anything else that the guest's kernel refused; the message has its reason.
     #[serde(other)]
     Failed,
@@ -196,11 +277,11 @@ mod tests {
 
     #[test]
     fn a_call_reads_as_it_was_written() {
-        let call = Call::Exec(ExecParams {
+        let call = Call::Exec(Box::new(ExecParams {
             argv: vec!["true".into()],
             env: vec![("A".into(), "b=c".into())],
             ..ExecParams::default()
-        });
+        }));
         assert_eq!(
             Call::parse(&serde_json::to_vec(&call).unwrap()).unwrap(),
             call

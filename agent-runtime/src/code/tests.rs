@@ -542,3 +542,22 @@ fn a_zygote_that_is_killed_is_replaced_and_its_contexts_live_on() {
     let ran = host.run("a", "os._exit(0)");
     assert_eq!(ran.end.status, CodeStatus::Died);
 }
+
+#[test]
+fn a_run_without_a_context_starts_the_default_one_and_uses_it_again() {
+    let mut host = Host::new();
+    for count in [1, 2] {
+        let params = CodeRun {
+            code: "x=$((x + 1)); echo $x".into(),
+            language: Language::Bash,
+            ..CodeRun::default()
+        };
+        let at = host.send(params).unwrap();
+        let ran = host.end(at);
+        assert_eq!(
+            (ran.end.context.as_str(), ran.end.count),
+            ("default-bash", count)
+        );
+        assert_eq!(ran.stdout, format!("{count}\n"));
+    }
+}

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ratoon_engine::runtime::{ExecIo, RuntimeClient, RuntimeError};
+use ratoon_client::RuntimeError;
+use ratoon_client::blocking::{Client as RuntimeClient, ExecIo};
 use ratoon_protocol::{Decoder, ExecParams, ExitStatus, Frame, Kind};
 
 /// Long enough for a busy machine, short enough to end a test that would hang.
@@ -148,7 +149,7 @@ pub fn run(client: &mut RuntimeClient, params: &ExecParams) -> Result<Ran, Runti
     };
     let status = client.exec(params, io)?;
     Ok(Ran {
-        status,
+        status: status.status,
         out: String::from_utf8(out).unwrap(),
         err: String::from_utf8(err).unwrap(),
     })
@@ -167,7 +168,7 @@ pub fn run_with(
         stderr: &mut std::io::sink(),
     };
     let status = client.exec(params, io).unwrap();
-    (status, out)
+    (status.status, out)
 }
 
 /// Polls until `what` holds.

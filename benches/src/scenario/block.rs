@@ -168,7 +168,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     )?;
     let jobs = conductor.jobs;
     vm.stop()?;
-    if status.shell_code() != 0 || jobs.len() != 4 {
+    if status.status.shell_code() != 0 || jobs.len() != 4 {
         bail!(
             "the reader in the guest ended with {status:?}: {}",
             String::from_utf8_lossy(&errors)

@@ -78,7 +78,7 @@ fn exec(client: &mut RuntimeClient, argv: &[&str], stdout: &mut dyn Write) -> Re
             stderr: &mut errors,
         },
     )?;
-    if status.shell_code() != 0 {
+    if status.status.shell_code() != 0 {
         bail!(
             "{} in the guest ended with {status:?}: {}",
             argv[0],

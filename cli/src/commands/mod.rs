@@ -1,5 +1,9 @@
 //! One module a command, and what several share.
 
+pub mod code;
+pub mod cp;
+pub mod exec;
+pub mod forward;
 pub mod image;
 pub mod kill;
 pub mod logs;
@@ -7,6 +11,7 @@ pub mod ps;
 pub mod rm;
 pub mod run;
 pub mod stop;
+pub mod top;
 
 use std::process::ExitCode;
 

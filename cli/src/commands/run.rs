@@ -346,7 +346,7 @@ fn exec(
         };
         client.exec(params, io)
     };
-    (result, captured)
+    (result.map(|report| report.status), captured)
 }
 
 /// Standard input is forwarded when there can be something in it that is meant for the command:

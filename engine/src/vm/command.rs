@@ -97,6 +97,7 @@ pub fn resolve(image: &ImageCommand, spec: &CommandSpec) -> Result<ExecParams, C
         cwd: given(&spec.workdir, &image.workdir),
         user: given(&spec.user, &image.user),
         stdin: false,
+        ..ExecParams::default()
     })
 }
 

@@ -9,8 +9,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::RuntimeError;
-use super::state::{Happening, State};
+use crate::RuntimeError;
+use crate::state::{Happening, State};
 
 /// How much is read at once.
 const READ_LEN: usize = 64 * 1024;

@@ -8,19 +8,21 @@
 use std::collections::BTreeMap;
 
 use ratoon_protocol::{
-    Call, Decoder, ErrorReply, Event, ExitStatus, Frame, Hello, Kind, MAX_PAYLOAD_LEN, Pong,
-    STREAM_WINDOW,
+    Call, Decoder, ErrorReply, Event, Frame, Hello, Kind, MAX_PAYLOAD_LEN, STREAM_WINDOW,
 };
+use serde_json::Value;
 
-use super::RuntimeError;
+use crate::RuntimeError;
 
-/// Which output of a command.
+/// Which output of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
-    /// Standard output.
+    /// Standard output, or the call's only one.
     Stdout = 0,
     /// Standard error.
     Stderr = 1,
+    /// Values beside the text.
+    Data = 2,
 }
 
 impl Output {
@@ -28,6 +30,7 @@ impl Output {
         match self {
             Self::Stdout => Kind::Stdout,
             Self::Stderr => Kind::Stderr,
+            Self::Data => Kind::Data,
         }
     }
 }
@@ -37,19 +40,12 @@ impl Output {
 pub enum Happening {
     /// First of all.
     Hello(Hello),
-    /// A ping's answer.
-    Pong {
-        /// The call, now ended.
-        call: u64,
-        /// The answer.
-        pong: Pong,
-    },
-    /// The process of an exec call runs.
-    Started {
+    /// Something happens in a call that goes on.
+    Event {
         /// The call.
         call: u64,
-        /// Process id in the guest.
-        pid: i32,
+        /// What.
+        event: Event,
     },
     /// Output; then [`State::taken`] or [`State::stop`].
     Output {
@@ -60,17 +56,12 @@ pub enum Happening {
         /// In order, without gaps.
         bytes: Vec<u8>,
     },
-    /// The process has ended.
-    Exited {
+    /// A call has its result.
+    Reply {
         /// The call, now ended.
         call: u64,
-        /// How.
-        status: ExitStatus,
-    },
-    /// A signal or shutdown call is done.
-    Done {
-        /// The call, now ended.
-        call: u64,
+        /// The result, JSON of the guest's making.
+        value: Value,
     },
     /// A call failed.
     Failed {
@@ -98,14 +89,10 @@ struct Stdin {
     stopped: bool,
 }
 
-#[derive(Debug)]
-enum Open {
-    Ping,
-    Simple,
-    Exec {
-        stdin: Option<Stdin>,
-        out: [Inbound; 2],
-    },
+#[derive(Debug, Default)]
+struct Open {
+    stdin: Option<Stdin>,
+    out: [Inbound; 3],
 }
 
 /// See the module.
@@ -144,13 +131,9 @@ impl State {
         if payload.len() > MAX_PAYLOAD_LEN {
             return Err(RuntimeError::TooLarge { len: payload.len() });
         }
-        let open = match call {
-            Call::Ping => Open::Ping,
-            Call::Signal(_) | Call::Shutdown => Open::Simple,
-            Call::Exec(params) => Open::Exec {
-                stdin: params.stdin.then(Stdin::default),
-                out: Default::default(),
-            },
+        let open = Open {
+            stdin: call.takes_input().then(Stdin::default),
+            out: Default::default(),
         };
         self.last_id += 1;
         self.calls.insert(self.last_id, open);
@@ -194,8 +177,10 @@ impl State {
         };
         match (frame.kind, open) {
             (Kind::Reply, _) => {
-                let happening = self.reply(&frame)?;
-                happenings.push(happening);
+                let value = serde_json::from_slice(&frame.payload)
+                    .map_err(|error| violation(format!("reply of call {id}: {error}")))?;
+                self.calls.remove(&id);
+                happenings.push(Happening::Reply { call: id, value });
             }
             (Kind::Error, _) => {
                 let error = error_reply(&frame)?;
@@ -204,19 +189,18 @@ impl State {
             }
             (Kind::Event, _) => {
                 // An event of a newer runtime is none of our business.
-                if let Ok(Event::Started { pid }) = serde_json::from_slice(&frame.payload) {
-                    happenings.push(Happening::Started { call: id, pid });
+                if let Ok(event) = serde_json::from_slice(&frame.payload)
+                    && event != Event::Unknown
+                {
+                    happenings.push(Happening::Event { call: id, event });
                 }
             }
-            (Kind::Stdout, Open::Exec { out, .. }) => {
-                output(&mut out[0], frame, Output::Stdout, happenings)?;
-            }
-            (Kind::Stderr, Open::Exec { out, .. }) => {
-                output(&mut out[1], frame, Output::Stderr, happenings)?;
-            }
+            (Kind::Stdout, open) => output(&mut open.out[0], frame, Output::Stdout, happenings)?,
+            (Kind::Stderr, open) => output(&mut open.out[1], frame, Output::Stderr, happenings)?,
+            (Kind::Data, open) => output(&mut open.out[2], frame, Output::Data, happenings)?,
             (
                 Kind::Ack,
-                Open::Exec {
+                Open {
                     stdin: Some(stdin), ..
                 },
             ) if frame.acked_stream() == Some(Kind::Stdin) => {
@@ -248,33 +232,12 @@ impl State {
         Ok(())
     }
 
-    fn reply(&mut self, frame: &Frame) -> Result<Happening, RuntimeError> {
-        let call = frame.call;
-        let bad = |error: serde_json::Error| violation(format!("reply of call {call}: {error}"));
-        let happening = match self.calls.remove(&call) {
-            Some(Open::Ping) => Happening::Pong {
-                call,
-                pong: serde_json::from_slice(&frame.payload).map_err(bad)?,
-            },
-            Some(Open::Exec { .. }) => {
-                let status = serde_json::from_slice(&frame.payload).map_err(bad)?;
-                match status {
-                    ExitStatus::Code(0..=255) | ExitStatus::Signal(1..=64) => {}
-                    _ => return Err(violation(format!("call {call} ended with {status:?}"))),
-                }
-                Happening::Exited { call, status }
-            }
-            _ => Happening::Done { call },
-        };
-        Ok(happening)
-    }
-
     /// Output of this length has been written on: acknowledges it when it is time.
     pub fn taken(&mut self, call: u64, output: Output, len_bytes: usize) {
-        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&call) else {
+        let Some(open) = self.calls.get_mut(&call) else {
             return;
         };
-        let stream = &mut out[output as usize];
+        let stream = &mut open.out[output as usize];
         stream.taken = (stream.taken + len_bytes as u64).min(stream.received);
         if !stream.ended && stream.taken - stream.acked >= STREAM_WINDOW / 2 {
             stream.acked = stream.taken;
@@ -284,10 +247,10 @@ impl State {
 
     /// Nobody reads this output any more: the process is to be told (as by a closed pipe).
     pub fn stop(&mut self, call: u64, output: Output) {
-        let Some(Open::Exec { out, .. }) = self.calls.get_mut(&call) else {
+        let Some(open) = self.calls.get_mut(&call) else {
             return;
         };
-        let stream = &mut out[output as usize];
+        let stream = &mut open.out[output as usize];
         if !stream.stopped && !stream.ended {
             stream.stopped = true;
             stream.acked = stream.received;
@@ -298,7 +261,7 @@ impl State {
     /// How much input may be sent now, in one go; `None` when no more is wanted at all.
     pub fn stdin_room(&self, call: u64) -> Option<usize> {
         match self.calls.get(&call) {
-            Some(Open::Exec {
+            Some(Open {
                 stdin: Some(stdin), ..
             }) if !stdin.ended && !stdin.stopped => {
                 let room = STREAM_WINDOW - (stdin.sent - stdin.acked);
@@ -310,7 +273,7 @@ impl State {
 
     /// Sends input, at most [`State::stdin_room`] bytes; `end` closes it.
     pub fn stdin(&mut self, call: u64, bytes: &[u8], end: bool) {
-        let Some(Open::Exec {
+        let Some(Open {
             stdin: Some(stdin), ..
         }) = self.calls.get_mut(&call)
         else {

@@ -1,5 +1,7 @@
 //! The blocking client: one connection, one call at a time.
 
+mod link;
+
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -8,14 +10,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ratoon_protocol::{
-    Call, ErrorCode, ExecParams, ExitStatus, Hello, MAX_PAYLOAD_LEN, Pong, RUNTIME_PORT,
-    SignalParams,
+    Call, ErrorCode, Event, ExecParams, ExitReport, ExitStatus, Hello, MAX_PAYLOAD_LEN, Pong,
+    RUNTIME_PORT, ResizeParams, SignalParams, Size, Target,
 };
 use rustix::io::Errno;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use super::RuntimeError;
-use super::link::{self, Link};
-use super::state::{Happening, Output};
+use self::link::Link;
+use crate::RuntimeError;
+use crate::state::{Happening, Output};
 
 /// Where a command's streams go.
 pub struct ExecIo<'a> {
@@ -27,6 +31,20 @@ pub struct ExecIo<'a> {
     pub stdout: &'a mut dyn Write,
     /// Takes standard error, likewise.
     pub stderr: &'a mut dyn Write,
+}
+
+/// Where the streams of any call go.
+pub struct CallIo<'a> {
+    /// As [`ExecIo::stdin`], for calls that take input.
+    pub stdin: Option<BorrowedFd<'a>>,
+    /// As [`ExecIo::stdout`].
+    pub stdout: &'a mut dyn Write,
+    /// As [`ExecIo::stderr`].
+    pub stderr: &'a mut dyn Write,
+    /// Takes what comes beside the text, likewise.
+    pub data: &'a mut dyn Write,
+    /// Told what happens on the way.
+    pub events: &'a mut dyn FnMut(Event),
 }
 
 /// Reaches a call that runs, from another thread or a signal handler's thread.
@@ -42,6 +60,7 @@ struct Wishes {
 #[derive(Debug, Default)]
 struct WishList {
     signals: Vec<i32>,
+    size: Option<Size>,
     cancelled: bool,
 }
 
@@ -58,6 +77,11 @@ impl Controller {
         });
     }
 
+    /// Sets the size of the terminal of the command that runs, or of the next one.
+    pub fn resize(&self, size: Size) {
+        self.wish(|list| list.size = Some(size));
+    }
+
     /// Ends the client's current wait, or its next, with [`RuntimeError::Cancelled`]. The runtime
     /// kills the command when the client is dropped.
     pub fn cancel(&self) {
@@ -70,25 +94,25 @@ impl Controller {
         let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
     }
 
-    fn fetch(&self) -> Result<Vec<i32>, RuntimeError> {
+    fn fetch(&self) -> Result<(Vec<i32>, Option<Size>), RuntimeError> {
         let _ = rustix::io::read(&self.0.wake, &mut [0; 8]);
         let mut list = self.0.list.lock().unwrap_or_else(PoisonError::into_inner);
         match list.cancelled {
             true => Err(RuntimeError::Cancelled),
-            false => Ok(std::mem::take(&mut list.signals)),
+            false => Ok((std::mem::take(&mut list.signals), list.size.take())),
         }
     }
 }
 
 /// A connection to the runtime of one guest. See the module.
-pub struct RuntimeClient {
+pub struct Client {
     link: Link,
     hello: Hello,
     controller: Controller,
     broken: bool,
 }
 
-impl RuntimeClient {
+impl Client {
     /// Takes a connection that the runtime has made (its standing one), or one that is joined to
     /// the runtime's port; waits for its HELLO.
     ///
@@ -126,7 +150,7 @@ impl RuntimeClient {
     ///
     /// # Errors
     /// [`RuntimeError::Connect`], [`RuntimeError::NotListening`], and as
-    /// [`RuntimeClient::from_stream`].
+    /// [`Client::from_stream`].
     pub fn connect(vsock_socket: &Path, timeout: Duration) -> Result<Self, RuntimeError> {
         let mut stream =
             UnixStream::connect(vsock_socket).map_err(|source| RuntimeError::Connect {
@@ -153,39 +177,28 @@ impl RuntimeClient {
     /// # Errors
     /// [`RuntimeError::Timeout`] and all others about the connection.
     pub fn ping(&mut self, timeout: Duration) -> Result<Pong, RuntimeError> {
-        self.simple(
-            &Call::Ping,
-            "answered a ping",
-            timeout,
-            |happening, id| match happening {
-                Happening::Pong { call, pong } if call == id => Some(pong),
-                _ => None,
-            },
-        )
+        self.call(&Call::Ping, "answered a ping", timeout)
     }
 
     /// Ends the machine: processes are ended, file systems written back, then the power goes. When
     /// this returns the disk is safe.
     ///
     /// # Errors
-    /// As [`RuntimeClient::ping`].
+    /// As [`Client::ping`].
     pub fn shutdown(&mut self, timeout: Duration) -> Result<(), RuntimeError> {
-        self.simple(
-            &Call::Shutdown,
-            "shut the guest down",
-            timeout,
-            |happening, id| {
-                matches!(happening, Happening::Done { call } if call == id).then_some(())
-            },
-        )
+        self.call(&Call::Shutdown, "shut the guest down", timeout)
     }
 
-    fn simple<T>(
+    /// A call without streams. `what` completes "the runtime has not … within … ms".
+    ///
+    /// # Errors
+    /// [`RuntimeError::Call`] when it failed, [`RuntimeError::Violation`] when its result is none,
+    /// and as [`Client::ping`].
+    pub fn call<T: DeserializeOwned>(
         &mut self,
         call: &Call,
         what: &'static str,
         within: Duration,
-        answer: impl Fn(Happening, u64) -> Option<T>,
     ) -> Result<T, RuntimeError> {
         self.guarded(|client| {
             let id = client.link.state.call(call)?;
@@ -207,42 +220,69 @@ impl RuntimeClient {
                         Happening::Failed { call, error } if call == id => {
                             return Err(RuntimeError::Call(error));
                         }
-                        other => {
-                            if let Some(answer) = answer(other, id) {
-                                return Ok(answer);
-                            }
+                        Happening::Reply { call, value } if call == id => {
+                            return result(id, value);
                         }
+                        Happening::Output {
+                            call,
+                            output,
+                            bytes,
+                        } => client.link.state.taken(call, output, bytes.len()),
+                        _ => {}
                     }
                 }
             }
         })
     }
 
-    /// Runs a command to its end, forwarding its streams; `params.stdin` is set as `io` says.
+    /// A call with streams, to its end, however long that takes ([`Controller::cancel`] ends it).
     ///
     /// # Errors
-    /// [`RuntimeError::Call`] when it could not be started ([`ErrorCode::NotFound`], …),
-    /// [`RuntimeError::Output`] and [`RuntimeError::Input`] when our own side failed, and all
-    /// others about the connection.
-    pub fn exec(
+    /// [`RuntimeError::Call`] when it failed, [`RuntimeError::Output`] and [`RuntimeError::Input`] when
+    /// our own side failed, and all others about the connection.
+    pub fn run<T: DeserializeOwned>(
         &mut self,
-        params: &ExecParams,
-        mut io: ExecIo<'_>,
-    ) -> Result<ExitStatus, RuntimeError> {
-        let params = ExecParams {
-            stdin: io.stdin.is_some(),
-            ..params.clone()
-        };
+        call: &Call,
+        io: &mut CallIo<'_>,
+    ) -> Result<T, RuntimeError> {
         self.guarded(|client| {
-            let id = client.link.state.call(&Call::Exec(params))?;
-            let mut exec = Exec {
+            let id = client.link.state.call(call)?;
+            let mut running = Running {
                 id,
                 stdin: io.stdin,
                 scratch: Vec::new(),
                 own_failure: None,
             };
-            exec.run(client, &mut io)
+            if running.stdin.is_none() {
+                running.end_input(client);
+            }
+            result(id, running.run(client, io)?)
         })
+    }
+
+    /// Runs a command to its end, forwarding its streams; `params.stdin` is set as `io` says.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Call`] when it could not be started ([`ErrorCode::NotFound`], …), and as
+    /// [`Client::run`].
+    pub fn exec(
+        &mut self,
+        params: &ExecParams,
+        io: ExecIo<'_>,
+    ) -> Result<ExitReport, RuntimeError> {
+        let params = ExecParams {
+            stdin: io.stdin.is_some(),
+            ..params.clone()
+        };
+        let mut io = CallIo {
+            stdin: io.stdin,
+            stdout: io.stdout,
+            stderr: io.stderr,
+            data: &mut io::sink(),
+            events: &mut |_| {},
+        };
+        let report: ExitReport = self.run(&Call::Exec(Box::new(params)), &mut io)?;
+        checked(report)
     }
 
     fn guarded<T>(
@@ -260,20 +300,34 @@ impl RuntimeClient {
     }
 }
 
-/// An exec call under way.
-struct Exec<'a> {
+/// What a guest says of a process's end, held against what can be.
+///
+/// # Errors
+/// [`RuntimeError::Violation`].
+pub fn checked(report: ExitReport) -> Result<ExitReport, RuntimeError> {
+    match report.status {
+        ExitStatus::Code(0..=255) | ExitStatus::Signal(1..=64) => Ok(report),
+        status => Err(RuntimeError::Violation(format!(
+            "a process ended with {status:?}"
+        ))),
+    }
+}
+
+fn result<T: DeserializeOwned>(call: u64, value: Value) -> Result<T, RuntimeError> {
+    serde_json::from_value(value)
+        .map_err(|error| RuntimeError::Violation(format!("reply of call {call}: {error}")))
+}
+
+/// A call under way.
+struct Running<'a> {
     id: u64,
     stdin: Option<BorrowedFd<'a>>,
     scratch: Vec<u8>,
     own_failure: Option<RuntimeError>,
 }
 
-impl Exec<'_> {
-    fn run(
-        &mut self,
-        client: &mut RuntimeClient,
-        io: &mut ExecIo<'_>,
-    ) -> Result<ExitStatus, RuntimeError> {
+impl Running<'_> {
+    fn run(&mut self, client: &mut Client, io: &mut CallIo<'_>) -> Result<Value, RuntimeError> {
         let mut happenings = Vec::new();
         loop {
             let room = client.link.state.stdin_room(self.id);
@@ -281,24 +335,21 @@ impl Exec<'_> {
             let wake = client.controller.0.wake.as_fd();
             let ready = client.link.wait(None, Some(wake), stdin, &mut happenings)?;
             if ready.woken {
-                for signal in client.controller.fetch()? {
-                    let call = self.id;
-                    client
-                        .link
-                        .state
-                        .call(&Call::Signal(SignalParams { call, signal }))?;
-                }
+                self.pass_on(client)?;
             }
             if let (true, Some(fd), Some(room)) = (ready.input, stdin, room) {
                 self.forward_input(client, fd, room);
             }
             for happening in happenings.drain(..) {
                 match happening {
-                    Happening::Output { output, bytes, .. } => {
-                        self.write(client, io, output, &bytes);
-                    }
-                    Happening::Exited { call, status } if call == self.id => {
-                        return self.finish(io, status);
+                    Happening::Output {
+                        call,
+                        output,
+                        bytes,
+                    } if call == self.id => self.write(client, io, output, &bytes),
+                    Happening::Event { call, event } if call == self.id => (io.events)(event),
+                    Happening::Reply { call, value } if call == self.id => {
+                        return self.finish(io, value);
                     }
                     Happening::Failed { call, error } if call == self.id => {
                         return Err(RuntimeError::Call(error));
@@ -313,7 +364,24 @@ impl Exec<'_> {
         }
     }
 
-    fn forward_input(&mut self, client: &mut RuntimeClient, fd: BorrowedFd<'_>, room: usize) {
+    fn pass_on(&self, client: &mut Client) -> Result<(), RuntimeError> {
+        let (signals, size) = client.controller.fetch()?;
+        let target = Target {
+            call: Some(self.id),
+            pid: None,
+        };
+        if let Some(size) = size {
+            let params = ResizeParams { target, size };
+            client.link.state.call(&Call::Resize(params))?;
+        }
+        for signal in signals {
+            let params = SignalParams { target, signal };
+            client.link.state.call(&Call::Signal(params))?;
+        }
+        Ok(())
+    }
+
+    fn forward_input(&mut self, client: &mut Client, fd: BorrowedFd<'_>, room: usize) {
         self.scratch.resize(MAX_PAYLOAD_LEN, 0);
         let room = room.min(self.scratch.len());
         match rustix::io::read(fd, &mut self.scratch[..room]) {
@@ -331,21 +399,16 @@ impl Exec<'_> {
         }
     }
 
-    fn end_input(&mut self, client: &mut RuntimeClient) {
+    fn end_input(&mut self, client: &mut Client) {
         self.stdin = None;
         client.link.state.stdin(self.id, &[], true);
     }
 
-    fn write(
-        &mut self,
-        client: &mut RuntimeClient,
-        io: &mut ExecIo<'_>,
-        output: Output,
-        bytes: &[u8],
-    ) {
+    fn write(&mut self, client: &mut Client, io: &mut CallIo<'_>, output: Output, bytes: &[u8]) {
         let (writer, stream) = match output {
             Output::Stdout => (&mut *io.stdout, "stdout"),
             Output::Stderr => (&mut *io.stderr, "stderr"),
+            Output::Data => (&mut *io.data, "data"),
         };
         match writer.write_all(bytes).and_then(|()| writer.flush()) {
             Ok(()) => client.link.state.taken(self.id, output, bytes.len()),
@@ -359,12 +422,13 @@ impl Exec<'_> {
         }
     }
 
-    fn finish(
-        &mut self,
-        io: &mut ExecIo<'_>,
-        status: ExitStatus,
-    ) -> Result<ExitStatus, RuntimeError> {
-        for (writer, stream) in [(&mut *io.stdout, "stdout"), (&mut *io.stderr, "stderr")] {
+    fn finish(&mut self, io: &mut CallIo<'_>, value: Value) -> Result<Value, RuntimeError> {
+        let writers = [
+            (&mut *io.stdout, "stdout"),
+            (&mut *io.stderr, "stderr"),
+            (&mut *io.data, "data"),
+        ];
+        for (writer, stream) in writers {
             match writer.flush() {
                 Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
                     self.own_failure
@@ -375,11 +439,10 @@ impl Exec<'_> {
         }
         match self.own_failure.take() {
             Some(error) => Err(error),
-            None => Ok(status),
+            None => Ok(value),
         }
     }
 }
 
 #[cfg(test)]
-#[path = "client_tests.rs"]
 mod tests;

@@ -18,7 +18,7 @@ fn hello() -> Vec<u8> {
 }
 
 /// A client whose runtime says HELLO, reads one call, says `answer` and then keeps its end open.
-fn client(answer: Vec<u8>) -> (RuntimeClient, thread::JoinHandle<UnixStream>) {
+fn client(answer: Vec<u8>) -> (Client, thread::JoinHandle<UnixStream>) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let runtime = thread::spawn(move || {
         theirs.write_all(&hello()).unwrap();
@@ -27,10 +27,10 @@ fn client(answer: Vec<u8>) -> (RuntimeClient, thread::JoinHandle<UnixStream>) {
         theirs.write_all(&answer).unwrap();
         theirs
     });
-    (RuntimeClient::from_stream(ours, LONG).unwrap(), runtime)
+    (Client::from_stream(ours, LONG).unwrap(), runtime)
 }
 
-fn exec(client: &mut RuntimeClient) -> Result<ExitStatus, RuntimeError> {
+fn exec(client: &mut Client) -> Result<ExitReport, RuntimeError> {
     let params = ExecParams {
         argv: vec!["x".into()],
         ..ExecParams::default()
@@ -46,7 +46,7 @@ fn exec(client: &mut RuntimeClient) -> Result<ExitStatus, RuntimeError> {
 #[test]
 fn silence_instead_of_hello_is_a_timeout() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
-    let result = RuntimeClient::from_stream(ours, SHORT).map(|_| ());
+    let result = Client::from_stream(ours, SHORT).map(|_| ());
     assert!(
         matches!(result, Err(RuntimeError::Timeout { what: "said HELLO", within }) if within == SHORT)
     );
@@ -56,7 +56,7 @@ fn silence_instead_of_hello_is_a_timeout() {
 fn half_a_hello_and_then_silence_is_a_timeout() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&hello()[..30]).unwrap();
-    let result = RuntimeClient::from_stream(ours, SHORT).map(|_| ());
+    let result = Client::from_stream(ours, SHORT).map(|_| ());
     assert!(matches!(result, Err(RuntimeError::Timeout { .. })));
 }
 
@@ -75,7 +75,7 @@ fn a_vanished_runtime_is_told_as_closed() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&hello()).unwrap();
     drop(theirs);
-    let mut client = RuntimeClient::from_stream(ours, LONG).unwrap();
+    let mut client = Client::from_stream(ours, LONG).unwrap();
     assert!(matches!(exec(&mut client), Err(RuntimeError::Closed)));
 }
 
@@ -93,10 +93,22 @@ fn a_lie_in_the_middle_of_a_command_ends_it_by_name() {
 }
 
 #[test]
+fn an_end_that_no_process_can_have_is_not_believed() {
+    for lie in [r#"{"code":256}"#, r#"{"signal":0}"#, r#"{"code":-1}"#, "7"] {
+        let (mut client, _runtime) = client(Frame::new(Kind::Reply, 1, lie.into()).encode());
+        let result = exec(&mut client);
+        assert!(
+            matches!(result, Err(RuntimeError::Violation(_))),
+            "{lie}: {result:?}"
+        );
+    }
+}
+
+#[test]
 fn a_runtime_that_reads_nothing_cannot_hold_a_client_that_cancels() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&hello()).unwrap();
-    let mut client = RuntimeClient::from_stream(ours, LONG).unwrap();
+    let mut client = Client::from_stream(ours, LONG).unwrap();
     let controller = client.controller();
     let canceller = thread::spawn(move || {
         for signal in 1..=64 {
@@ -132,7 +144,7 @@ fn connect(answer: &'static [u8]) -> Result<(), RuntimeError> {
         stream.write_all(answer).unwrap();
         stream
     });
-    let result = RuntimeClient::connect(&path, if answer.is_empty() { SHORT } else { LONG });
+    let result = Client::connect(&path, if answer.is_empty() { SHORT } else { LONG });
     vmm.join().unwrap();
     result.map(|_| ())
 }
@@ -158,12 +170,12 @@ fn a_handshake_that_is_not_ok_is_refused() {
 fn a_vmm_that_closes_or_is_silent_is_told_apart() {
     assert!(matches!(connect(b""), Err(RuntimeError::Timeout { .. })));
     let dir = tempfile::tempdir().unwrap();
-    let missing = RuntimeClient::connect(&dir.path().join("none"), LONG).map(|_| ());
+    let missing = Client::connect(&dir.path().join("none"), LONG).map(|_| ());
     assert!(matches!(missing, Err(RuntimeError::Connect { .. })));
     let path = dir.path().join("vsock");
     let listener = UnixListener::bind(&path).unwrap();
     let vmm = thread::spawn(move || drop(listener.accept().unwrap()));
-    let refused = RuntimeClient::connect(&path, LONG).map(|_| ());
+    let refused = Client::connect(&path, LONG).map(|_| ());
     vmm.join().unwrap();
     assert!(matches!(
         refused,

@@ -1,0 +1,200 @@
+//! The machine itself: ports, metrics, time, identity, and quiet for the moment of a freeze.
+
+use serde::{Deserialize, Serialize};
+
+/// Parameters of `port.connect`: STDIN goes to the server, STDOUT comes from it; EVENT `connected`
+/// when there is one. The reply is [`crate::Transferred`] (bytes of both ways), when both are at
+/// their end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortConnect {
+    /// TCP port.
+    pub port: u16,
+    /// An address of the guest; default 127.0.0.1, then ::1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+}
+
+/// A server. `port.list` replies with an array of them, by port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// TCP port.
+    pub port: u16,
+    /// The address that it listens on, `0.0.0.0` and `::` for all.
+    pub address: String,
+    /// Whose it is, if that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// The program's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<String>,
+}
+
+/// Reply of `metrics`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// CLOCK_BOOTTIME, microseconds.
+    pub uptime_us: u64,
+    /// CLOCK_REALTIME, microseconds since 1970.
+    pub time_us: u64,
+    /// Processors.
+    pub cpus: u32,
+    /// Time that all processors together were busy since boot, microseconds.
+    pub cpu_busy_us: u64,
+    /// Load average of the last minute.
+    pub load: f64,
+    /// Memory, bytes.
+    pub memory_total: u64,
+    /// Memory that programs can still have, bytes.
+    pub memory_available: u64,
+    /// File cache, bytes.
+    pub memory_cache: u64,
+    /// Disk of `/`, bytes.
+    pub disk_total: u64,
+    /// Free on it, bytes.
+    pub disk_free: u64,
+    /// Bytes received on all network devices but the loopback.
+    pub network_received: u64,
+    /// Bytes sent on them.
+    pub network_sent: u64,
+    /// Threads of all processes, the kernel's own included (sysinfo(2)).
+    pub processes: u32,
+    /// The runtime's own resident memory, bytes.
+    pub runtime_memory: u64,
+    /// With `top` in the parameters: the processes that used most processor time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub top: Vec<TopProcess>,
+}
+
+/// Parameters of `metrics`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetricsParams {
+    /// How many processes to list, at most 100.
+    #[serde(default)]
+    pub top: u32,
+}
+
+/// A process of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopProcess {
+    /// Process id.
+    pub pid: i32,
+    /// Its parent.
+    pub ppid: i32,
+    /// Owner's number.
+    pub uid: u32,
+    /// `R`, `S`, `D`, `Z`, `T`, as in /proc.
+    pub state: String,
+    /// Processor time since it began, microseconds.
+    pub cpu_us: u64,
+    /// Resident memory, bytes.
+    pub memory: u64,
+    /// Command line, at most 256 bytes.
+    pub command: String,
+}
+
+/// Parameters of `time.set`; the reply is `null`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeSet {
+    /// CLOCK_REALTIME, microseconds since 1970.
+    pub time_us: u64,
+}
+
+/// Parameters of `entropy.add`; the reply is `null`. The kernel's generator is reseeded at once.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntropyAdd {
+    /// 1 to 512 bytes, as hexadecimal digits.
+    pub hex: String,
+}
+
+/// Parameters of `hostname.set`; the reply is `null`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostnameSet {
+    /// 1 to 63 letters, digits, `-` and `.`.
+    pub hostname: String,
+}
+
+/// Parameters of `network.set`; the reply is `null`. What is not named stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSet {
+    /// The device; default `eth0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Hardware address, `02:…`; the device goes down and up for it, and keeps what is not named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// All addresses that it has then, with prefix lengths: `10.0.0.2/24`, `fd00::2/64`; at most
+    /// 16. IPv6 link-local ones are the kernel's own and stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Vec<String>>,
+    /// Where everything else goes: one address for each family.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<String>,
+    /// Name servers: written to /etc/resolv.conf.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name_servers: Option<Vec<String>>,
+    /// MTU in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+}
+
+/// Parameters of `freeze` and `thaw`; the reply is `null`. Freeze writes back what is dirty. Thaw
+/// undoes what freeze did, and is no error when nothing is frozen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeParams {
+    /// Stop all processes but the runtime's own (cgroup freezer).
+    #[serde(default)]
+    pub processes: bool,
+    /// Freeze `/` (FIFREEZE), when it is on a disk: writers wait.
+    #[serde(default)]
+    pub file_systems: bool,
+}
+
+/// Parameters of `wake`: who this machine is from now on. Until it has come, a runtime that was
+/// told to expect it (`expect_wake`) answers nothing but `ping`; other calls wait. Each step is
+/// done, or the call fails and the runtime keeps waiting. The reply is [`Awake`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// The generation that this machine was started from.
+    pub generation: String,
+    /// The VM's id.
+    pub id: String,
+    /// Which child of the fork, from 0.
+    #[serde(default)]
+    pub index: u32,
+    /// As for `hostname.set`; default: stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// New `/etc/machine-id`, 32 hexadecimal digits; default: stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+    /// As for `time.set`; default: stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_us: Option<u64>,
+    /// As for `entropy.add`, at least 16 bytes; required: a child must not share its parent's random numbers.
+    pub entropy: String,
+    /// As for `network.set`; default: stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkSet>,
+    /// A secret for this machine alone, handed to programs that ask; never written to disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// A word from the forker, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// Reply of `wake` and of `whoami`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awake {
+    /// As `wake` said, empty before the first.
+    pub generation: String,
+    /// As `wake` said.
+    pub id: String,
+    /// As `wake` said.
+    pub index: u32,
+    /// How often this machine was woken.
+    pub wakes: u64,
+    /// As `wake` said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}

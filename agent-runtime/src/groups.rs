@@ -1,0 +1,141 @@
+//! Control groups: one for each process that a client starts, so that all its descendants can be
+//! ended together, wherever they hide; and one above them, which the freezer stops.
+//!
+//! ```text
+//!   /sys/fs/cgroup            PID 1 (the runtime)
+//!                 /ratoon     pids.max: a fork bomb leaves the runtime room to end it
+//!                        /0 /1 …   used again when they are empty: making one costs more than a lookup
+//! ```
+//!
+//! How it fails: without control groups (a test on the host, a kernel without them) there are none,
+//! and ending a process ends its process group.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags, mkdirat, openat};
+use rustix::io::Errno;
+
+/// The group above all that clients start.
+pub const BASE: &str = "/sys/fs/cgroup/ratoon";
+
+/// Empty groups beyond these are removed.
+const KEEP_IDLE: usize = 16;
+
+/// One process's group.
+#[derive(Debug)]
+pub struct Group {
+    dir: OwnedFd,
+    name: String,
+}
+
+/// All groups.
+#[derive(Debug, Default)]
+pub struct Groups {
+    base: Option<OwnedFd>,
+    idle: Vec<Group>,
+    next: u32,
+}
+
+impl Groups {
+    /// Makes the group above all others; with an error, everything works without groups.
+    ///
+    /// # Errors
+    /// What the system says, with the file.
+    pub fn set_up() -> Result<Self, String> {
+        let failed = |path: &str, error: std::io::Error| format!("{path}: {error}");
+        let control = "/sys/fs/cgroup/cgroup.subtree_control";
+        fs::write(control, "+pids").map_err(|error| failed(control, error))?;
+        match fs::create_dir(BASE) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(failed(BASE, error));
+            }
+            _ => {}
+        }
+        let number =
+            |path: &str| -> Option<u64> { fs::read_to_string(path).ok()?.trim().parse().ok() };
+        let threads = number("/proc/sys/kernel/threads-max").unwrap_or(1024);
+        let pids = number("/proc/sys/kernel/pid_max").unwrap_or(32768);
+        let limit = (threads.min(pids) / 10 * 9).max(64);
+        let path = format!("{BASE}/pids.max");
+        fs::write(&path, limit.to_string()).map_err(|error| failed(&path, error))?;
+        let base = open_dir(rustix::fs::CWD, BASE).map_err(|error| failed(BASE, error.into()))?;
+        Ok(Self {
+            base: Some(base),
+            ..Self::default()
+        })
+    }
+
+    /// An empty group, if there are groups.
+    pub fn take(&mut self) -> Option<Group> {
+        let base = self.base.as_ref()?;
+        for at in 0..self.idle.len() {
+            if !self.idle[at].is_populated() {
+                return Some(self.idle.swap_remove(at));
+            }
+        }
+        loop {
+            let name = self.next.to_string();
+            self.next += 1;
+            match mkdirat(base, name.as_str(), Mode::from_raw_mode(0o755)) {
+                Ok(()) => {}
+                Err(Errno::EXIST) => continue,
+                Err(_) => return None,
+            }
+            let dir = open_dir(base.as_fd(), &name).ok()?;
+            return Some(Group { dir, name });
+        }
+    }
+
+    /// A group whose process has ended. Descendants may still be in it.
+    pub fn give_back(&mut self, group: Group) {
+        self.idle.push(group);
+        if self.idle.len() <= KEEP_IDLE {
+            return;
+        }
+        if let Some(base) = &self.base
+            && let Some(at) = self.idle.iter().position(|group| !group.is_populated())
+        {
+            let group = self.idle.swap_remove(at);
+            let _ = rustix::fs::unlinkat(base, group.name.as_str(), rustix::fs::AtFlags::REMOVEDIR);
+        }
+    }
+}
+
+impl Group {
+    /// For CLONE_INTO_CGROUP.
+    pub fn fd(&self) -> RawFd {
+        self.dir.as_raw_fd()
+    }
+
+    /// Kills every process in it.
+    ///
+    /// # Errors
+    /// When the kernel has no `cgroup.kill`.
+    pub fn kill(&self) -> rustix::io::Result<()> {
+        let file = openat(
+            &self.dir,
+            "cgroup.kill",
+            OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        rustix::io::write(file, b"1").map(|_| ())
+    }
+
+    fn is_populated(&self) -> bool {
+        let read = || {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let file = openat(&self.dir, "cgroup.events", flags, Mode::empty())?;
+            let mut text = [0; 64];
+            let len = rustix::io::read(file, &mut text)?;
+            Ok::<_, Errno>(text[..len].starts_with(b"populated 1"))
+        };
+        read().unwrap_or(true)
+    }
+}
+
+fn open_dir(at: impl AsFd, path: impl AsRef<Path>) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(at, path.as_ref(), flags, Mode::empty())
+}
