@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use ratoon_protocol::Language;
 use rustix::process::{Pid, Signal};
 
 use super::ending::died;
@@ -13,10 +14,11 @@ impl Context {
     pub fn interrupt(&mut self, now: Instant) {
         let Some(cell) = &mut self.cell else { return };
         cell.interrupted = true;
+        let is_bash = self.params.language == Language::Bash;
         match cell.since {
             None => {}
             Some(since) => {
-                if now.saturating_duration_since(since) < EARLY {
+                if is_bash || now.saturating_duration_since(since) < EARLY {
                     cell.again = Some(now + EARLY);
                 }
                 self.signal(Signal::INT);
@@ -36,6 +38,10 @@ impl Context {
         let Some(cell) = &mut self.cell else { return };
         let tick = is_due(cell.tick.take_if(|at| now >= *at));
         let again = is_due(cell.again.take_if(|at| now >= *at));
+        if again && self.params.language == Language::Bash {
+            // A command that it was just about to start has not got it, and Bash waits for that one.
+            cell.again = Some(now + EARLY);
+        }
         let due = is_due(cell.due.take_if(|at| now >= *at));
         let kill = due && cell.timed_out;
         if due && !kill {
