@@ -5,14 +5,18 @@
 //! and before its end, and replies that fit their call. All else is
 //! [`RuntimeError::Violation`]. Strings of the guest are cleared of control characters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use ratoon_protocol::{
     Call, Decoder, ErrorReply, Event, Frame, Hello, Kind, MAX_PAYLOAD_LEN, STREAM_WINDOW,
 };
 use serde_json::Value;
 
+use self::resume::Named;
 use crate::RuntimeError;
+
+#[path = "resume.rs"]
+mod resume;
 
 /// Which output of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +83,8 @@ struct Inbound {
     acked: u64,
     ended: bool,
     stopped: bool,
+    /// After a resume the end is said once more: it is not among the bytes that are counted.
+    end_again: bool,
 }
 
 #[derive(Debug, Default)]
@@ -87,12 +93,19 @@ struct Stdin {
     acked: u64,
     ended: bool,
     stopped: bool,
+    /// In a named session: what was sent and not acknowledged, at most the window.
+    replay: VecDeque<u8>,
 }
 
 #[derive(Debug, Default)]
 struct Open {
     stdin: Option<Stdin>,
     out: [Inbound; 3],
+    /// In a named session: the call itself, for a runtime that it has not reached.
+    payload: Vec<u8>,
+    /// How many events came over all connections; and how many are still to be said again.
+    events: u64,
+    repeated: u64,
 }
 
 /// See the module.
@@ -103,6 +116,7 @@ pub struct State {
     last_id: u64,
     calls: BTreeMap<u64, Open>,
     out: Vec<u8>,
+    session: Option<Named>,
 }
 
 fn violation(what: impl Into<String>) -> RuntimeError {
@@ -131,13 +145,19 @@ impl State {
         if payload.len() > MAX_PAYLOAD_LEN {
             return Err(RuntimeError::TooLarge { len: payload.len() });
         }
-        let open = Open {
+        let mut open = Open {
             stdin: call.takes_input().then(Stdin::default),
-            out: Default::default(),
+            ..Open::default()
         };
+        if self.session.is_some() {
+            open.payload.clone_from(&payload);
+        }
         self.last_id += 1;
         self.calls.insert(self.last_id, open);
-        Frame::new(Kind::Call, self.last_id, payload).encode_into(&mut self.out);
+        if !self.is_naming() {
+            self.confirm();
+            Frame::new(Kind::Call, self.last_id, payload).encode_into(&mut self.out);
+        }
         Ok(self.last_id)
     }
 
@@ -169,6 +189,9 @@ impl State {
             return Err(RuntimeError::Rejected(error_reply(&frame)?));
         }
         let id = frame.call;
+        if self.session.is_some() && self.session_frame(&frame)? {
+            return Ok(());
+        }
         let Some(open) = self.calls.get_mut(&id) else {
             return Err(violation(format!(
                 "{:?} for call {id}, which is not open",
@@ -179,15 +202,17 @@ impl State {
             (Kind::Reply, _) => {
                 let value = serde_json::from_slice(&frame.payload)
                     .map_err(|error| violation(format!("reply of call {id}: {error}")))?;
-                self.calls.remove(&id);
+                self.end(id);
                 happenings.push(Happening::Reply { call: id, value });
             }
             (Kind::Error, _) => {
                 let error = error_reply(&frame)?;
-                self.calls.remove(&id);
+                self.end(id);
                 happenings.push(Happening::Failed { call: id, error });
             }
-            (Kind::Event, _) => {
+            (Kind::Event, open) if open.repeated > 0 => open.repeated -= 1,
+            (Kind::Event, open) => {
+                open.events += 1;
                 // An event of a newer runtime is none of our business.
                 if let Ok(event) = serde_json::from_slice(&frame.payload)
                     && event != Event::Unknown
@@ -207,6 +232,8 @@ impl State {
                 if !(stdin.acked..=stdin.sent).contains(&frame.offset) {
                     return Err(violation(format!("call {id}: an ACK of input never sent")));
                 }
+                let newly = (frame.offset - stdin.acked) as usize;
+                stdin.replay.drain(..newly.min(stdin.replay.len()));
                 stdin.acked = frame.offset;
                 stdin.stopped |= frame.end;
             }
@@ -234,12 +261,13 @@ impl State {
 
     /// Output of this length has been written on: acknowledges it when it is time.
     pub fn taken(&mut self, call: u64, output: Output, len_bytes: usize) {
+        let naming = self.is_naming();
         let Some(open) = self.calls.get_mut(&call) else {
             return;
         };
         let stream = &mut open.out[output as usize];
         stream.taken = (stream.taken + len_bytes as u64).min(stream.received);
-        if !stream.ended && stream.taken - stream.acked >= STREAM_WINDOW / 2 {
+        if !stream.ended && !naming && stream.taken >= stream.acked + STREAM_WINDOW / 2 {
             stream.acked = stream.taken;
             Frame::ack(call, output.kind(), stream.acked).encode_into(&mut self.out);
         }
@@ -247,6 +275,7 @@ impl State {
 
     /// Nobody reads this output any more: the process is to be told (as by a closed pipe).
     pub fn stop(&mut self, call: u64, output: Output) {
+        let naming = self.is_naming();
         let Some(open) = self.calls.get_mut(&call) else {
             return;
         };
@@ -254,7 +283,9 @@ impl State {
         if !stream.stopped && !stream.ended {
             stream.stopped = true;
             stream.acked = stream.received;
-            Frame::ack_and_stop(call, output.kind(), stream.acked).encode_into(&mut self.out);
+            if !naming {
+                Frame::ack_and_stop(call, output.kind(), stream.acked).encode_into(&mut self.out);
+            }
         }
     }
 
@@ -273,6 +304,7 @@ impl State {
 
     /// Sends input, at most [`State::stdin_room`] bytes; `end` closes it.
     pub fn stdin(&mut self, call: u64, bytes: &[u8], end: bool) {
+        let (named, naming) = (self.session.is_some(), self.is_naming());
         let Some(Open {
             stdin: Some(stdin), ..
         }) = self.calls.get_mut(&call)
@@ -285,8 +317,14 @@ impl State {
         let header = Frame::header(Kind::Stdin, call, stdin.sent, end, bytes.len());
         stdin.sent += bytes.len() as u64;
         stdin.ended = end;
-        self.out.extend_from_slice(&header);
-        self.out.extend_from_slice(bytes);
+        if named {
+            stdin.replay.extend(bytes);
+        }
+        if !naming {
+            self.out.extend_from_slice(&header);
+            self.out.extend_from_slice(bytes);
+            self.confirm();
+        }
     }
 
     /// What waits to be sent.
@@ -315,6 +353,10 @@ fn output(
 ) -> Result<(), RuntimeError> {
     let call = frame.call;
     if stream.ended {
+        let fits = frame.end && frame.payload.is_empty() && frame.offset == stream.received;
+        if fits && std::mem::take(&mut stream.end_again) {
+            return Ok(());
+        }
         return Err(violation(format!("call {call}: {output:?} after its end")));
     }
     if frame.offset != stream.received {

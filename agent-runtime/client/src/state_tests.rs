@@ -168,3 +168,85 @@ fn input_waits_at_the_window_and_ends_when_it_is_refused() {
     feed(&mut state, &[Frame::ack_and_stop(1, Kind::Stdin, 10)]).unwrap();
     assert_eq!(state.stdin_room(1), None);
 }
+
+const ID: &str = "0123456789abcdef";
+
+/// A named session whose call 2 (exec with input) has sent three bytes, then its next connection.
+fn resumed(reply: &str) -> Result<State, RuntimeError> {
+    let mut state = State::named(ID, None)?;
+    let first = br#"{"resumed":false}"#.to_vec();
+    feed(&mut state, &[hello(), Frame::new(Kind::Reply, 1, first)])?;
+    let params = ratoon_protocol::ExecParams {
+        stdin: true,
+        ..Default::default()
+    };
+    let call = state.call(&Call::Exec(Box::new(params)))?;
+    state.stdin(call, b"abc", false);
+    feed(&mut state, &[Frame::ack(call, Kind::Stdin, 1)])?;
+    state.reconnect()?;
+    state.sent(state.unsent().len());
+    let again = Frame::new(Kind::Reply, 3, reply.into());
+    feed(&mut state, &[hello(), again])?;
+    Ok(state)
+}
+
+#[test]
+fn a_resumed_session_sends_what_the_runtime_has_not() {
+    let state = resumed(r#"{"resumed":true,"calls":[{"call":2,"stdin":2}]}"#).unwrap();
+    assert_eq!(state.unsent(), frame_of(Kind::Stdin, 2, 2, b"c"));
+}
+
+fn frame_of(kind: Kind, call: u64, offset: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut out = Frame::header(kind, call, offset, false, bytes.len()).to_vec();
+    out.extend_from_slice(bytes);
+    out
+}
+
+#[test]
+fn each_lie_about_a_session_is_refused_by_name() {
+    for (reply, expected) in [
+        (
+            r#"{"resumed":false}"#,
+            "the session is lost: its calls may have run",
+        ),
+        (
+            r#"{"resumed":true,"calls":[]}"#,
+            "`session`: call 2 is forgotten",
+        ),
+        (
+            r#"{"resumed":true,"calls":[{"call":3}]}"#,
+            "`session`: call 3 never was",
+        ),
+        (
+            r#"{"resumed":true,"calls":[{"call":2,"stdin":4}]}"#,
+            "`session`: input of call 2 at 4, not in 1..=3",
+        ),
+        (
+            r#"{"resumed":true,"calls":[{"call":2,"stdin":0}]}"#,
+            "`session`: input of call 2 at 0, not in 1..=3",
+        ),
+    ] {
+        match resumed(reply) {
+            Err(RuntimeError::Violation(what)) => assert_eq!(what, expected),
+            other => panic!("{reply}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn an_end_is_confirmed_with_the_next_frame_and_again_when_it_is_repeated() {
+    let reply = r#"{"resumed":true,"calls":[{"call":2,"stdin":3}]}"#;
+    let mut state = resumed(reply).unwrap();
+    let end = Frame::new(Kind::Reply, 2, b"null".to_vec());
+    let happenings = feed(&mut state, std::slice::from_ref(&end)).unwrap();
+    assert_eq!(happenings.len(), 1);
+    assert_eq!(state.unsent(), b"");
+    state.reconnect().unwrap();
+    state.sent(state.unsent().len());
+    let again = Frame::new(Kind::Reply, 4, reply.into());
+    assert_eq!(feed(&mut state, &[hello(), again, end]).unwrap().len(), 1);
+    assert_eq!(state.unsent(), b"");
+    state.call(&Call::Ping).unwrap();
+    let confirmed = Frame::ack(2, Kind::Reply, 0).encode();
+    assert!(state.unsent().starts_with(&confirmed));
+}
