@@ -136,7 +136,10 @@ impl Server {
             Call::HostnameSet(params) => self.sessions.reply(at, &system::set_hostname(&params)?),
             Call::NetworkSet(params) => self.sessions.reply(at, &system::set_network(&params)?),
             Call::Sync => self.work(at, system::sync(), false)?,
-            Call::Freeze(params) => self.work(at, system::freeze(params), false)?,
+            Call::Freeze(params) => {
+                self.spawner.prepare();
+                self.work(at, system::freeze(params), false)?;
+            }
             Call::Thaw(params) => self.work(at, system::thaw(params), false)?,
             Call::ExpectWake => {
                 self.identity.expect_wake();

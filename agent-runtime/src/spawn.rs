@@ -158,6 +158,21 @@ impl Spawner {
         }
     }
 
+    /// The control groups, made when they are first wanted.
+    fn groups(&mut self) -> &mut Groups {
+        self.groups.get_or_insert_with(|| {
+            Groups::set_up().unwrap_or_else(|error| {
+                eprintln!("ratoon-runtime: no control groups: {error}; going on without");
+                Groups::default()
+            })
+        })
+    }
+
+    /// Makes the control group above all others, if it is not there: it is to be frozen.
+    pub fn prepare(&mut self) {
+        self.groups();
+    }
+
     /// A group whose process has ended.
     pub fn give_back(&mut self, group: Option<Group>) {
         if let (Some(groups), Some(group)) = (&mut self.groups, group) {
@@ -200,13 +215,7 @@ impl Spawner {
         let child_stdout = stdout.as_ref().unwrap_or(&self.null);
         let fds = [child_stdin, child_stdout, child_stderr].map(AsRawFd::as_raw_fd);
         let extra = extra.as_ref().map(AsRawFd::as_raw_fd);
-        let groups = self.groups.get_or_insert_with(|| {
-            Groups::set_up().unwrap_or_else(|error| {
-                eprintln!("ratoon-runtime: no control groups: {error}; going on without");
-                Groups::default()
-            })
-        });
-        let group = groups.take();
+        let group = self.groups().take();
         let result = plan.run(
             fds,
             extra,

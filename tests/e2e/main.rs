@@ -6,9 +6,12 @@
 mod a_command_runs_in_a_real_guest;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
+mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
+mod commands_run_in_a_running_machine;
 mod nothing_is_left_behind;
+mod shared;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -37,7 +40,9 @@ fn main() {
         a_command_runs_in_a_real_guest::trials(),
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),
+        an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
+        commands_run_in_a_running_machine::trials(),
         nothing_is_left_behind::trials(),
     ];
     let kvm = ratoon_tests::kvm();
@@ -61,5 +66,7 @@ fn main() {
             })
             .collect();
     }
-    libtest_mimic::run(&arguments, trials).exit();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    shared::end();
+    conclusion.exit();
 }

@@ -14,7 +14,7 @@ use rustix::fs::{
     futimens, linkat, mkdirat, mknodat, openat, readlinkat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
-use serde_json::{Value, json};
+use serde_json::json;
 use tar::{EntryType, Header};
 
 use super::tree::{names, output_failed, too_deep};
@@ -30,7 +30,7 @@ pub fn pack(params: TreePack) -> Work {
         let path = params.path.as_str();
         let root = params.root.as_deref();
         let Some(output) = streams.output else {
-            return Ok(Value::Null);
+            return Ok(json!(Transferred::default()));
         };
         let out = BufWriter::with_capacity(64 << 10, Counted { output, bytes: 0 });
         let mut packer = Packer {
@@ -71,7 +71,7 @@ pub fn pack(params: TreePack) -> Work {
                 entries: packer.entries,
             })),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(too_deep(path)),
-            Err(error) => output_failed(path, &error).map(|()| Value::Null),
+            Err(error) => output_failed(path, &error).map(|()| json!(Transferred::default())),
         }
     })
 }
@@ -208,7 +208,7 @@ pub fn unpack(params: TreeUnpack) -> Work {
         make_parents(&format!("{}/x", path.trim_end_matches('/')), root, owner)?;
         let dir = open(path, root, OFlags::RDONLY | OFlags::DIRECTORY, WHAT)?;
         let Some(input) = streams.input else {
-            return Ok(Value::Null);
+            return Ok(json!(Transferred::default()));
         };
         let mut unpacker = Unpacker {
             base: dir,

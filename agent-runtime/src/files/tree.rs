@@ -61,7 +61,7 @@ pub fn list(params: FileList) -> Work {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let dir = open(&params.path, params.root.as_deref(), flags, "list")?;
         let Some(output) = streams.output else {
-            return Ok(Value::Null);
+            return Ok(json!(Transferred::default()));
         };
         let mut lister = Lister {
             out: BufWriter::with_capacity(64 << 10, output),

@@ -30,7 +30,7 @@ pub fn watch(params: FileWatch) -> Work {
         let file = open(path, params.root.as_deref(), OFlags::PATH, WHAT)?;
         let stat = rustix::fs::fstat(&file).map_err(|error| failed(WHAT, path, error))?;
         let Some(output) = streams.output else {
-            return Ok(json!(null));
+            return Ok(json!(Transferred::default()));
         };
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
             .map_err(|error| failed(WHAT, path, error))?;

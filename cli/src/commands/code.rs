@@ -10,7 +10,8 @@ use ratoon_client::RuntimeError;
 use ratoon_client::blocking::{CallIo, Client};
 use ratoon_engine::Engine;
 use ratoon_protocol::{
-    Call, CodeContext, CodeData, CodeEnd, CodeName, CodeRun, CodeStatus, Language,
+    Call, CodeContext, CodeData, CodeEnd, CodeName, CodeRun, CodeStart, CodeStatus, ErrorCode,
+    Language,
 };
 
 use crate::failure::Failure;
@@ -178,15 +179,43 @@ impl Session<'_> {
         Ok(ExitCode::from(report(&end)))
     }
 
+    /// Runs a cell; a context that has a name is made when it is not there.
     fn run(&mut self, code: &str) -> Result<CodeEnd, RuntimeError> {
+        match self.try_run(code) {
+            Err(RuntimeError::Call(error))
+                if error.code == ErrorCode::NotFound && self.args.context.is_some() =>
+            {
+                let call = Call::CodeStart(CodeStart {
+                    language: self.args.language,
+                    context: self.args.context.clone(),
+                    ..CodeStart::default()
+                });
+                let _: CodeContext =
+                    self.client
+                        .call(&call, "started the context", guest::CALL_TIMEOUT)?;
+                self.try_run(code)
+            }
+            end => end,
+        }
+    }
+
+    fn try_run(&mut self, code: &str) -> Result<CodeEnd, RuntimeError> {
         let call = Call::CodeRun(CodeRun {
             code: code.to_owned(),
             context: self.args.context.clone(),
             language: self.args.language,
             timeout_ms: self.args.timeout.map(|time| time.as_millis() as u64),
         });
+        // The value of the last expression comes after all that the cell prints, on another stream.
+        let mut last = Vec::new();
         let mut data = Lines {
-            show: |line: &[u8]| show(self.args, &mut self.saved, line),
+            show: |line: &[u8]| match serde_json::from_slice::<CodeData>(line) {
+                Ok(shown) if shown.result => {
+                    last = line.to_vec();
+                    Ok(())
+                }
+                _ => show(self.args, &mut self.saved, line),
+            },
             rest: Vec::new(),
         };
         let mut io = CallIo {
@@ -196,7 +225,14 @@ impl Session<'_> {
             data: &mut data,
             events: &mut |_| {},
         };
-        self.client.run(&call, &mut io)
+        let end = self.client.run(&call, &mut io)?;
+        if !last.is_empty() {
+            show(self.args, &mut self.saved, &last).map_err(|source| RuntimeError::Output {
+                stream: "data",
+                source,
+            })?;
+        }
+        Ok(end)
     }
 
     /// Reads cells from the terminal, each to an empty line.
