@@ -70,7 +70,7 @@ pub enum RuntimeError {
     /// The runtime says that we broke a rule and has closed the connection.
     #[error("the runtime has closed the connection")]
     Rejected(#[source] ErrorReply),
-    /// [`super::Controller::cancel`] was called.
+    /// [`crate::blocking::Controller::cancel`] was called.
     #[error("cancelled")]
     Cancelled,
     /// The client failed before.

@@ -12,8 +12,10 @@
 //! ([`RuntimeError::is_about_connection`]) the client is of no more use.
 
 pub mod blocking;
+mod client;
 mod error;
 pub mod state;
 
+pub use client::{Client, Reader, Running};
 pub use error::RuntimeError;
 pub use ratoon_protocol as protocol;
