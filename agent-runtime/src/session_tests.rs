@@ -319,3 +319,21 @@ fn an_answer_that_fits_no_frame_is_an_error_of_the_call() {
     assert_eq!((frames[0].kind, frames[0].call), (Kind::Error, 1));
     assert_eq!(session.open_calls(), 0);
 }
+
+#[test]
+fn the_end_of_input_may_be_said_again_after_a_loss() {
+    let mut session = named();
+    exec(&mut session, 5);
+    let end = |offset| Frame {
+        call: 5,
+        end: true,
+        ..stdin(offset, 0)
+    };
+    assert_eq!(
+        feed(&mut session, &end(0)).map(|actions| actions.len()),
+        Ok(1)
+    );
+    resume(&mut session, &[]);
+    assert_eq!(feed(&mut session, &end(0)), Ok(vec![]));
+    assert_eq!(feed(&mut session, &end(1)), Err(Violation::NoStdin(5)));
+}
