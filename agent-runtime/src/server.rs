@@ -1,6 +1,6 @@
 //! The poll loop: sockets, tasks, timers. One thread; nothing in it waits except `poll`.
 //!
-//! A round: poll; take what clients sent and do it ([`crate::calls`]); read outputs, write inputs;
+//! A round: poll; take what clients sent and do it (`calls.rs`); read outputs, write inputs;
 //! reap; end calls that are over; send. SIGCHLD comes through a signalfd that stands before the
 //! pipes in the poll set, so that a round that sees a death sees the pipe's end too. Reaping is
 //! here and nowhere else (orphans of others come to PID 1 as well); processes are in the table

@@ -2,7 +2,7 @@
 //!
 //! Each context is a process that runs a driver (`python.py`, `node.js`, `bash.sh`, part of this
 //! binary). Standard output and error are pipes that we read; descriptor 3 is a socket on which
-//! we say what to run and the driver how it went ([`wire`] has what it says):
+//! we say what to run and the driver how it went (`wire.rs` has what it says):
 //!
 //! ```text
 //!   client --code.run--> Contexts --{"run":code}\n--> driver      (Bash: 8 digits, then the code)
@@ -10,7 +10,7 @@
 //!          <--DATA,REPLY---- socket <-- values, the cell's end
 //! ```
 //!
-//! Python contexts are forked from a [`zygote`], an interpreter that has started before: one for each
+//! Python contexts are forked from a *zygote*, an interpreter that has started before: one for each
 //! user (and `PATH`, `PYTHON*`, `LD_*`). A context is a session and process group of its own; an
 //! interrupt is SIGINT to that group, as Ctrl-C in a terminal. Node and Bash have a control group
 //! each; Python contexts share that of their zygote, so what leaves its session there outlives `stop`.

@@ -10,15 +10,21 @@ use super::{Context, EARLY, INTERRUPT_GRACE, START_LIMIT};
 use crate::sessions::earlier;
 
 impl Context {
+    /// Whether an interrupt may get lost: Bash waits for a command that it was just about to start
+    /// and that has not got it; Node changes hands between its watchdog and its handler.
+    fn may_miss(&self) -> bool {
+        self.params.language != Language::Python
+    }
+
     /// Interrupts its cell.
     pub fn interrupt(&mut self, now: Instant) {
+        let may_miss = self.may_miss();
         let Some(cell) = &mut self.cell else { return };
         cell.interrupted = true;
-        let is_bash = self.params.language == Language::Bash;
         match cell.since {
             None => {}
             Some(since) => {
-                if is_bash || now.saturating_duration_since(since) < EARLY {
+                if may_miss || now.saturating_duration_since(since) < EARLY {
                     cell.again = Some(now + EARLY);
                 }
                 self.signal(Signal::INT);
@@ -35,11 +41,11 @@ impl Context {
                 START_LIMIT.as_secs()
             ))));
         }
+        let may_miss = self.may_miss();
         let Some(cell) = &mut self.cell else { return };
         let tick = is_due(cell.tick.take_if(|at| now >= *at));
         let again = is_due(cell.again.take_if(|at| now >= *at));
-        if again && self.params.language == Language::Bash {
-            // A command that it was just about to start has not got it, and Bash waits for that one.
+        if again && may_miss {
             cell.again = Some(now + EARLY);
         }
         let due = is_due(cell.due.take_if(|at| now >= *at));
