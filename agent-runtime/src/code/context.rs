@@ -97,6 +97,8 @@ pub struct Context {
     count: u64,
     cell: Option<Cell>,
     up: bool,
+    /// It has been asked whether all interrupts of the last cell have come, and has not answered.
+    calming: bool,
     up_by: Option<Instant>,
     control: Option<OwnedFd>,
     outputs: [Option<OwnedFd>; 2],
@@ -159,6 +161,7 @@ impl Context {
             count: 0,
             cell: None,
             up: false,
+            calming: false,
             up_by: Some(Instant::now() + START_LIMIT),
             control: Some(control),
             outputs,
@@ -214,7 +217,7 @@ impl Context {
             timed_out: false,
             stopped: [false; 3],
         });
-        if self.up {
+        if self.up && !self.calming {
             self.send_cell();
         }
         Ok(())
@@ -567,7 +570,14 @@ impl Context {
                 Step::Hello if !self.up => self.greet(answers),
                 Step::Refused(errno) if !self.up => self.refused = Some(errno),
                 Step::End(outcome) => self.finish(outcome, answers)?,
-                Step::Hello | Step::Refused(_) | Step::Reaped(..) => return Err(Garbage),
+                Step::Calm if self.calming => {
+                    self.calming = false;
+                    self.up_by = None;
+                    self.begin(answers);
+                }
+                Step::Hello | Step::Calm | Step::Refused(_) | Step::Reaped(..) => {
+                    return Err(Garbage);
+                }
             }
         }
     }
@@ -578,6 +588,11 @@ impl Context {
         if let Some(at) = self.waiting.take() {
             answers.reply(at, &self.info());
         }
+        self.begin(answers);
+    }
+
+    /// Sends the cell that waits, unless it was interrupted meanwhile.
+    fn begin(&mut self, answers: &mut impl Answers) {
         match &self.cell {
             Some(cell) if cell.interrupted => {
                 let error = died("it was interrupted before it began");
@@ -600,6 +615,12 @@ impl Context {
             answers.reply(at, &end);
         }
         self.owed = [None; 2];
+        let signalled = cell.since.is_some() && (cell.interrupted || cell.timed_out);
+        if signalled && self.params.language == Language::Node {
+            self.calming = true;
+            self.up_by = Some(Instant::now() + START_LIMIT);
+            self.say(b"{\"calm\":1}\n");
+        }
         Ok(())
     }
 }

@@ -190,7 +190,9 @@ fn an_interrupt_ends_the_cell_and_keeps_the_state() {
         let ran = host.run("c", code);
         assert_eq!(
             (ran.stdout.as_str(), ran.end.status),
-            (expected, CodeStatus::Ok)
+            (expected, CodeStatus::Ok),
+            "{code}: {:?}",
+            ran.end
         );
         host.contexts.remove("c").unwrap();
     }

@@ -44,6 +44,8 @@ pub enum Step<'a> {
     Bytes(Output, &'a [u8]),
     /// It is up.
     Hello,
+    /// No interrupt of the last cell can reach the next one.
+    Calm,
     /// It cannot start in the directory: errno.
     Refused(i32),
     /// The cell has ended.
@@ -165,6 +167,7 @@ impl Wire {
         };
         let step = match kind {
             b'H' => Step::Hello,
+            b'C' => Step::Calm,
             b'X' => Step::Refused(json::<Refusal>(text)?.errno),
             b'E' => {
                 let end: End = json(text)?;

@@ -1,6 +1,6 @@
 //! Interrupts and time-outs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ratoon_protocol::Language;
 use rustix::process::{Pid, Signal};
@@ -8,6 +8,10 @@ use rustix::process::{Pid, Signal};
 use super::ending::died;
 use super::{Context, EARLY, INTERRUPT_GRACE, START_LIMIT};
 use crate::sessions::earlier;
+
+/// Node dies of an interrupt in the moment in which it changes hands between its watchdog (code that
+/// runs) and its handler (code that waits): it is sent when this change is likely to be over.
+const SETTLE: Duration = Duration::from_millis(50);
 
 impl Context {
     /// Whether an interrupt may get lost: Bash waits for a command that it was just about to start
@@ -23,6 +27,10 @@ impl Context {
         cell.interrupted = true;
         match cell.since {
             None => {}
+            // What asks for it may have seen the cell print, just before it begins to wait.
+            Some(_) if self.params.language == Language::Node => {
+                cell.again = Some(now + SETTLE);
+            }
             Some(since) => {
                 if may_miss || now.saturating_duration_since(since) < EARLY {
                     cell.again = Some(now + EARLY);
