@@ -62,17 +62,20 @@ enum Choice {
     Block,
     /// The socket device: throughput and round trips.
     Vsock,
+    /// The runtime's calls: ping, commands, code.
+    Runtime,
     /// All of them.
     All,
 }
 
 impl Choice {
-    const EACH: [Self; 5] = [
+    const EACH: [Self; 6] = [
         Self::Start,
         Self::Memory,
         Self::Boot,
         Self::Block,
         Self::Vsock,
+        Self::Runtime,
     ];
 
     fn run(self, plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
@@ -82,6 +85,7 @@ impl Choice {
             Self::Boot => scenario::boot::run(plan, samples),
             Self::Block => scenario::block::run(plan, samples),
             Self::Vsock => scenario::vsock::run(plan, samples),
+            Self::Runtime => scenario::runtime::run(plan, samples),
             Self::All => Self::EACH
                 .into_iter()
                 .try_for_each(|choice| choice.run(plan, samples)),

@@ -26,6 +26,8 @@ pub enum Readiness {
     /// The runtime says on the console that it serves: the R3 that a machine without vsock has.
     #[serde(rename = "R3'")]
     R3Console,
+    /// A command has run and its result is here.
+    R4,
 }
 
 impl Readiness {
@@ -36,6 +38,7 @@ impl Readiness {
             Self::R1 => "R1",
             Self::R3 => "R3",
             Self::R3Console => "R3'",
+            Self::R4 => "R4",
         }
     }
 }

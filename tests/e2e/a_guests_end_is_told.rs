@@ -15,7 +15,7 @@ crate::promises![
     a_flood_on_the_serial_port_stays_bounded,
     a_command_that_does_not_exist_is_told_as_a_shell_would,
     a_guest_that_does_not_come_up_in_time_is_ended,
-    a_full_disk_is_the_guests_error_and_not_the_machines_end,
+    a_full_disk_is_the_guests_error_and_not_the_machines_end_as_root,
 ];
 
 fn sh(ratoon: &Ratoon, script: &str) -> ratoon_tests::Done {
@@ -124,7 +124,7 @@ fn a_guest_that_does_not_come_up_in_time_is_ended() {
 }
 
 /// The machine's layer lies on a file system of 2 MiB.
-fn a_full_disk_is_the_guests_error_and_not_the_machines_end() {
+fn a_full_disk_is_the_guests_error_and_not_the_machines_end_as_root() {
     let ratoon = Ratoon::new();
     let script = "dd if=/dev/zero of=/big bs=1M count=8 conv=fsync; echo dd $?";
     let mut command = ratoon.command(["run", "--image", "debian", "--", "sh", "-c", script]);

@@ -15,7 +15,7 @@ crate::promises![
     too_little_memory,
     an_unknown_flag_and_a_missing_command,
     a_damaged_ext4,
-    no_kvm_and_no_permission_for_it,
+    no_kvm_and_no_permission_for_it_as_root,
     an_unknown_machine,
 ];
 
@@ -147,7 +147,7 @@ fn with_kvm_replaced(by: &'static CStr, flags: libc::c_ulong, words: &[&str]) {
     check(&ratoon, done, 125, words);
 }
 
-fn no_kvm_and_no_permission_for_it() {
+fn no_kvm_and_no_permission_for_it_as_root() {
     if ratoon_tests::kvm().is_err() {
         // Then it is the host itself that shows it.
         refused(&[], &["/dev/kvm"]);

@@ -15,12 +15,6 @@ mod shared;
 
 use libtest_mimic::{Arguments, Trial};
 
-/// What only root can test; as another user these are counted as ignored.
-const NEED_ROOT: [&str; 2] = [
-    "no_kvm_and_no_permission_for_it",
-    "a_full_disk_is_the_guests_error_and_not_the_machines_end",
-];
-
 /// The trials of a file: each function is one, by its own name.
 #[macro_export]
 macro_rules! promises {
@@ -55,17 +49,6 @@ fn main() {
         .map(|trial| trial.with_ignored_flag(kvm.is_err()))
         .collect();
     trials.extend(bad_input_is_refused_by_name::trials());
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("\nSKIPPED, as only root can: {}\n", NEED_ROOT.join(", "));
-        trials = trials
-            .into_iter()
-            .map(|trial| {
-                let ignored = NEED_ROOT.iter().any(|name| trial.name().ends_with(name));
-                let ignored = ignored || trial.has_ignored_flag();
-                trial.with_ignored_flag(ignored)
-            })
-            .collect();
-    }
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::end();
     conclusion.exit();

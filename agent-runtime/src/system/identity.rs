@@ -261,11 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_find_who_they_are_and_no_trace_of_who_they_were() {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: a wake takes root, for its entropy");
-            return;
-        }
+    fn programs_find_who_they_are_and_no_trace_of_who_they_were_as_root() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let dir = dir.path().join("ratoon");
         let mut identity = Identity::new(Some(dir.clone()));

@@ -3,8 +3,15 @@
 pub mod block;
 pub mod boot;
 pub mod memory;
+pub mod runtime;
 pub mod start;
 pub mod vsock;
+
+use std::io::Write;
+
+use anyhow::{Result, bail};
+use ratoon_engine::runtime::{ExecIo, RuntimeClient};
+use ratoon_protocol::ExecParams;
 
 use crate::machine::Parts;
 use crate::samples::{Readiness, Series};
@@ -45,4 +52,29 @@ fn series(
 
 fn verdict(met: bool) -> &'static str {
     if met { "met" } else { "NOT met" }
+}
+
+/// Runs a command in the guest to its end.
+fn exec(client: &mut RuntimeClient, argv: &[&str], stdout: &mut dyn Write) -> Result<()> {
+    let mut errors = Vec::new();
+    let params = ExecParams {
+        argv: argv.iter().map(|&word| word.to_owned()).collect(),
+        ..ExecParams::default()
+    };
+    let status = client.exec(
+        &params,
+        ExecIo {
+            stdin: None,
+            stdout,
+            stderr: &mut errors,
+        },
+    )?;
+    if status.status.shell_code() != 0 {
+        bail!(
+            "{} in the guest ended with {status:?}: {}",
+            argv[0],
+            String::from_utf8_lossy(&errors)
+        );
+    }
+    Ok(())
 }

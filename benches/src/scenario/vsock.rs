@@ -5,21 +5,23 @@
 //! in pieces of 64 KiB; the clock is the host's. *Runtime*: a ping is the shortest thing that the
 //! runtime can be asked; a command's output passes a pipe, the runtime and the protocol on its way.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use ratoon_engine::runtime::{ExecIo, RuntimeClient};
-use ratoon_protocol::ExecParams;
+use ratoon_engine::runtime::{CallIo, RuntimeClient};
+use ratoon_protocol::{Call, FileRead, FileWrite, Transferred};
 
-use super::{Plan, series};
+use super::{Plan, exec, series, verdict};
 use crate::machine::{Ratoon, Shape, accept, go_on};
-use crate::samples::{Readiness, Samples};
+use crate::samples::{Readiness, Samples, percentile};
 
 const NAME: &str = "vsock";
 const PORT: u32 = 5000;
 const PIECE: usize = 64 * 1024;
+const FILE_TARGET_PERCENT: f64 = 80.0;
 
 /// In the guest: sends and takes `n` bytes a turn, then gives single bytes back.
 const PROGRAM: &str = r#"
@@ -59,32 +61,22 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     for turn in 0..turns {
         go_on()?;
         output(&mut client, samples, mib << 20, turn)?;
+        files(&mut client, samples, mib << 20, turn)?;
+    }
+    for (file, raw) in [
+        ("file upload", "raw host to guest"),
+        ("file download", "raw guest to host"),
+    ] {
+        let p50 = |metric| percentile(samples.of(NAME, "ratoon", metric), 50);
+        if let (Some(file_rate), Some(raw_rate)) = (p50(file), p50(raw)) {
+            let share = file_rate / raw_rate * 100.0;
+            let met = verdict(share >= FILE_TARGET_PERCENT);
+            samples.note(format!(
+                "{file}: {share:.0} % of {raw} (p50), target {FILE_TARGET_PERCENT} %: {met}"
+            ));
+        }
     }
     vm.stop()?;
-    Ok(())
-}
-
-fn exec(client: &mut RuntimeClient, argv: &[&str], stdout: &mut dyn Write) -> Result<()> {
-    let mut errors = Vec::new();
-    let params = ExecParams {
-        argv: argv.iter().map(|&word| word.to_owned()).collect(),
-        ..ExecParams::default()
-    };
-    let status = client.exec(
-        &params,
-        ExecIo {
-            stdin: None,
-            stdout,
-            stderr: &mut errors,
-        },
-    )?;
-    if status.status.shell_code() != 0 {
-        bail!(
-            "{} in the guest ended with {status:?}: {}",
-            argv[0],
-            String::from_utf8_lossy(&errors)
-        );
-    }
     Ok(())
 }
 
@@ -224,4 +216,46 @@ fn output(
     let seconds = (last - first).as_secs_f64().max(1e-9);
     let stream = series(NAME, "ratoon", "command output", "MiB/s", Readiness::None);
     samples.add(&stream, turn, after_first / seconds)
+}
+
+/// A file in and out again, on the guest's tmpfs: the transfer's cost, not the disk's.
+fn files(
+    client: &mut RuntimeClient,
+    samples: &mut Samples,
+    bytes: usize,
+    turn: usize,
+) -> Result<()> {
+    const PATH: &str = "/dev/shm/ratoon-bench";
+    let mut file = tempfile::tempfile()?;
+    file.set_len(bytes as u64)?;
+    let write = Call::FileWrite(FileWrite {
+        path: PATH.into(),
+        ..FileWrite::default()
+    });
+    let read = Call::FileRead(FileRead {
+        path: PATH.into(),
+        ..FileRead::default()
+    });
+    for (metric, call) in [("file upload", write), ("file download", read)] {
+        file.rewind()?;
+        let mut meter = Meter::default();
+        let from = Instant::now();
+        let moved: Transferred = client.run(
+            &call,
+            &mut CallIo {
+                stdin: Some(file.as_fd()),
+                stdout: &mut meter,
+                stderr: &mut io::sink(),
+                data: &mut io::sink(),
+                events: &mut |_| {},
+            },
+        )?;
+        let rate = bytes as f64 / (1 << 20) as f64 / from.elapsed().as_secs_f64();
+        if moved.bytes != bytes as u64 || !matches!(meter.bytes, n if n == 0 || n == bytes) {
+            bail!("{metric}: {} of {bytes} bytes", moved.bytes);
+        }
+        let rates = series(NAME, "ratoon", metric, "MiB/s", Readiness::None);
+        samples.add(&rates, turn, rate)?;
+    }
+    Ok(())
 }
