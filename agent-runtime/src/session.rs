@@ -31,6 +31,9 @@ pub const OUT_LIMIT: usize = 256 * 1024;
 /// An out buffer larger than this is given back when it is empty and no call is open.
 const OUT_KEEP: usize = 64 * 1024;
 
+/// Most bytes of output in a frame: with its header it is one packet of the guest's vsock driver.
+const OUTPUT_LEN: usize = MAX_PAYLOAD_LEN - HEADER_LEN;
+
 /// Longest error message, in bytes: escaped as JSON it still fits a frame.
 const MESSAGE_LIMIT: usize = 4096;
 
@@ -509,7 +512,7 @@ impl Session {
             return 0;
         }
         let window = STREAM_WINDOW - (stream.sent - stream.acked);
-        window.min(MAX_PAYLOAD_LEN as u64) as usize
+        window.min(OUTPUT_LEN as u64) as usize
     }
 
     /// Frames output; `bytes` are at most [`Session::room`].

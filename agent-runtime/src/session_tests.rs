@@ -75,7 +75,7 @@ fn output_stops_at_the_window_until_it_is_acknowledged() {
         take(&mut session);
     }
     assert_eq!(sent, STREAM_WINDOW);
-    assert_eq!(session.room(1, Output::Stderr), MAX_PAYLOAD_LEN);
+    assert_eq!(session.room(1, Output::Stderr), OUTPUT_LEN);
     feed(&mut session, &Frame::ack(1, Kind::Stdout, 1000)).unwrap();
     assert_eq!(session.room(1, Output::Stdout), 1000);
     let back = feed(&mut session, &Frame::ack(1, Kind::Stdout, 999));

@@ -101,7 +101,8 @@ fn timed(
     Ok(())
 }
 
-fn counters(vm: &Ratoon) -> Result<[Option<u64>; COUNTERS.len()]> {
+/// What KVM has counted for all vCPUs; `None` for what it does not count here.
+pub fn counters(vm: &Ratoon) -> Result<[Option<u64>; COUNTERS.len()]> {
     let metrics = vm.metrics()?;
     let sum = |name| {
         let of = |vcpu: &ratoon_vmm_api::VcpuStats| vcpu.get(name).copied();

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use ratoon_engine::runtime::{CallIo, RuntimeClient};
 use ratoon_protocol::{Call, FileRead, FileWrite, Transferred};
 
+use super::runtime::counters;
 use super::{Plan, exec, series, verdict};
 use crate::machine::{Ratoon, Shape, accept, go_on};
 use crate::samples::{Readiness, Samples, percentile};
@@ -57,30 +58,28 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         client.ping(Duration::from_secs(60))?;
         samples.add(&ping, trip, from.elapsed().as_secs_f64() * 1e3)?;
     }
-    raw(&mut client, &listener, samples, mib << 20, turns, trips)?;
+    raw(
+        &vm,
+        &mut client,
+        &listener,
+        samples,
+        mib << 20,
+        turns,
+        trips,
+    )?;
     for turn in 0..turns {
         go_on()?;
-        output(&mut client, samples, mib << 20, turn)?;
-        files(&mut client, samples, mib << 20, turn)?;
+        output(&vm, &mut client, samples, mib << 20, turn)?;
+        files(&vm, &mut client, samples, mib << 20, turn)?;
     }
-    for (file, raw) in [
-        ("file upload", "raw host to guest"),
-        ("file download", "raw guest to host"),
-    ] {
-        let p50 = |metric| percentile(samples.of(NAME, "ratoon", metric), 50);
-        if let (Some(file_rate), Some(raw_rate)) = (p50(file), p50(raw)) {
-            let share = file_rate / raw_rate * 100.0;
-            let met = verdict(share >= FILE_TARGET_PERCENT);
-            samples.note(format!(
-                "{file}: {share:.0} % of {raw} (p50), target {FILE_TARGET_PERCENT} %: {met}"
-            ));
-        }
-    }
+    local_files(&mut client, samples, mib << 20, turns)?;
+    note(samples);
     vm.stop()?;
     Ok(())
 }
 
 fn raw(
+    vm: &Ratoon,
     client: &mut RuntimeClient,
     listener: &UnixListener,
     samples: &mut Samples,
@@ -102,7 +101,7 @@ fn raw(
             let mut stream = accept(listener)?;
             for turn in 0..turns {
                 go_on()?;
-                bulk(&mut stream, samples, bytes, turn)?;
+                bulk(vm, &mut stream, samples, bytes, turn)?;
             }
             let trip_time = series(
                 NAME,
@@ -129,10 +128,15 @@ fn raw(
     })
 }
 
-fn bulk(stream: &mut UnixStream, samples: &mut Samples, bytes: usize, turn: usize) -> Result<()> {
-    let rate = |from: Instant| bytes as f64 / (1 << 20) as f64 / from.elapsed().as_secs_f64();
+fn bulk(
+    vm: &Ratoon,
+    stream: &mut UnixStream,
+    samples: &mut Samples,
+    bytes: usize,
+    turn: usize,
+) -> Result<()> {
     let mut piece = vec![0; PIECE];
-    let from = Instant::now();
+    let haul = Haul::begin(vm)?;
     stream.write_all(b"g")?;
     let mut left = bytes;
     while left > 0 {
@@ -143,29 +147,47 @@ fn bulk(stream: &mut UnixStream, samples: &mut Samples, bytes: usize, turn: usiz
         }
         left -= len;
     }
-    let to_host = series(
-        NAME,
-        "ratoon",
-        "raw guest to host",
-        "MiB/s",
-        Readiness::None,
-    );
-    samples.add(&to_host, turn, rate(from))?;
-    let from = Instant::now();
+    haul.end(samples, "raw guest to host", bytes, turn)?;
+    let haul = Haul::begin(vm)?;
     for _ in 0..bytes / PIECE {
         stream.write_all(&piece)?;
     }
     stream
         .read_exact(&mut [0])
         .context("the guest's word that it has all")?;
-    let to_guest = series(
-        NAME,
-        "ratoon",
-        "raw host to guest",
-        "MiB/s",
-        Readiness::None,
-    );
-    samples.add(&to_guest, turn, rate(from))
+    haul.end(samples, "raw host to guest", bytes, turn)
+}
+
+/// Bytes that are being moved.
+struct Haul<'a> {
+    vm: &'a Ratoon,
+    from: Instant,
+    instructions: Option<u64>,
+}
+
+impl<'a> Haul<'a> {
+    fn begin(vm: &'a Ratoon) -> Result<Self> {
+        let instructions = counters(vm)?[0];
+        Ok(Self {
+            vm,
+            from: Instant::now(),
+            instructions,
+        })
+    }
+
+    /// They are there: adds their rate and what they cost the guest's kernel.
+    fn end(self, samples: &mut Samples, what: &str, bytes: usize, turn: usize) -> Result<()> {
+        let seconds = self.from.elapsed().as_secs_f64();
+        let mib = bytes as f64 / (1 << 20) as f64;
+        let rate = series(NAME, "ratoon", what, "MiB/s", Readiness::None);
+        samples.add(&rate, turn, mib / seconds)?;
+        if let (Some(before), Some(after)) = (self.instructions, counters(self.vm)?[0]) {
+            let what = format!("{what}: guest-kernel instructions");
+            let cost = series(NAME, "ratoon", what, "/MiB", Readiness::None);
+            samples.add(&cost, turn, after.saturating_sub(before) as f64 / mib)?;
+        }
+        Ok(())
+    }
 }
 
 /// Counts bytes from the first that comes to the last.
@@ -195,11 +217,13 @@ impl Write for Meter {
 }
 
 fn output(
+    vm: &Ratoon,
     client: &mut RuntimeClient,
     samples: &mut Samples,
     bytes: usize,
     turn: usize,
 ) -> Result<()> {
+    let instructions = counters(vm)?[0];
     let mut meter = Meter::default();
     exec(
         client,
@@ -215,11 +239,19 @@ fn output(
     let after_first = (meter.bytes - meter.first_bytes) as f64 / (1 << 20) as f64;
     let seconds = (last - first).as_secs_f64().max(1e-9);
     let stream = series(NAME, "ratoon", "command output", "MiB/s", Readiness::None);
-    samples.add(&stream, turn, after_first / seconds)
+    samples.add(&stream, turn, after_first / seconds)?;
+    if let (Some(before), Some(after)) = (instructions, counters(vm)?[0]) {
+        let what = "command output: guest-kernel instructions, start and all";
+        let cost = series(NAME, "ratoon", what, "/MiB", Readiness::None);
+        let mib = bytes as f64 / (1 << 20) as f64;
+        samples.add(&cost, turn, after.saturating_sub(before) as f64 / mib)?;
+    }
+    Ok(())
 }
 
 /// A file in and out again, on the guest's tmpfs: the transfer's cost, not the disk's.
 fn files(
+    vm: &Ratoon,
     client: &mut RuntimeClient,
     samples: &mut Samples,
     bytes: usize,
@@ -239,7 +271,7 @@ fn files(
     for (metric, call) in [("file upload", write), ("file download", read)] {
         file.rewind()?;
         let mut meter = Meter::default();
-        let from = Instant::now();
+        let haul = Haul::begin(vm)?;
         let moved: Transferred = client.run(
             &call,
             &mut CallIo {
@@ -250,12 +282,78 @@ fn files(
                 events: &mut |_| {},
             },
         )?;
-        let rate = bytes as f64 / (1 << 20) as f64 / from.elapsed().as_secs_f64();
         if moved.bytes != bytes as u64 || !matches!(meter.bytes, n if n == 0 || n == bytes) {
             bail!("{metric}: {} of {bytes} bytes", moved.bytes);
         }
-        let rates = series(NAME, "ratoon", metric, "MiB/s", Readiness::None);
-        samples.add(&rates, turn, rate)?;
+        haul.end(samples, metric, bytes, turn)?;
     }
     Ok(())
+}
+
+/// In the guest: writes and reads a file as the runtime does, in pieces of 64 KiB; prints seconds.
+const LOCAL: &str = r#"
+import os, sys, time
+n, turns = map(int, sys.argv[1:3])
+piece = bytearray(65536)
+for _ in range(turns):
+    fd = os.open("/dev/shm/ratoon-bench.new", os.O_RDWR | os.O_CREAT)
+    start = time.monotonic()
+    for _ in range(n // len(piece)): os.write(fd, piece)
+    os.rename("/dev/shm/ratoon-bench.new", "/dev/shm/ratoon-bench")
+    print("local file write", time.monotonic() - start, sep="\t")
+    os.lseek(fd, 0, 0)
+    start = time.monotonic()
+    while os.readv(fd, [piece]): pass
+    print("local file read", time.monotonic() - start, sep="\t")
+    os.close(fd)
+"#;
+
+fn local_files(
+    client: &mut RuntimeClient,
+    samples: &mut Samples,
+    bytes: usize,
+    turns: usize,
+) -> Result<()> {
+    go_on()?;
+    let mut printed = Vec::new();
+    let [bytes_word, turns] = [bytes, turns].map(|n| n.to_string());
+    exec(
+        client,
+        &["python3", "-c", LOCAL, &bytes_word, &turns],
+        &mut printed,
+    )?;
+    let printed = String::from_utf8(printed).context("what the guest's program prints")?;
+    for (index, line) in printed.lines().enumerate() {
+        let (name, seconds) = line.split_once('\t').context("name and seconds")?;
+        let mib = bytes as f64 / (1 << 20) as f64;
+        let rate = series(NAME, "guest", name, "MiB/s", Readiness::None);
+        samples.add(&rate, index / 2, mib / seconds.parse::<f64>()?)?;
+    }
+    Ok(())
+}
+
+/// Holds files against what they are made of: the way through vsock, and the file itself.
+fn note(samples: &mut Samples) {
+    let p50 = |samples: &Samples, system, metric| percentile(samples.of(NAME, system, metric), 50);
+    for (file, raw, local) in [
+        ("file upload", "raw host to guest", "local file write"),
+        ("file download", "raw guest to host", "local file read"),
+    ] {
+        let rates = (
+            p50(samples, "ratoon", file),
+            p50(samples, "ratoon", raw),
+            p50(samples, "guest", local),
+        );
+        let (Some(rate), Some(way), Some(local_rate)) = rates else {
+            continue;
+        };
+        let share = rate / way * 100.0;
+        let both = 1.0 / (1.0 / way + 1.0 / local_rate);
+        let of_both = rate / both * 100.0;
+        let met = verdict(share >= FILE_TARGET_PERCENT);
+        samples.note(format!(
+            "{file}: {share:.0} % of {raw} (p50), target {FILE_TARGET_PERCENT} %: {met}; \
+             {of_both:.0} % of {raw} and {local} one after the other"
+        ));
+    }
 }
