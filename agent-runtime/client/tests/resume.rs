@@ -148,7 +148,7 @@ fn play(cuts: &[usize]) -> (Seen, Peer) {
                 }
                 Happening::Event { .. } => seen.started += 1,
                 Happening::Reply { .. } => seen.replies += 1,
-                Happening::Hello(_) => {}
+                Happening::Hello(_) | Happening::OutputEnd { .. } => {}
                 Happening::Failed { error, .. } => panic!("{error}"),
             }
         }
