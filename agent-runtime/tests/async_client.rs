@@ -193,6 +193,22 @@ async fn an_upload_that_breaks_off_leaves_the_file_as_it_was() {
     };
     let broken = client.write(params, Broken(false)).await;
     assert!(matches!(broken, Err(RuntimeError::Input(_))));
+    // Dropped in the middle, and before it has begun.
+    let (_open, endless) = tokio::io::duplex(1);
+    let params = FileWrite {
+        path: file.clone(),
+        ..FileWrite::default()
+    };
+    let dropped = client.write(params.clone(), endless);
+    let short = std::time::Duration::from_millis(50);
+    assert!(tokio::time::timeout(short, dropped).await.is_err());
+    let mut early = Box::pin(client.write(params, &b"new"[..]));
+    assert!(
+        std::future::poll_fn(|context| Poll::Ready(early.as_mut().poll(context)))
+            .await
+            .is_pending()
+    );
+    drop(early);
     client.ping().await.unwrap();
     assert_eq!(client.read_to_vec(&file, 9).await.unwrap(), b"old");
     drop(client);

@@ -269,9 +269,12 @@ impl Driver {
             input_ended: false,
         };
         self.calls.insert(id, open);
+        let end_on_drop = !matches!(call, Call::FileWrite(_));
         Ok(Running {
             id,
-            stdin: call.takes_input().then(|| Stdin::new(id, wishes)),
+            stdin: call
+                .takes_input()
+                .then(|| Stdin::new(id, wishes, end_on_drop)),
             stdout,
             stderr,
             data,

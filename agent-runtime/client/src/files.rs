@@ -174,10 +174,7 @@ impl Client {
         params: FileWrite,
         source: impl AsyncRead + Unpin,
     ) -> Result<Transferred, RuntimeError> {
-        let mut running = self.begin(Call::FileWrite(params)).await?;
-        if let Some(stdin) = &mut running.stdin {
-            stdin.must_be_shut_down();
-        }
+        let running = self.begin(Call::FileWrite(params)).await?;
         send(running, source).await
     }
 

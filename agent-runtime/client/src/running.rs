@@ -33,7 +33,7 @@ pub(crate) type End = oneshot::Receiver<Result<Value, RuntimeError>>;
 pub struct Running {
     /// Its id, for `signal` and `resize`.
     pub id: u64,
-    /// Its input, if it takes any; dropping it is the end of input.
+    /// Its input, if it takes any.
     pub stdin: Option<Stdin>,
     /// Its (first) output.
     pub stdout: Reader,
@@ -86,7 +86,9 @@ impl Running {
     /// [`RuntimeError::Call`] when it failed, [`RuntimeError::Violation`] when the result does not
     /// fit, and those about the connection.
     pub async fn result<T: DeserializeOwned>(mut self) -> Result<T, RuntimeError> {
-        self.stdin = None;
+        if let Some(stdin) = &mut self.stdin {
+            stdin.end();
+        }
         // Not by dropping them: that would say stop to the guest.
         tokio::join!(
             self.stdout.discard(),
@@ -157,9 +159,9 @@ impl Reader {
         if !ready!(self.poll_fill(context))? {
             return Poll::Ready(Ok(None));
         }
-        let mut bytes = std::mem::take(&mut self.current);
-        bytes.drain(..std::mem::take(&mut self.at));
-        self.taken(bytes.len());
+        let start = std::mem::replace(&mut self.at, self.current.len());
+        let mut bytes = self.used_up();
+        bytes.drain(..start);
         Poll::Ready(Ok(Some(bytes)))
     }
 
@@ -187,8 +189,11 @@ impl Reader {
         }
     }
 
-    fn taken(&self, len: usize) {
+    /// All of `current` has been read.
+    fn used_up(&mut self) -> Vec<u8> {
+        let len = std::mem::take(&mut self.at);
         let _ = self.wishes.send(Wish::Taken(self.call, self.output, len));
+        std::mem::take(&mut self.current)
     }
 
     async fn discard(&mut self) {
@@ -217,7 +222,9 @@ impl AsyncRead for Reader {
             let len = buf.remaining().min(self.current.len() - self.at);
             buf.put_slice(&self.current[self.at..self.at + len]);
             self.at += len;
-            self.taken(len);
+            if self.at == self.current.len() {
+                self.used_up();
+            }
         }
         Poll::Ready(Ok(()))
     }
@@ -232,8 +239,9 @@ impl Drop for Reader {
 }
 
 /// The input of a call. A write is done when the driver has it; `flush` waits until the guest's
-/// window has taken it. Shutting down, or dropping it, is the end of input. A call that takes no
-/// more fails the write with [`io::ErrorKind::BrokenPipe`].
+/// window has taken it. Shutting down is the end of input, and so is dropping it, but for
+/// `file.write`: there what breaks off must not be taken for the whole file. A call that takes no more
+/// fails the write with [`io::ErrorKind::BrokenPipe`].
 pub struct Stdin {
     call: u64,
     wishes: mpsc::UnboundedSender<Wish>,
@@ -244,21 +252,24 @@ pub struct Stdin {
 }
 
 impl Stdin {
-    pub(crate) fn new(call: u64, wishes: mpsc::UnboundedSender<Wish>) -> Self {
+    pub(crate) fn new(call: u64, wishes: mpsc::UnboundedSender<Wish>, end_on_drop: bool) -> Self {
         Self {
             call,
             wishes,
             pending: None,
             ended: false,
-            end_on_drop: true,
+            end_on_drop,
         }
     }
 
-    /// From now on only `shutdown` is the end of input: what breaks off is not taken for the whole.
-    pub(crate) fn must_be_shut_down(&mut self) {
-        self.end_on_drop = false;
+    /// The end, after what is pending: the driver keeps the order.
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            let _ = self.wishes.send(Wish::InputEnd(self.call));
+        }
     }
 
+    /// Waits until the driver has framed what it was given.
     fn poll_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pending) = &mut self.pending {
             let told = ready!(Pin::new(pending).poll(context));
@@ -303,18 +314,15 @@ impl AsyncWrite for Stdin {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !std::mem::replace(&mut self.ended, true) {
-            // After what is pending: the driver keeps the order.
-            let _ = self.wishes.send(Wish::InputEnd(self.call));
-        }
+        self.end();
         Poll::Ready(Ok(()))
     }
 }
 
 impl Drop for Stdin {
     fn drop(&mut self) {
-        if self.end_on_drop && !self.ended {
-            let _ = self.wishes.send(Wish::InputEnd(self.call));
+        if self.end_on_drop {
+            self.end();
         }
     }
 }
