@@ -5,6 +5,8 @@
 mod common;
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use common::{LONG, Runtime, command, sh};
@@ -369,13 +371,16 @@ async fn the_machine_tells_how_it_is() {
     assert_eq!(client.whoami().await.unwrap().wakes, 0);
 }
 
-/// A client whose connections are cut after so many bytes, in either direction, that came through.
+/// A client whose connections are cut after so many bytes, in either direction, that came through;
+/// and how many connections it has made.
 async fn cut_after(
     runtime: &Runtime,
-    limits: impl Iterator<Item = u64> + Send + 'static,
-) -> Client {
-    let (socket, mut limits) = (runtime.socket(), limits);
+    mut limits: impl Iterator<Item = u64> + Send + 'static,
+) -> (Client, Arc<AtomicUsize>) {
+    let (socket, dials) = (runtime.socket(), Arc::new(AtomicUsize::new(0)));
+    let counter = dials.clone();
     let dial = move || {
+        counter.fetch_add(1, Ordering::Relaxed);
         let (socket, limit) = (socket.clone(), limits.next().unwrap_or(u64::MAX));
         async move {
             let theirs = UnixStream::connect(socket)
@@ -398,13 +403,14 @@ async fn cut_after(
             Ok(ours)
         }
     };
-    Client::resumable(dial, LONG, LONG).await.unwrap()
+    let client = Client::resumable(dial, LONG, LONG).await.unwrap();
+    (client, dials)
 }
 
 #[tokio::test]
 async fn a_long_output_survives_many_cuts_whole_and_once() {
     let runtime = Runtime::start();
-    let client = cut_after(&runtime, (0..20).map(|cut| 30_000 + 7_777 * cut)).await;
+    let (client, dials) = cut_after(&runtime, (0..20).map(|cut| 30_000 + 7_777 * cut)).await;
     let process = client
         .exec(sh("seq 1 200000; echo done >&2"))
         .await
@@ -415,12 +421,13 @@ async fn a_long_output_survives_many_cuts_whole_and_once() {
     assert_eq!(output.stderr, b"done\n");
     assert_eq!(output.report.status, ExitStatus::Code(0));
     client.ping().await.unwrap();
+    assert!(dials.load(Ordering::Relaxed) > 8, "{dials:?} connections");
 }
 
 #[tokio::test]
 async fn input_and_output_survive_cuts_even_of_a_reader_that_waits() {
     let runtime = Runtime::start();
-    let client = cut_after(&runtime, (0..20).map(|cut| 5_000 + 31_000 * cut)).await;
+    let (client, dials) = cut_after(&runtime, (0..20).map(|cut| 5_000 + 31_000 * cut)).await;
     let mut params = command(&["cat"]);
     params.stdin = true;
     let mut process = client.exec(params).await.unwrap();
@@ -436,4 +443,19 @@ async fn input_and_output_survive_cuts_even_of_a_reader_that_waits() {
     read.unwrap();
     assert!(got == sent, "the bytes differ");
     assert_eq!(process.wait().await.unwrap().status, ExitStatus::Code(0));
+    assert!(dials.load(Ordering::Relaxed) > 8, "{dials:?} connections");
+}
+
+#[tokio::test]
+async fn a_reader_that_is_dropped_between_cuts_stops_its_process() {
+    let runtime = Runtime::start();
+    let (client, dials) = cut_after(&runtime, (0..40).map(|cut| 20_000 + 9_000 * cut)).await;
+    for _ in 0..5 {
+        let mut process = client.exec(command(&["yes"])).await.unwrap();
+        let mut some = vec![0; 90_000];
+        process.stdout.read_exact(&mut some).await.unwrap();
+        drop(process);
+        while !client.processes().await.unwrap().is_empty() {}
+    }
+    assert!(dials.load(Ordering::Relaxed) > 4, "{dials:?} connections");
 }
