@@ -80,7 +80,7 @@ fn believe(
                 assert!(!hello.runtime.contains(char::is_control));
                 continue;
             }
-            Happening::Event { call, .. } => {
+            Happening::Event { call, .. } | Happening::OutputEnd { call, .. } => {
                 assert!(open.contains(&call));
                 continue;
             }

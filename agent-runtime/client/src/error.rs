@@ -29,8 +29,8 @@ pub enum RuntimeError {
         #[source]
         source: io::Error,
     },
-    /// The client's own input; the command was given end-of-file instead.
-    #[error("cannot read the command's standard input")]
+    /// The client's own input: a command was given end-of-file instead, a file is left as it was.
+    #[error("cannot read what is to be sent to the guest")]
     Input(#[source] io::Error),
     /// The VM's vsock socket.
     #[error("cannot connect to {}", path.display())]
@@ -73,6 +73,17 @@ pub enum RuntimeError {
     /// [`crate::blocking::Controller::cancel`] was called.
     #[error("cancelled")]
     Cancelled,
+    /// More came than the caller wants to hold.
+    #[error("the guest sends more than {limit} {of}: read it as a stream, or set a higher limit")]
+    OverLimit {
+        /// The caller's limit.
+        limit: usize,
+        /// Of what: `bytes`, `entries`.
+        of: &'static str,
+    },
+    /// An output ended before its call said so: the call failed, or the connection is lost.
+    #[error("the output breaks off: the call's result says why")]
+    CutShort,
     /// The client failed before.
     #[error("this connection has failed before; make a new one")]
     Broken,
@@ -82,7 +93,12 @@ impl RuntimeError {
     /// Whether the connection is of no more use after this.
     pub fn is_about_connection(&self) -> bool {
         match self {
-            Self::Call(_) | Self::TooLarge { .. } | Self::Output { .. } | Self::Input(_) => false,
+            Self::Call(_)
+            | Self::TooLarge { .. }
+            | Self::Output { .. }
+            | Self::Input(_)
+            | Self::OverLimit { .. }
+            | Self::CutShort => false,
             Self::Connect { .. }
             | Self::NotListening { .. }
             | Self::Timeout { .. }

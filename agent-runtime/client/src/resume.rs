@@ -90,12 +90,18 @@ impl State {
             return Ok(());
         };
         let have = self.calls.iter_mut().map(|(&call, open)| {
-            // To say what we have is to acknowledge it.
+            // To say what we have is to acknowledge it, and so to ask for another window: what
+            // waits here untaken is not told, and said again. Otherwise each connection that is
+            // lost would add a window to what a slow reader holds.
             let outputs = std::array::from_fn(|index| {
                 let stream = &mut open.out[index];
-                stream.acked = stream.received;
+                stream.acked = match stream.ended || stream.stopped {
+                    true => stream.received,
+                    false => stream.taken.max(stream.acked),
+                };
+                stream.again = stream.received - stream.acked;
                 stream.end_again = stream.ended;
-                stream.received
+                stream.acked
             });
             Have { call, outputs }
         });
@@ -237,7 +243,7 @@ impl Open {
         for output in [Output::Stdout, Output::Stderr, Output::Data] {
             let stream = &self.out[output as usize];
             if stream.stopped && !stream.ended {
-                Frame::ack_and_stop(call, output.kind(), stream.received).encode_into(out);
+                Frame::ack_and_stop(call, output.kind(), stream.acked).encode_into(out);
             }
         }
         Ok(())

@@ -57,8 +57,15 @@ pub enum Happening {
         call: u64,
         /// Which.
         output: Output,
-        /// In order, without gaps.
+        /// In order, without gaps; never empty.
         bytes: Vec<u8>,
+    },
+    /// An output is at its end; the call may go on.
+    OutputEnd {
+        /// The call.
+        call: u64,
+        /// Which.
+        output: Output,
     },
     /// A call has its result.
     Reply {
@@ -85,6 +92,20 @@ struct Inbound {
     stopped: bool,
     /// After a resume the end is said once more: it is not among the bytes that are counted.
     end_again: bool,
+    /// How many of the bytes received are still to be said again on this connection.
+    again: u64,
+}
+
+impl Inbound {
+    /// What is to be acknowledged now: no more than was taken, nor than this connection has brought.
+    fn due(&mut self) -> Option<u64> {
+        let upto = self.taken.min(self.received - self.again);
+        let is_due = !self.ended && !self.stopped && upto >= self.acked + STREAM_WINDOW / 2;
+        is_due.then(|| {
+            self.acked = upto;
+            upto
+        })
+    }
 }
 
 #[derive(Debug, Default)]
@@ -220,9 +241,9 @@ impl State {
                     happenings.push(Happening::Event { call: id, event });
                 }
             }
-            (Kind::Stdout, open) => output(&mut open.out[0], frame, Output::Stdout, happenings)?,
-            (Kind::Stderr, open) => output(&mut open.out[1], frame, Output::Stderr, happenings)?,
-            (Kind::Data, open) => output(&mut open.out[2], frame, Output::Data, happenings)?,
+            (Kind::Stdout, open) => output(open, frame, Output::Stdout, happenings, &mut self.out)?,
+            (Kind::Stderr, open) => output(open, frame, Output::Stderr, happenings, &mut self.out)?,
+            (Kind::Data, open) => output(open, frame, Output::Data, happenings, &mut self.out)?,
             (
                 Kind::Ack,
                 Open {
@@ -267,9 +288,8 @@ impl State {
         };
         let stream = &mut open.out[output as usize];
         stream.taken = (stream.taken + len_bytes as u64).min(stream.received);
-        if !stream.ended && !naming && stream.taken >= stream.acked + STREAM_WINDOW / 2 {
-            stream.acked = stream.taken;
-            Frame::ack(call, output.kind(), stream.acked).encode_into(&mut self.out);
+        if !naming && let Some(upto) = stream.due() {
+            Frame::ack(call, output.kind(), upto).encode_into(&mut self.out);
         }
     }
 
@@ -282,7 +302,7 @@ impl State {
         let stream = &mut open.out[output as usize];
         if !stream.stopped && !stream.ended {
             stream.stopped = true;
-            stream.acked = stream.received;
+            stream.acked = stream.received - stream.again;
             if !naming {
                 Frame::ack_and_stop(call, output.kind(), stream.acked).encode_into(&mut self.out);
             }
@@ -346,12 +366,14 @@ fn error_reply(frame: &Frame) -> Result<ErrorReply, RuntimeError> {
 }
 
 fn output(
-    stream: &mut Inbound,
+    open: &mut Open,
     frame: Frame,
     output: Output,
     happenings: &mut Vec<Happening>,
+    out: &mut Vec<u8>,
 ) -> Result<(), RuntimeError> {
     let call = frame.call;
+    let stream = &mut open.out[output as usize];
     if stream.ended {
         let fits = frame.end && frame.payload.is_empty() && frame.offset == stream.received;
         if fits && std::mem::take(&mut stream.end_again) {
@@ -359,25 +381,44 @@ fn output(
         }
         return Err(violation(format!("call {call}: {output:?} after its end")));
     }
-    if frame.offset != stream.received {
+    let at = stream.received - stream.again;
+    if frame.offset != at {
         return Err(violation(format!(
-            "call {call}: {output:?} goes on at {}, not at {}",
-            stream.received, frame.offset
+            "call {call}: {output:?} goes on at {at}, not at {}",
+            frame.offset
         )));
     }
-    stream.received = stream.received.saturating_add(frame.payload.len() as u64);
-    if stream.received - stream.acked > STREAM_WINDOW {
+    let mut bytes = frame.payload;
+    let known = stream.again.min(bytes.len() as u64);
+    stream.again -= known;
+    bytes.drain(..known as usize);
+    stream.received = stream.received.saturating_add(bytes.len() as u64);
+    if stream.received - stream.again - stream.acked > STREAM_WINDOW {
         return Err(violation(format!(
             "call {call}: {output:?} overruns its window"
         )));
     }
+    if frame.end && stream.again > 0 {
+        return Err(violation(format!(
+            "call {call}: {output:?} ends before what it had brought"
+        )));
+    }
     stream.ended = frame.end;
-    if !frame.payload.is_empty() && !stream.stopped {
+    if stream.stopped {
+        return Ok(());
+    }
+    if !bytes.is_empty() {
         happenings.push(Happening::Output {
             call,
             output,
-            bytes: frame.payload,
+            bytes,
         });
+    }
+    if frame.end {
+        happenings.push(Happening::OutputEnd { call, output });
+    } else if let Some(upto) = stream.due() {
+        // What was said again had been taken before.
+        Frame::ack(call, output.kind(), upto).encode_into(out);
     }
     Ok(())
 }

@@ -250,3 +250,55 @@ fn an_end_is_confirmed_with_the_next_frame_and_again_when_it_is_repeated() {
     let confirmed = Frame::ack(2, Kind::Reply, 0).encode();
     assert!(state.unsent().starts_with(&confirmed));
 }
+
+#[test]
+fn what_waits_untaken_when_a_connection_breaks_is_said_again_and_skipped() {
+    let part = |offset: u64, len: usize| Frame {
+        call: 2,
+        ..frame(Kind::Stdout, offset, &vec![b'x'; len], false)
+    };
+    let reply = |call, text: &str| Frame::new(Kind::Reply, call, text.into());
+    let known = r#"{"resumed":true,"calls":[{"call":2}]}"#;
+    let begun = || {
+        let mut state = State::named(ID, None).unwrap();
+        let named = reply(1, r#"{"resumed":false}"#);
+        feed(&mut state, &[hello(), named]).unwrap();
+        state.call(&Call::Exec(Box::default())).unwrap();
+        feed(&mut state, &[part(0, 60_000), part(60_000, 60_000)]).unwrap();
+        state.taken(2, Output::Stdout, 50_000);
+        state.reconnect().unwrap();
+        state
+    };
+    let mut state = begun();
+    let have = String::from_utf8_lossy(state.unsent()).into_owned();
+    assert!(have.contains(r#""outputs":[50000,0,0]"#), "{have}");
+    // Meanwhile all of it is taken; that is acknowledged when this connection has brought it.
+    state.taken(2, Output::Stdout, 70_000);
+    state.sent(state.unsent().len());
+    feed(&mut state, &[hello(), reply(3, known)]).unwrap();
+    assert_eq!(feed(&mut state, &[part(50_000, 60_000)]).unwrap(), []);
+    let happenings = feed(&mut state, &[part(110_000, 10_001)]).unwrap();
+    let one = Happening::Output {
+        call: 2,
+        output: Output::Stdout,
+        bytes: vec![b'x'],
+    };
+    assert_eq!(happenings, [one]);
+    assert_eq!(state.unsent(), b"");
+    feed(&mut state, &[part(120_001, 65_000)]).unwrap();
+    state.taken(2, Output::Stdout, 65_001);
+    let ack = Frame::ack(2, Kind::Stdout, 185_001).encode();
+    assert_eq!(state.unsent(), ack);
+
+    let mut state = begun();
+    let end = Frame {
+        end: true,
+        ..part(50_000, 60_000)
+    };
+    match feed(&mut state, &[hello(), reply(3, known), end]) {
+        Err(RuntimeError::Violation(what)) => {
+            assert_eq!(what, "call 2: Stdout ends before what it had brought");
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -102,7 +102,8 @@ struct Seen {
 }
 
 /// Plays the script; each connection breaks after so many bytes, one after the other, the last never.
-fn play(cuts: &[usize]) -> (Seen, Peer) {
+/// What came is taken every `pace` steps, so that some of it waits when a connection breaks.
+fn play(cuts: &[usize], pace: u32) -> (Seen, Peer) {
     let (mut client, mut peer) = (State::named(ID, None).unwrap(), Peer::new());
     let (mut seen, mut cuts) = (Seen::default(), cuts.iter().copied());
     let mut left = cuts.next().unwrap_or(usize::MAX);
@@ -111,7 +112,7 @@ fn play(cuts: &[usize]) -> (Seen, Peer) {
         stdin: true,
         ..ExecParams::default()
     }));
-    let mut ids = Vec::new();
+    let (mut ids, mut waiting) = (Vec::new(), Vec::new());
     for step in 0..2000u32 {
         match step {
             0 | 2 => ids.push(client.call(&cat).unwrap()),
@@ -143,13 +144,18 @@ fn play(cuts: &[usize]) -> (Seen, Peer) {
                     bytes,
                 } => {
                     assert_eq!(output, Output::Stdout);
-                    client.taken(call, output, bytes.len());
+                    waiting.push((call, bytes.len()));
                     seen.output.entry(call).or_default().extend(bytes);
                 }
                 Happening::Event { .. } => seen.started += 1,
                 Happening::Reply { .. } => seen.replies += 1,
-                Happening::Hello(_) => {}
+                Happening::Hello(_) | Happening::OutputEnd { .. } => {}
                 Happening::Failed { error, .. } => panic!("{error}"),
+            }
+        }
+        if step % pace == 0 {
+            for (call, len) in waiting.drain(..) {
+                client.taken(call, Output::Stdout, len);
             }
         }
         if left == 0 {
@@ -164,8 +170,8 @@ fn play(cuts: &[usize]) -> (Seen, Peer) {
     panic!("it never ended: {seen:?}");
 }
 
-fn check(cuts: &[usize]) {
-    let (seen, peer) = play(cuts);
+fn check(cuts: &[usize], pace: u32) {
+    let (seen, peer) = play(cuts, pace);
     let texts: Vec<_> = seen.output.values().cloned().collect();
     let expected = |parity| {
         let mut text: String = (4..44)
@@ -183,18 +189,21 @@ fn check(cuts: &[usize]) {
 
 #[test]
 fn a_break_at_any_byte_loses_repeats_and_reruns_nothing() {
-    let (whole, _) = play(&[]);
+    let (whole, _) = play(&[], 1);
     for cut in 1..=whole.wire {
-        check(&[cut]);
+        check(&[cut], 1);
+        check(&[cut], 7);
     }
 }
 
 #[test]
 fn many_breaks_in_a_row_lose_repeat_and_rerun_nothing() {
-    let (whole, _) = play(&[]);
+    let (whole, _) = play(&[], 1);
     for first in (1..whole.wire).step_by(37) {
         for next in [1, 30, 700, 1100, 1300, 1600] {
-            check(&[first, next, next / 2 + 600, next]);
+            for pace in [1, 9, 1000] {
+                check(&[first, next, next / 2 + 600, next], pace);
+            }
         }
     }
 }

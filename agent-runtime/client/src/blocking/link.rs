@@ -120,7 +120,7 @@ fn timespec(duration: Duration) -> Timespec {
 
 /// Asks the VMM (hybrid vsock) to join a connection to `port` of the guest: `CONNECT <port>\n`,
 /// answered by `OK <number>\n`.
-pub(super) fn handshake(
+pub(crate) fn handshake(
     stream: &mut UnixStream,
     port: u32,
     timeout: Duration,

@@ -1,6 +1,6 @@
 //! The blocking client: one connection, one call at a time.
 
-mod link;
+pub(crate) mod link;
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
