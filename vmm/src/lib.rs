@@ -23,6 +23,7 @@ pub mod host;
 pub mod machine;
 pub mod memory;
 pub mod start;
+pub mod state;
 pub mod stats;
 pub mod vcpu;
 mod wiring;
