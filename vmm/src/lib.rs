@@ -19,6 +19,8 @@ pub mod control;
 pub mod cpuid;
 pub mod ending;
 pub mod event_loop;
+pub mod freeze;
+mod generation;
 pub mod host;
 pub mod machine;
 pub mod memory;

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use ratoon_vmm_api::Run;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::MemoryError;
@@ -23,15 +24,6 @@ pub const PAGE: u64 = 4096;
 
 /// Runs of changed pages with gaps of at most so many pages are one run: each costs a mapping.
 const GAP_PAGES: u64 = 16;
-
-/// A part of a layer: where it begins in guest memory's file, and its length, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Run {
-    /// The first byte; guest memory without its hole, as in the first layer's file.
-    pub offset: u64,
-    /// How many bytes.
-    pub len: u64,
-}
 
 /// One immutable file of a generation's memory; later layers lie over earlier ones.
 #[derive(Debug, Clone)]

@@ -10,9 +10,10 @@ mod freeze;
 use std::fs::File;
 use std::sync::Arc;
 
-pub use freeze::{Aside, Layer, PAGE, Run, again, first};
+pub use freeze::{Aside, Layer, PAGE, again, first};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use ratoon_vmm_api::Run;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{

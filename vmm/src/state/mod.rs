@@ -5,6 +5,7 @@
 //! refused by name. Lengths are bounded before anything is believed; whether the bytes are those
 //! that were written is for the manifest's hash to say.
 
+mod machine;
 mod vcpu;
 
 use kvm_bindings::{
@@ -15,6 +16,7 @@ use kvm_ioctls::VmFd;
 use ratoon_vmm_api::HostClass;
 use serde::{Deserialize, Serialize};
 
+pub use machine::{DeviceState, MachineState};
 pub use vcpu::VcpuState;
 
 /// The version of the state's form.
