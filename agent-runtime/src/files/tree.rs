@@ -54,10 +54,8 @@ fn transferred(bytes: u64, entries: u64) -> Value {
 /// `file.list`.
 pub fn list(params: FileList) -> Work {
     Box::new(move |streams| {
-        let glob = match params.glob.as_deref().map(Glob::new) {
-            Some(None) => return Err(bad_request("the pattern has too many alternatives".into())),
-            glob => glob.flatten(),
-        };
+        let glob = params.glob.as_deref().map(Glob::new).transpose();
+        let glob = glob.map_err(bad_request)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let dir = open(&params.path, params.root.as_deref(), flags, "list")?;
         let Some(output) = streams.output else {
