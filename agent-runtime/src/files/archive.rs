@@ -17,11 +17,12 @@ use rustix::io::Errno;
 use serde_json::json;
 use tar::{EntryType, Header};
 
-use super::tree::{names, output_failed, too_deep};
-use super::{DIRECTORY, Owner, bad_request, failed, failed_io, make_parents, open, place};
+use super::tree::{names, output_failed};
+use super::{
+    DIRECTORY, MAX_DEPTH, Owner, bad_request, failed, failed_io, make_parents, open, place,
+    too_deep,
+};
 use crate::work::Work;
-
-const MAX_DEPTH: usize = 400;
 
 /// `tree.pack`.
 pub fn pack(params: TreePack) -> Work {
@@ -37,6 +38,7 @@ pub fn pack(params: TreePack) -> Work {
             builder: tar::Builder::new(out),
             links: BTreeMap::new(),
             entries: 0,
+            too_deep: None,
         };
         let trimmed = path.trim_end_matches('/');
         let own_name = trimmed
@@ -65,12 +67,14 @@ pub fn pack(params: TreePack) -> Work {
                 .into_inner()
                 .map_err(io::IntoInnerError::into_error)
         });
+        if let Some(deep) = packer.too_deep {
+            return Err(too_deep(WHAT, &deep));
+        }
         match result {
             Ok(out) => Ok(json!(Transferred {
                 bytes: out.bytes,
                 entries: packer.entries,
             })),
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(too_deep(path)),
             Err(error) => output_failed(path, &error).map(|()| json!(Transferred::default())),
         }
     })
@@ -98,6 +102,8 @@ struct Packer {
     /// Files with several names: device and inode, and the first of them.
     links: BTreeMap<(u64, u64), PathBuf>,
     entries: u64,
+    /// The directory for which it gave up.
+    too_deep: Option<String>,
 }
 
 fn header(stat: &Stat, kind: EntryType) -> Header {
@@ -157,6 +163,7 @@ impl Packer {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 if depth > MAX_DEPTH {
+                    self.too_deep = Some(path.to_string_lossy().into_owned());
                     return Err(io::ErrorKind::InvalidInput.into());
                 }
                 self.entries += 1;

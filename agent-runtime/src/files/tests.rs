@@ -229,3 +229,24 @@ fn a_directory_is_made_with_those_above_it_and_renamed_over_nothing() {
     rename(&params).unwrap();
     assert_eq!(fs::read(&params.to).unwrap(), b"new");
 }
+
+#[test]
+fn a_path_that_is_too_long_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = |path: String| {
+        mkdir(&FileMkdir {
+            path: text(dir.path()) + &path,
+            parents: true,
+            ..FileMkdir::default()
+        })
+    };
+    assert_eq!(code(made("/a".repeat(30_000))), ErrorCode::BadRequest);
+    assert_eq!(code(made("/a".repeat(1000))), ErrorCode::BadRequest);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    made("/a".repeat(MAX_DEPTH)).unwrap();
+    let long = FilePath {
+        path: "/".repeat(5000) + "tmp",
+        ..FilePath::default()
+    };
+    assert_eq!(code(stat(&long)), ErrorCode::BadRequest);
+}

@@ -95,3 +95,134 @@ fn a_copy_has_modes_links_and_times_and_replaces_only_when_asked_to() {
         "nothing is left"
     );
 }
+
+/// Makes directories in each other, all named `d`.
+pub(super) fn deep(dir: &Path, levels: usize) {
+    let mut at = rustix::fs::open(dir, OFlags::RDONLY, Mode::empty()).unwrap();
+    for _ in 0..levels {
+        mkdirat(&at, "d", Mode::from_raw_mode(0o755)).unwrap();
+        at = openat(&at, "d", OFlags::RDONLY, Mode::empty()).unwrap();
+    }
+}
+
+#[test]
+fn a_tree_is_worked_on_a_hundred_deep_and_refused_deeper() {
+    let each = |levels: usize, check: fn(Result<serde_json::Value, ErrorReply>)| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("t")).unwrap();
+        deep(&dir.path().join("t"), levels);
+        let path = text(&dir.path().join("t"));
+        let all = FileList {
+            path: path.clone(),
+            root: None,
+            depth: 0,
+            glob: None,
+        };
+        check(done(list(all), None).0);
+        let packed = TreePack {
+            path: path.clone(),
+            ..TreePack::default()
+        };
+        check(done(pack(packed), None).0);
+        let copied = FileMove {
+            from: path.clone(),
+            to: text(&dir.path().join("c")),
+            recursive: true,
+            ..FileMove::default()
+        };
+        check(done(copy(copied), None).0);
+        let removed = FileRemove {
+            path,
+            recursive: true,
+            ..FileRemove::default()
+        };
+        check(done(remove(removed), None).0);
+    };
+    each(MAX_DEPTH, |result| assert!(result.is_ok(), "{result:?}"));
+    each(MAX_DEPTH + 1, |result| {
+        let error = result.unwrap_err();
+        assert_eq!(error.code, ErrorCode::BadRequest);
+        assert!(error.message.contains("t/d/d"), "{}", error.message);
+        assert!(
+            error.message.contains("100 directories"),
+            "{}",
+            error.message
+        );
+    });
+}
+
+#[test]
+fn a_directory_is_not_copied_into_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = dir.path().join("t");
+    fs::create_dir_all(from.join("a/b")).unwrap();
+    for to in ["t/inside", "t/a/b/inside"] {
+        let params = FileMove {
+            from: text(&from),
+            to: text(&dir.path().join(to)),
+            recursive: true,
+            ..FileMove::default()
+        };
+        let (result, _) = done(copy(params), None);
+        let error = result.unwrap_err();
+        assert_eq!(error.code, ErrorCode::BadRequest);
+        assert!(error.message.contains("into itself"), "{}", error.message);
+    }
+    assert_eq!(fs::read_dir(&from).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(from.join("a/b")).unwrap().count(), 0);
+}
+
+#[test]
+fn what_is_no_longer_a_file_is_not_copied_as_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::write(path("f"), "x").unwrap();
+    let was = statat(CWD, path("f"), AtFlags::empty()).unwrap();
+    let fifo = Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(CWD, path("fifo"), FileType::Fifo, fifo, 0).unwrap();
+    symlink("f", path("link")).unwrap();
+    let here = rustix::fs::open(dir.path(), DIRECTORY, Mode::empty()).unwrap();
+    for name in [c"fifo", c"link"] {
+        let to = (here.as_fd(), c"copy");
+        let result =
+            crate::files::tree::Copier::default().entry(here.as_fd(), name, &was, to, "f", 0);
+        assert_eq!(code(result), ErrorCode::BadRequest);
+        assert!(!path("copy").exists());
+    }
+}
+
+/// Needs root: mounts a file system.
+#[test]
+fn a_mount_is_not_removed_nor_what_is_in_it() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("t/m");
+    fs::create_dir_all(&at).unwrap();
+    if mount("none", &at, "tmpfs", MountFlags::empty(), None).is_err() {
+        // Root of a container that may not.
+        return;
+    }
+    fs::write(at.join("precious"), "p").unwrap();
+    let removed = ["t", "t/m"].map(|name| {
+        let params = FileRemove {
+            path: text(&dir.path().join(name)),
+            recursive: true,
+            ..FileRemove::default()
+        };
+        done(remove(params), None).0.unwrap_err()
+    });
+    let kept = at.join("precious").exists();
+    unmount(&at, UnmountFlags::DETACH).unwrap();
+    for error in removed {
+        assert_eq!(error.code, ErrorCode::BadRequest);
+        assert!(
+            error.message.contains("t/m: a file system"),
+            "{}",
+            error.message
+        );
+    }
+    assert!(kept);
+}
