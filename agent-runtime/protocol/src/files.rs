@@ -24,7 +24,8 @@ pub struct FileRead {
 /// Parameters of `file.write`: the bytes come as STDIN, to its END; the reply is [`Transferred`].
 /// Without `append` and `offset` the file is written under a temporary name beside it and renamed
 /// when it is whole: others see the old content or the new, and an upload that breaks off leaves
-/// nothing.
+/// nothing. A symlink at `path` is replaced, not followed. With `append`, what others add meanwhile
+/// is in the reply's `bytes` too.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileWrite {
     /// Which file.
@@ -32,12 +33,12 @@ pub struct FileWrite {
     /// Directory that the path may not leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<String>,
-    /// Permission bits of the file, e.g. 0o644. Default: those of the file that is replaced, or
-    /// 0o644.
+    /// Permission bits of the file, e.g. 0o644. Default: those of the regular file that is replaced,
+    /// without setuid, setgid and sticky, or 0o644.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,
-    /// `user` or `user:group` who will own it, as for `exec`. Default: the owner of the file that
-    /// is replaced, or root.
+    /// `user` or `user:group` who will own it, as for `exec`. Default: the owner of the regular file
+    /// that is replaced, or root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// Write at the end of the file as it is.

@@ -113,6 +113,55 @@ fn a_file_is_appended_to_and_written_into_where_it_is() {
 }
 
 #[test]
+fn what_is_appended_goes_behind_what_others_append() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    fs::write(&path, "").unwrap();
+    let params = FileWrite {
+        path: text(&path),
+        append: true,
+        ..FileWrite::default()
+    };
+    let mut upload = Upload::begin(&params).unwrap();
+    fs::write(&path, "theirs ").unwrap();
+    rustix::io::write(upload.file(), b"ours").unwrap();
+    upload.finish().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"theirs ours");
+}
+
+#[test]
+fn a_new_file_inherits_nothing_through_a_link_and_no_setuid() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mode = |name: &str| {
+        fs::symlink_metadata(path(name))
+            .unwrap()
+            .permissions()
+            .mode()
+    };
+    fs::write(path("target"), "old").unwrap();
+    fs::set_permissions(path("target"), fs::Permissions::from_mode(0o6711)).unwrap();
+    symlink("target", path("link")).unwrap();
+    symlink("nowhere", path("dangling")).unwrap();
+    symlink(".", path("directory")).unwrap();
+    for name in ["link", "dangling", "directory"] {
+        let params = FileWrite {
+            path: text(&path(name)),
+            ..FileWrite::default()
+        };
+        write(&params, b"new").unwrap();
+        assert_eq!(mode(name), 0o100_644, "{name}");
+    }
+    assert_eq!(fs::read(path("target")).unwrap(), b"old");
+    let params = FileWrite {
+        path: text(&path("target")),
+        ..FileWrite::default()
+    };
+    write(&params, b"new").unwrap();
+    assert_eq!(mode("target"), 0o100_711);
+}
+
+#[test]
 fn only_a_range_of_a_file_is_read_and_only_of_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
