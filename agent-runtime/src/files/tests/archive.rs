@@ -105,3 +105,131 @@ fn nothing_of_an_archive_lands_outside_its_directory() {
         ErrorCode::BadRequest
     );
 }
+
+#[test]
+fn a_directory_has_its_time_again_whatever_is_put_into_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir_all(tree.join("a/b")).unwrap();
+    fs::create_dir_all(tree.join("c")).unwrap();
+    fs::write(tree.join("a/b/f"), "").unwrap();
+    fs::write(tree.join("z"), "").unwrap();
+    let all = ["a/b", "a", "c", ""];
+    let time = |seconds| std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+    for (at, name) in all.iter().enumerate() {
+        let directory = fs::File::open(tree.join(name)).unwrap();
+        directory
+            .set_modified(time(1_000_000_000 + at as u64))
+            .unwrap();
+    }
+    unpack_to(&dir.path().join("out"), &pack_of(&tree)).unwrap();
+    for (at, name) in all.iter().enumerate() {
+        let made = fs::metadata(dir.path().join("out/tree").join(name)).unwrap();
+        assert_eq!(
+            made.modified().unwrap(),
+            time(1_000_000_000 + at as u64),
+            "{name}"
+        );
+    }
+}
+
+/// A header whose content is announced, not there.
+fn announced(kind: tar::EntryType, size: u64) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_cksum();
+    header.as_bytes().to_vec()
+}
+
+#[test]
+fn names_and_records_without_end_are_refused() {
+    use tar::EntryType::{GNULongLink, GNULongName, XGlobalHeader, XHeader};
+    let dir = tempfile::tempdir().unwrap();
+    for kind in [GNULongName, GNULongLink, XHeader] {
+        let mut archive = announced(kind, 300 << 20);
+        archive.resize(1 << 20, b'a');
+        let error = unpack_to(dir.path(), &archive).unwrap_err();
+        assert_eq!(error.code, ErrorCode::BadRequest);
+        assert!(error.message.contains("65536 bytes"), "{}", error.message);
+    }
+    // Nor are they counted together, nor what nobody keeps.
+    let archive = hostile(|b| {
+        for at in 0..100 {
+            let name = format!("{}/{at}", "n".repeat(200) + "/" + &"m".repeat(200));
+            let mut header = tar::Header::new_gnu();
+            header.set_size(1000);
+            header.set_mode(0o644);
+            b.append_data(&mut header, name, &[0; 1000][..]).unwrap();
+        }
+    });
+    let mut global = announced(XGlobalHeader, 1 << 20);
+    global.resize(512 + (1 << 20), b'a');
+    global.extend(archive);
+    assert_eq!(unpack_to(dir.path(), &global).unwrap()["entries"], 100);
+}
+
+#[test]
+fn an_archive_that_is_too_deep_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let packed = |levels: usize| {
+        hostile(|b| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(0);
+            header.set_mode(0o644);
+            b.append_data(&mut header, "d/".repeat(levels) + "f", std::io::empty())
+                .unwrap();
+        })
+    };
+    unpack_to(dir.path(), &packed(MAX_DEPTH + 1)).unwrap();
+    let error = unpack_to(dir.path(), &packed(MAX_DEPTH + 2)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::BadRequest);
+    assert!(
+        error.message.contains("directories deep"),
+        "{}",
+        error.message
+    );
+}
+
+#[test]
+fn what_vanishes_or_shrinks_while_it_is_packed_spoils_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("a"), vec![7; 1 << 20]).unwrap();
+    fs::write(tree.join("b"), "gone").unwrap();
+    fs::write(tree.join("c"), "last").unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut packer = crate::files::archive::Packer::new(std::os::fd::OwnedFd::from(writer).into());
+    let here = rustix::fs::open(&tree, DIRECTORY, Mode::empty()).unwrap();
+    // As the walk saw them; the pipe makes it wait within the first.
+    let seen = ["a", "b", "c"].map(|name| {
+        let stat = statat(&here, name, AtFlags::empty()).unwrap();
+        (std::ffi::CString::new(name).unwrap(), stat)
+    });
+    let packing = std::thread::spawn(move || {
+        for (name, stat) in seen {
+            let path = Path::new(name.to_str().unwrap());
+            packer.entry(here.as_fd(), &name, &stat, path, 1).unwrap();
+        }
+        packer.finish().unwrap()
+    });
+    let mut reader = reader;
+    let mut first = vec![0; 1024];
+    reader.read_exact(&mut first).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(tree.join("a"))
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    fs::remove_file(tree.join("b")).unwrap();
+    reader.read_to_end(&mut first).unwrap();
+    assert_eq!(packing.join().unwrap(), first.len() as u64);
+    unpack_to(&dir.path().join("out"), &first).unwrap();
+    let out = |name| fs::read(dir.path().join("out").join(name));
+    let a = out("a").unwrap();
+    assert_eq!((a.len(), a[0], a[a.len() - 1]), (1 << 20, 7, 0));
+    assert!(out("b").is_err());
+    assert_eq!(out("c").unwrap(), b"last");
+}
