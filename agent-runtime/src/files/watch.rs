@@ -51,6 +51,7 @@ pub fn watch(params: FileWatch) -> Work {
             params,
             output,
             top: -1,
+            top_is_directory: false,
             watched: BTreeMap::new(),
             bytes: 0,
             entries: 0,
@@ -80,6 +81,7 @@ struct Watcher {
     output: File,
     /// Watch descriptor of the top.
     top: i32,
+    top_is_directory: bool,
     /// Watch descriptors and the paths that they mean, below the top.
     watched: BTreeMap<i32, PathBuf>,
     bytes: u64,
@@ -107,8 +109,8 @@ impl Watcher {
         let refused = |error| failed(WHAT, path, error);
         let file = open(path, root, OFlags::PATH, WHAT)?;
         let stat = fstat(&file).map_err(refused)?;
-        let whole = self.params.recursive && kind(&stat) == FileKind::Directory;
-        let dir = match whole {
+        self.top_is_directory = kind(&stat) == FileKind::Directory;
+        let dir = match self.params.recursive && self.top_is_directory {
             true => Some(openat(&file, c".", DIRECTORY, Mode::empty()).map_err(refused)?),
             false => None,
         };
@@ -257,7 +259,7 @@ impl Watcher {
     fn begin_again(&mut self) -> Result<(), End> {
         self.inotify = new_inotify(&self.params.path)?;
         match self.begin() {
-            Err(error) if error.code == ErrorCode::NotFound => return self.top_is_gone(false),
+            Err(error) if error.code == ErrorCode::NotFound => return self.top_is_gone(),
             begun => begun?,
         }
         self.tell(ChangeKind::Overflow, String::new(), false)
@@ -272,7 +274,7 @@ impl Watcher {
             ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::IGNORED | ReadFlags::UNMOUNT,
         ) {
             if number == self.top {
-                return self.top_is_gone(directory);
+                return self.top_is_gone();
             }
             // A directory below: the one above has told of it.
             if events.contains(ReadFlags::IGNORED) {
@@ -307,8 +309,9 @@ impl Watcher {
         Ok(())
     }
 
-    fn top_is_gone(&mut self, directory: bool) -> Result<(), End> {
-        self.tell(ChangeKind::Removed, self.params.path.clone(), directory)?;
+    fn top_is_gone(&mut self) -> Result<(), End> {
+        let path = self.params.path.clone();
+        self.tell(ChangeKind::Removed, path, self.top_is_directory)?;
         Err(End::Gone)
     }
 

@@ -40,11 +40,11 @@ impl Watched {
     }
 
     /// Takes changes until this one.
-    fn until(&mut self, change: ChangeKind, path: &str) {
+    fn until(&mut self, change: ChangeKind, path: &str) -> FileChange {
         loop {
             let next = self.next();
             if (next.change, next.path.as_str()) == (change, path) {
-                return;
+                return next;
             }
         }
     }
@@ -95,7 +95,8 @@ fn a_watch_ends_with_what_is_watched() {
             "directory" => fs::remove_dir_all(&path).unwrap(),
             _ => fs::rename(&path, dir.path().join("there")).unwrap(),
         }
-        watched.until(ChangeKind::Removed, &text(&path));
+        let last = watched.until(ChangeKind::Removed, &text(&path));
+        assert_eq!(last.directory, way != "file");
         watched.end().unwrap();
     }
 }
