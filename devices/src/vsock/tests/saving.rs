@@ -1,10 +1,13 @@
 //! A saved device goes on in another process: the control connection without a lost or doubled
 //! byte, all others with a reset.
 
+use std::sync::{Arc, Mutex};
+
 use tempfile::TempDir;
 
-use super::guest::{CID, Packet, TX, port_path};
+use super::guest::{CID, EVENT, Packet, TX, port_path};
 use super::random::Dice;
+use super::waking::{Shared, shared};
 use super::*;
 use crate::virtio::state::{DeviceState, TransportState, through_json};
 use crate::vsock::connection::BUF_ALLOC;
@@ -378,6 +381,35 @@ fn packets_of_which_the_guest_was_not_told_do_not_stay_with_the_device() {
     }
     assert_eq!(read_some(&new).len(), 200);
     assert_eq!(guest.failure(), None);
+}
+
+#[test]
+fn credit_that_the_guest_asked_for_comes_from_the_new_device() {
+    let mut guest = Guest::new();
+    guest.refills = false;
+    guest.probe();
+    // One for the RESPONSE.
+    guest.refill(1);
+    let _old = control(&mut guest, 1_000);
+    guest.send(credit(Op::CreditRequest, 0, 1_000, 0), &[], &[]);
+    guest.expect_nothing();
+    let _new = move_on(&mut guest);
+    guest.refill(1);
+    guest.expect(Op::CreditUpdate);
+}
+
+#[test]
+fn a_transport_reset_that_found_no_buffer_is_told_by_the_new_device() {
+    let (device, mut driver, _dir) = shared();
+    device.lock().unwrap().transport_reset().unwrap();
+    let state = through_json(&driver.transport.save());
+    let (_new_dir, new) = deserted();
+    let new = Shared(Arc::new(Mutex::new(new)));
+    driver.restore(new, &state).unwrap();
+    let sent = driver.send(EVENT, &[], &[4]);
+    driver.run_kicks();
+    assert_eq!(driver.used(EVENT)[0].len_bytes, 4);
+    assert_eq!(driver.read_memory(sent.writable[0], 4), [0; 4]);
 }
 
 #[test]
