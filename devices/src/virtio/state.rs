@@ -259,3 +259,6 @@ pub(crate) fn through_json(state: &TransportState) -> TransportState {
     assert_eq!(*state, read);
     read
 }
+
+#[cfg(test)]
+mod tests;

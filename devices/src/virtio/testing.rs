@@ -102,6 +102,11 @@ pub struct MockDriver {
 impl MockDriver {
     /// A driver for `device`, which is in reset.
     pub fn new(device: impl Device + 'static) -> Self {
+        Self::new_boxed(Box::new(device))
+    }
+
+    /// As [`Self::new`].
+    pub fn new_boxed(device: Box<dyn Device>) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_LEN as usize)])
             .expect("guest memory for a test");
         let queues = device
@@ -114,8 +119,7 @@ impl MockDriver {
                 used: 0,
             })
             .collect();
-        let transport =
-            MmioTransport::new(memory.clone(), Box::new(device)).expect("eventfds for a test");
+        let transport = MmioTransport::new(memory.clone(), device).expect("eventfds for a test");
         Self {
             transport,
             memory,

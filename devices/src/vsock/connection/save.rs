@@ -101,6 +101,7 @@ fn peek_all(stream: &UnixStream, bytes: &mut Vec<u8>) -> Option<()> {
             Err(_) => return None,
         }
     };
-    bytes.truncate(start + peeked);
+    // A byte that came just now belongs to what is written after the save.
+    bytes.truncate(start + peeked.min(waiting));
     (peeked >= waiting).then_some(())
 }

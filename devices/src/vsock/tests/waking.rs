@@ -133,7 +133,7 @@ fn whole_buffers_are_filled() {
 }
 
 /// A device that the test can also call by name.
-struct Shared(Arc<Mutex<Vsock>>);
+pub(super) struct Shared(pub(super) Arc<Mutex<Vsock>>);
 
 impl Device for Shared {
     fn device_type(&self) -> u32 {
