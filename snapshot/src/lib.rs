@@ -27,6 +27,7 @@
 //! anything is allocated from them, and a refusal names the file and what to do.
 
 mod binary;
+mod bundle;
 
 mod chunks;
 mod content;
@@ -35,8 +36,10 @@ mod error;
 mod files;
 mod manifest;
 mod memory;
+mod names;
 mod pages;
 mod signature;
+mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -56,7 +59,8 @@ pub use manifest::{
 pub use memory::{Base, Mapping, MemoryImage, Overlay, RunIndex};
 pub use pages::{PAGE_BYTES, Pages, Run, populated};
 pub use signature::{PublicKey, Signature, SigningKey};
-pub use store::{Damaged, Listing, Removed, Sizes, Snapshot, Store};
+pub use snapshot::{Sizes, Snapshot};
+pub use store::{Damaged, Listing, Removed, Store};
 pub use writer::Writer;
 
 /// Where a long operation tells how far it is, and is told to stop.

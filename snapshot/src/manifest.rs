@@ -27,6 +27,8 @@ pub const MAX_REGIONS: usize = 16;
 pub(crate) const MAX_MEMORY_BYTES: u64 = 1 << 44;
 /// The VMM's blob.
 pub(crate) const MAX_STATE_BYTES: u64 = 64 << 20;
+/// The largest of both indexes, which are read whole.
+const MAX_INDEX_BYTES: u64 = 256 << 20;
 const MAX_FEATURES: usize = 4096;
 const MAX_LABELS: usize = 64;
 const MAX_WORD_BYTES: usize = 128;
@@ -274,6 +276,12 @@ impl About {
 impl Memory {
     fn check(&self) -> Result<(), String> {
         check_regions(&self.regions, self.bytes)?;
+        if self
+            .index
+            .is_some_and(|index| index.length > MAX_INDEX_BYTES)
+        {
+            return Err(format!("an index of more than {MAX_INDEX_BYTES} bytes"));
+        }
         match (self.kind, self.base, self.index) {
             (MemoryKind::Plain, None, None) => {
                 if self.file_length != self.bytes {

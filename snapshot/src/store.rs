@@ -15,31 +15,14 @@ use crate::error::{Context as _, Error, Result};
 use crate::files;
 use crate::manifest::{Layer, MAX_MANIFEST_BYTES, Manifest, Memory};
 use crate::memory::{MAX_DEPTH, MemoryImage};
-use crate::signature::{self, PublicKey};
+use crate::names::NAMES;
+use crate::snapshot::{ManifestBytes, Snapshot};
 use crate::writer::Writer;
-
-const NAMES: &str = "names";
-/// An id can be shortened to this many digits; a name cannot look like that.
-const MIN_ID_PREFIX: usize = 12;
 
 /// The snapshots in one folder. Any number of processes may use one store at once.
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
-}
-
-/// A snapshot whose manifest fits its id. Its other files are checked as they are opened.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// BLAKE3 of the manifest's bytes.
-    pub id: Digest,
-    /// What it is.
-    pub manifest: Manifest,
-    /// Its names, sorted.
-    pub names: Vec<String>,
-    /// Where its files are.
-    pub folder: PathBuf,
-    pub(crate) bytes: Vec<u8>,
 }
 
 /// What [`Store::list`] found.
@@ -69,15 +52,6 @@ pub struct Removed {
     pub names: Vec<String>,
     /// Whether its files are gone too (they stay while it has other names).
     pub files: bool,
-}
-
-/// How large a snapshot is, without what it builds on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Sizes {
-    /// Lengths of its files, in bytes.
-    pub apparent_bytes: u64,
-    /// What they take on the disk, in bytes.
-    pub disk_bytes: u64,
 }
 
 impl Store {
@@ -198,22 +172,6 @@ impl Store {
         Ok(None)
     }
 
-    /// Gives a snapshot one more name. A name of another snapshot moves only when `take` says so.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], [`Error::BadName`], [`Error::NameTaken`], [`Error::Io`],
-    /// [`Error::DiskFull`].
-    pub fn set_name(&self, wanted: &str, name: &str, take: bool) -> Result<Snapshot> {
-        let _lock = self.lock()?;
-        let id = self.resolve(wanted)?;
-        check_name(name)?;
-        if !take {
-            self.check_free(name, id)?;
-        }
-        Pointer::write(&self.root.join(NAMES), name, id)?.place()?;
-        self.load(id)
-    }
-
     /// Removes a snapshot with all its names; given one of several names, removes that name alone.
     ///
     /// # Errors
@@ -253,22 +211,6 @@ impl Store {
             files::remove_tree(&away)?;
         }
         Ok(Removed { id, names, files })
-    }
-
-    /// Adds up the files of a snapshot.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn sizes(&self, snapshot: &Snapshot) -> Result<Sizes> {
-        let folder = &snapshot.folder;
-        let mut sizes = Sizes::default();
-        for entry in fs::read_dir(folder).at("list", folder)? {
-            let entry = entry.at("list", folder)?;
-            let metadata = entry.metadata().at("stat", &entry.path())?;
-            sizes.apparent_bytes += metadata.len();
-            sizes.disk_bytes += metadata.blocks() * 512;
-        }
-        Ok(sizes)
     }
 
     /// Removes what killed writers and removers left; gives how many folders that were.
@@ -359,11 +301,11 @@ impl Store {
             manifest,
             names: own,
             folder,
-            bytes,
+            bytes: ManifestBytes(bytes),
         })
     }
 
-    fn ids(&self) -> Result<Vec<Digest>> {
+    pub(crate) fn ids(&self) -> Result<Vec<Digest>> {
         let mut ids = Vec::new();
         for entry in fs::read_dir(&self.root).at("list", &self.root)? {
             let name = entry.at("list", &self.root)?.file_name();
@@ -372,77 +314,6 @@ impl Store {
             }
         }
         Ok(ids)
-    }
-
-    /// All names, sorted, whatever they point at.
-    fn names(&self) -> Result<Vec<String>> {
-        let folder = self.root.join(NAMES);
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&folder).at("list", &folder)? {
-            let name = entry.at("list", &folder)?.file_name();
-            if let Ok(name) = name.into_string()
-                && check_name(&name).is_ok()
-            {
-                names.push(name);
-            }
-        }
-        names.sort();
-        Ok(names)
-    }
-
-    fn read_name(&self, name: &str) -> Result<Option<Digest>> {
-        match files::read_bounded(&self.root.join(NAMES).join(name), 128) {
-            Ok(bytes) => Ok(std::str::from_utf8(&bytes)
-                .ok()
-                .and_then(|text| text.trim_end().parse().ok())),
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Ok(None)
-            }
-            Err(Error::Damaged { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn resolve(&self, wanted: &str) -> Result<Digest> {
-        let missing = || Error::NotFound {
-            wanted: wanted.to_owned(),
-        };
-        if check_name(wanted).is_ok() {
-            return self
-                .read_name(wanted)?
-                .filter(|id| self.folder(*id).is_dir())
-                .ok_or_else(missing);
-        }
-        if wanted.len() < MIN_ID_PREFIX {
-            return Err(missing());
-        }
-        let mut found = self.ids()?;
-        found.retain(|id| id.to_string().starts_with(wanted));
-        match found.as_slice() {
-            [] => Err(missing()),
-            [id] => Ok(*id),
-            several => Err(Error::Ambiguous {
-                wanted: wanted.to_owned(),
-                count: several.len(),
-            }),
-        }
-    }
-
-    fn check_free(&self, name: &str, id: Digest) -> Result<()> {
-        match self.read_name(name)? {
-            Some(taken) if taken != id && self.folder(taken).is_dir() => Err(Error::NameTaken {
-                name: name.to_owned(),
-                id: taken.to_string(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Writes a name beside its place. The caller holds the lock.
-    pub(crate) fn prepare_name(&self, name: &str, id: Digest) -> Result<Pointer> {
-        check_name(name)?;
-        self.check_free(name, id)?;
-        Pointer::write(&self.root.join(NAMES), name, id)
     }
 
     /// Whether the memory that `manifest` lies over is here and fits. The caller holds the lock.
@@ -512,66 +383,6 @@ impl Store {
     }
 }
 
-impl Snapshot {
-    /// The VMM's blob, checked against its hash.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`], [`Error::Io`].
-    pub fn state(&self) -> Result<Vec<u8>> {
-        let path = self.folder.join(files::STATE);
-        let state = self.manifest.state;
-        drop(files::open_sized(&path, state.length)?);
-        let bytes = files::read_bounded(&path, state.length)?;
-        if Digest::of(&bytes) != state.blake3 {
-            return Err(Error::damaged(&path, "its hash is not the manifest's"));
-        }
-        Ok(bytes)
-    }
-
-    /// Opens a layer that is kept in this snapshot, its length checked.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`], [`Error::BadRequest`] for an external layer, [`Error::Io`].
-    pub fn layer(&self, layer: &Layer) -> Result<File> {
-        let Some(file) = &layer.file else {
-            return Err(Error::request("an external layer has no file here"));
-        };
-        files::open_sized(&self.folder.join(file), layer.length)
-    }
-
-    /// Checks that one of `trusted` signed this snapshot. To be asked before a VM starts from it,
-    /// if the user wants signatures at all.
-    ///
-    /// # Errors
-    /// [`Error::Unsigned`], [`Error::UntrustedKey`], [`Error::BadSignature`].
-    pub fn check_signature(&self, trusted: &[PublicKey]) -> Result<()> {
-        let signature = self.manifest.signature.as_ref();
-        let path = self.folder.join(files::MANIFEST);
-        signature::check(&self.bytes, signature, trusted, &path)
-    }
-
-    /// Keeps the snapshot from being removed for as long as the file lives (a shared lock on the
-    /// manifest; a child process can inherit it).
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] when it was removed meanwhile, [`Error::Io`].
-    pub fn hold(&self) -> Result<File> {
-        let path = self.folder.join(files::MANIFEST);
-        let gone = || Error::NotFound {
-            wanted: self.id.to_string(),
-        };
-        let file = match File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
-            other => other.at("open", &path)?,
-        };
-        flock(&file, FlockOperation::LockShared).at("lock", &path)?;
-        if !path.exists() {
-            return Err(gone());
-        }
-        Ok(file)
-    }
-}
-
 /// Contents that others may build on.
 fn offers(manifest: &Manifest) -> Vec<Digest> {
     let own = manifest.layers.iter().filter(|layer| layer.file.is_some());
@@ -582,49 +393,4 @@ fn offers(manifest: &Manifest) -> Vec<Digest> {
 fn is_temporary(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| name.starts_with(files::TEMPORARY))
-}
-
-/// A name that can stand on a command line and be a file, and cannot be taken for an id.
-fn check_name(name: &str) -> Result<()> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
-    let is_id = name.len() >= MIN_ID_PREFIX && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let sound = (1..=128).contains(&name.len())
-        && name.as_bytes()[0].is_ascii_alphanumeric()
-        && name.bytes().all(plain)
-        && !is_id;
-    if sound {
-        return Ok(());
-    }
-    Err(Error::BadName {
-        name: name.to_owned(),
-    })
-}
-
-/// A name, written and flushed, that still has to get its place.
-pub(crate) struct Pointer {
-    temporary: PathBuf,
-    place: PathBuf,
-}
-
-impl Pointer {
-    fn write(folder: &Path, name: &str, id: Digest) -> Result<Self> {
-        let pointer = Self {
-            temporary: folder.join(files::temporary_name()?),
-            place: folder.join(name),
-        };
-        files::write_sealed(&pointer.temporary, id.to_string().as_bytes())?;
-        Ok(pointer)
-    }
-
-    pub(crate) fn place(self) -> Result<()> {
-        fs::rename(&self.temporary, &self.place).at("write", &self.place)?;
-        files::sync_folder(self.place.parent().unwrap_or(&self.place))
-    }
-}
-
-impl Drop for Pointer {
-    fn drop(&mut self) {
-        // There is nothing once it has its place.
-        let _ = fs::remove_file(&self.temporary);
-    }
 }

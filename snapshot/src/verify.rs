@@ -8,7 +8,8 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::memory::hash_memory;
-use crate::store::{Snapshot, Store};
+use crate::snapshot::Snapshot;
+use crate::store::Store;
 
 impl Store {
     /// Reads every byte of a snapshot, and of those that its memory lies over, and checks it

@@ -24,7 +24,8 @@ use crate::manifest::{
 use crate::memory::{write_difference, write_plain};
 use crate::pages::{Pages, Run, populated_at};
 use crate::signature::{SigningKey, sign};
-use crate::store::{Snapshot, Store};
+use crate::snapshot::Snapshot;
+use crate::store::Store;
 use crate::{ChunkOptions, Progress};
 
 /// A snapshot that is being written. Memory and state are needed, once each, in any order.
@@ -274,6 +275,11 @@ impl Writer {
             pointer.place()?;
         }
         self.store.load(id)
+    }
+
+    /// The folder that is being filled.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 }
 

@@ -14,7 +14,7 @@ fn plain_memory_comes_back_and_its_zero_pages_are_holes() {
     let file = snapshot.layer(layer).unwrap();
     file.read_exact_at(&mut end, 100_000).unwrap();
     assert_eq!(&end, b"a layer's end");
-    let sizes = lab.store.sizes(&snapshot).unwrap();
+    let sizes = snapshot.sizes().unwrap();
     assert!(sizes.apparent_bytes > MEMORY_BYTES);
     assert!(sizes.disk_bytes < MEMORY_BYTES / 2, "{sizes:?}");
 }

@@ -1,6 +1,7 @@
 //! Tests of whole snapshots.
 
 mod damage;
+mod formats;
 mod memories;
 mod stores;
 
