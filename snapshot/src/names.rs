@@ -31,23 +31,24 @@ impl Store {
         self.load(id)
     }
 
-    /// All names, sorted, whatever they point at.
-    pub(crate) fn names(&self) -> Result<Vec<String>> {
+    /// All names that hold an id, sorted, with it. The snapshot need not be there.
+    pub(crate) fn names(&self) -> Result<Vec<(String, Digest)>> {
         let folder = self.root().join(NAMES);
         let mut names = Vec::new();
         for entry in fs::read_dir(&folder).at("list", &folder)? {
             let name = entry.at("list", &folder)?.file_name();
             if let Ok(name) = name.into_string()
                 && check_name(&name).is_ok()
+                && let Some(id) = self.read_name(&name)?
             {
-                names.push(name);
+                names.push((name, id));
             }
         }
         names.sort();
         Ok(names)
     }
 
-    pub(crate) fn read_name(&self, name: &str) -> Result<Option<Digest>> {
+    fn read_name(&self, name: &str) -> Result<Option<Digest>> {
         match files::read_bounded(&self.root().join(NAMES).join(name), 128) {
             Ok(bytes) => Ok(std::str::from_utf8(&bytes)
                 .ok()

@@ -178,10 +178,9 @@ impl Store {
     /// [`Error::NotFound`], [`Error::Ambiguous`], [`Error::Needed`], [`Error::InUse`],
     /// [`Error::Io`].
     pub fn remove(&self, wanted: &str) -> Result<Removed> {
-        let _lock = self.lock()?;
+        let lock = self.lock()?;
         let id = self.resolve(wanted)?;
-        let mut names: Vec<String> = self.names()?;
-        names.retain(|name| self.read_name(name).is_ok_and(|of| of == Some(id)));
+        let mut names = names_of(id, &self.names()?);
         let files = names.len() < 2 || !names.iter().any(|name| name == wanted);
         if files {
             self.check_unneeded(id)?;
@@ -208,6 +207,8 @@ impl Store {
             // Gone in one step; a kill from here on leaves work for the sweep.
             let away = self.root.join(files::temporary_name()?);
             fs::rename(&folder, &away).at("remove", &folder)?;
+            // Much memory takes a while to go, and nobody needs to wait for that.
+            drop(lock);
             files::remove_tree(&away)?;
         }
         Ok(Removed { id, names, files })
@@ -267,7 +268,7 @@ impl Store {
         self.load_with(id, &self.names()?)
     }
 
-    fn load_with(&self, id: Digest, names: &[String]) -> Result<Snapshot> {
+    fn load_with(&self, id: Digest, names: &[(String, Digest)]) -> Result<Snapshot> {
         let folder = self.folder(id);
         let metadata = match fs::symlink_metadata(&folder) {
             Ok(metadata) if metadata.is_dir() => metadata,
@@ -290,16 +291,10 @@ impl Store {
             return Err(Error::damaged(&path, "its hash is not the snapshot's id"));
         }
         let manifest = Manifest::parse(&bytes, &path)?;
-        let mut own = Vec::new();
-        for name in names {
-            if self.read_name(name)? == Some(id) {
-                own.push(name.clone());
-            }
-        }
         Ok(Snapshot {
             id,
             manifest,
-            names: own,
+            names: names_of(id, names),
             folder,
             bytes: ManifestBytes(bytes),
         })
@@ -381,6 +376,11 @@ impl Store {
             by: by.join(", "),
         })
     }
+}
+
+fn names_of(id: Digest, names: &[(String, Digest)]) -> Vec<String> {
+    let own = names.iter().filter(|(_, of)| *of == id);
+    own.map(|(name, _)| name.clone()).collect()
 }
 
 /// Contents that others may build on.

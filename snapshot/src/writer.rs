@@ -11,7 +11,7 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use crate::chunks::write::write_chunks;
 use crate::content::{copy_sparse, hash_file};
@@ -266,8 +266,12 @@ impl Writer {
         fs::remove_file(&lock_path).at("remove", &lock_path)?;
         let place = self.store.folder(id);
         match fs::rename(&self.folder, &place) {
-            // The same snapshot is there already: keep that one, and drop removes ours.
-            Err(_) if place.join(files::MANIFEST).exists() => {}
+            // The same snapshot is there already. Ours is known to be sound, that one may be
+            // damaged: they change places, and drop removes it. Who has it open goes on with it.
+            Err(_) if place.is_dir() => {
+                renameat_with(CWD, &self.folder, CWD, &place, RenameFlags::EXCHANGE)
+                    .at("move the snapshot to", &place)?;
+            }
             other => other.at("move the snapshot to", &place)?,
         }
         files::sync_folder(self.store.root())?;

@@ -184,6 +184,35 @@ fn an_export_comes_back_in_another_store() {
 }
 
 #[test]
+fn importing_again_mends_a_damaged_snapshot() {
+    let lab = Lab::new();
+    let snapshot = lab.snapshot("it", MemoryKind::Chunks).unwrap();
+    let bundle = lab.folder.path().join("bundle.tar");
+    lab.store.export("it", &bundle, &Quiet).unwrap();
+    flip_at(&writable(&snapshot.folder.join("state.bin")), 0, 1);
+    match snapshot.state() {
+        Err(Error::Damaged { .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    lab.store.import(&bundle, None, &Quiet).unwrap();
+    assert_eq!(lab.store.verify("it", &Quiet).unwrap().id, snapshot.id);
+    assert!(lab.leftovers().is_empty());
+}
+
+#[test]
+fn a_snapshot_of_another_user_is_refused_as_root() {
+    let lab = Lab::new();
+    let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
+    std::os::unix::fs::chown(&snapshot.folder, Some(12345), None).unwrap();
+    match lab.store.get("it") {
+        Err(Error::ForeignOwner { path, owner }) => {
+            assert_eq!((path, owner), (snapshot.folder, 12345));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn an_import_without_its_base_is_refused() {
     let mut lab = Lab::new();
     let base = lab.snapshot("base", MemoryKind::Plain).unwrap();
