@@ -181,6 +181,7 @@ impl Ratoon {
             id: "bench".into(),
             vcpus: 1,
             memory_mib: shape.memory_mib,
+            generation: None,
             kernel: parts.kernel.clone(),
             initramfs: Some(parts.initramfs.clone()),
             kernel_args: ready_word.into(),

@@ -27,15 +27,26 @@ pub fn find(engine: &Engine, name: &str) -> Result<Entry, Failure> {
     Ok(engine.store().find(name)?)
 }
 
-/// Connects to its runtime.
-pub fn connect(entry: &Entry) -> Result<Client, Failure> {
+/// Finds a VM that runs.
+pub fn find_running(engine: &Engine, name: &str) -> Result<Entry, Failure> {
+    let entry = find(engine, name)?;
+    check_running(&entry)?;
+    Ok(entry)
+}
+
+fn check_running(entry: &Entry) -> Result<(), Failure> {
     match life::info(entry).status {
-        Status::Running => {}
+        Status::Running => Ok(()),
         status => {
             let failure = Failure::new(format!("VM {} is {status}", entry.dir.id()));
-            return Err(failure.hint("`ratoon ps -a` lists all VMs"));
+            Err(failure.hint("`ratoon ps -a` lists all VMs"))
         }
     }
+}
+
+/// Connects to its runtime.
+pub fn connect(entry: &Entry) -> Result<Client, Failure> {
+    check_running(entry)?;
     connect_at(&entry.dir.vsock_socket())
 }
 

@@ -19,7 +19,7 @@ use clap::{Parser, Subcommand};
 use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
-use commands::{code, cp, exec, forward, image, kill, logs, ps, rm, run, stop, top};
+use commands::{code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, stop, top};
 use failure::Failure;
 
 /// Run commands in micro virtual machines.
@@ -36,6 +36,7 @@ use failure::Failure;
   ratoon code web -c 'print(6 * 7)'
   ratoon forward web 8080
   ratoon ps
+  ratoon snapshot web ready && ratoon restore ready --name second
   ratoon stop web && ratoon rm web
 
 Files: ~/.local/state/ratoon (VMs; XDG_STATE_HOME), ~/.cache/ratoon (images, kernel; XDG_CACHE_HOME)
@@ -59,6 +60,13 @@ enum Command {
     Logs(logs::Args),
     Stop(stop::Args),
     Kill(kill::Args),
+    Pause(snapshot::VmsArgs),
+    /// Let a paused VM go on.
+    Resume(snapshot::VmsArgs),
+    Snapshot(snapshot::Args),
+    Restore(snapshot::RestoreArgs),
+    Suspend(snapshot::SuspendArgs),
+    Snapshots(snapshot::SnapshotsArgs),
     Rm(rm::Args),
     #[command(subcommand)]
     Image(image::Command),
@@ -91,6 +99,12 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Logs(args) => logs::run(&engine, &args),
         Command::Stop(args) => stop::run(&engine, &args),
         Command::Kill(args) => kill::run(&engine, &args),
+        Command::Pause(args) => snapshot::pause(&engine, &args),
+        Command::Resume(args) => snapshot::resume(&engine, &args),
+        Command::Snapshot(args) => snapshot::run(&engine, &args),
+        Command::Restore(args) => snapshot::restore(&engine, &args),
+        Command::Suspend(args) => snapshot::suspend(&engine, &args),
+        Command::Snapshots(args) => snapshot::snapshots(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),
         Command::Image(command) => image::run(&engine, command),
         Command::Doctor(args) => doctor::run(&args, engine.dirs()),

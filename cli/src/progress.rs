@@ -116,6 +116,23 @@ impl image::Progress for ImageProgress {
     }
 }
 
+impl ratoon_engine::snapshot::Progress for ImageProgress {
+    fn step(&self, what: &str) {
+        // Too short a work to tell of where nobody watches.
+        if self.bar.is_some() {
+            image::Progress::step(self, what);
+        }
+    }
+
+    fn bytes(&self, done: u64, total: u64) {
+        image::Progress::bytes(self, done, Some(total));
+    }
+
+    fn cancelled(&self) -> bool {
+        image::Progress::cancelled(self)
+    }
+}
+
 impl Drop for ImageProgress {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {

@@ -14,6 +14,7 @@ use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
 use crate::vm::life::{self, LifeError, VmInfo};
 use crate::vm::record::ImageRef;
 use crate::vm::store::{Store, StoreError};
+use crate::warm::Warm;
 
 /// Guest memory when none is asked for, in MiB. Debian with Python and a package manager at work
 /// needs about 300; what a guest does not touch costs the host nothing.
@@ -52,6 +53,8 @@ pub struct RunSpec {
     pub detached: bool,
     /// How long the runtime may take to answer.
     pub boot_timeout: Duration,
+    /// Boot, even if VMs of its kind have a warm generation to start from, and make none.
+    pub cold: bool,
 }
 
 impl RunSpec {
@@ -67,6 +70,7 @@ impl RunSpec {
             networks: Vec::new(),
             detached: false,
             boot_timeout: DEFAULT_BOOT_TIMEOUT,
+            cold: false,
         }
     }
 }
@@ -211,30 +215,41 @@ impl Engine {
         let lock = OwnedFd::from(image.open_locked()?);
         let runtime = absolute(&self.programs.runtime)?;
         let initramfs = initramfs::ensure(&runtime, &self.dirs.cache().join("initramfs"))?;
-        let vm = launch(
-            &self.store,
-            &Launch {
-                vmm: absolute(&self.programs.vmm)?,
-                name: spec.name.clone(),
-                image: Some(ImageRef {
-                    name: spec.image.clone(),
-                    digest: image.digest().to_owned(),
-                }),
-                detached: spec.detached,
-                boot_timeout: spec.boot_timeout,
-                keep_open: vec![lock],
-                machine: Machine {
-                    cpus: spec.cpus,
-                    memory_mib: spec.memory_mib,
-                    kernel: absolute(&self.kernel(spec.kernel.as_deref()))?,
-                    kernel_args: spec.kernel_args.join(" "),
-                    initramfs,
-                    root_disk: image.disk.clone(),
-                    networks: spec.networks.clone(),
-                },
+        let plan = Launch {
+            vmm: absolute(&self.programs.vmm)?,
+            name: spec.name.clone(),
+            image: Some(ImageRef {
+                name: spec.image.clone(),
+                digest: image.digest().to_owned(),
+            }),
+            detached: spec.detached,
+            boot_timeout: spec.boot_timeout,
+            keep_open: vec![lock],
+            machine: Machine {
+                cpus: spec.cpus,
+                memory_mib: spec.memory_mib,
+                kernel: absolute(&self.kernel(spec.kernel.as_deref()))?,
+                kernel_args: spec.kernel_args.join(" "),
+                initramfs,
+                root_disk: image.disk.clone(),
+                networks: spec.networks.clone(),
             },
-            cancel,
-        )?;
+            generation: None,
+        };
+        let warm = Warm::of(self, spec, &image, &plan);
+        if let Some(started) = warm
+            .as_ref()
+            .and_then(|warm| warm.start(self, spec, cancel))
+        {
+            return started;
+        }
+        let mut vm = launch(&self.store, &plan, cancel)?;
+        if let Some(warm) = warm
+            && !warm.make(self, &mut vm)
+        {
+            vm.end().map_err(LaunchError::from)?;
+            vm = launch(&self.store, &plan, cancel)?;
+        }
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
@@ -254,7 +269,7 @@ pub fn image_command(container: &ContainerConfig) -> ImageCommand {
 }
 
 /// The VMM runs in `/`, so a path must mean the same there.
-fn absolute(path: &Path) -> Result<PathBuf, StartError> {
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, StartError> {
     std::path::absolute(path).map_err(|source| StartError::Path {
         path: path.to_owned(),
         source,

@@ -1,18 +1,15 @@
 //! Ratoon on the host: images, VM records and the life of a sandbox.
 //!
 //! ```no_run
-//! use std::time::Duration;
-//!
 //! use ratoon_engine::dirs::Dirs;
-//! use ratoon_engine::runtime::{ExecIo, RuntimeClient};
+//! use ratoon_engine::runtime::ExecIo;
 //! use ratoon_engine::vm::command::{CommandSpec, resolve};
 //! use ratoon_engine::{Engine, RunSpec};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let engine = Engine::open(Dirs::from_env()?)?;
 //! let mut started = engine.start(&RunSpec::new("debian"), None)?;
-//! let stream = started.vm.take_runtime().ok_or("taken once")?;
-//! let mut runtime = RuntimeClient::from_stream(stream, Duration::from_secs(10))?;
+//! let mut runtime = started.vm.runtime()?;
 //! let command = CommandSpec {
 //!     argv: vec!["uname".into(), "-r".into()],
 //!     ..CommandSpec::default()
@@ -28,16 +25,20 @@
 //! # }
 //! ```
 
+mod cpu;
 pub mod dirs;
 mod engine;
 pub mod image;
 pub mod initramfs;
+pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {
     pub use ratoon_client::RuntimeError;
     pub use ratoon_client::blocking::{CallIo, Client as RuntimeClient, Controller, ExecIo};
 }
+pub use ratoon_snapshot as snapshot;
 pub mod vm;
+mod warm;
 
 pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,

@@ -10,6 +10,7 @@ pub mod logs;
 pub mod ps;
 pub mod rm;
 pub mod run;
+pub mod snapshot;
 pub mod stop;
 pub mod top;
 

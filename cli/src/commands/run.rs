@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ratoon_engine::runtime::{ExecIo, RuntimeClient, RuntimeError};
+use ratoon_engine::snapshots::RestoreSpec;
 use ratoon_engine::vm::command::{self, CommandSpec, ImageCommand};
 use ratoon_engine::vm::{LaunchError, Vm};
 use ratoon_engine::{Engine, RunSpec, StartError, Started};
@@ -20,8 +21,6 @@ use crate::interrupt::{Ended, Interrupts};
 use crate::progress::Spinner;
 use crate::{output, units};
 
-/// How long the runtime may take from its connection to its first word.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a VM whose connection broke may take to be gone, so that it can be told why.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 /// With `--json`, how much of each of the command's outputs is kept, in bytes.
@@ -45,6 +44,9 @@ pub struct Args {
     /// Name or digest of the image.
     #[arg(long, default_value = "debian")]
     pub image: String,
+    /// Start from a snapshot, in place of an image.
+    #[arg(long, conflicts_with_all = ["image", "cpus", "memory", "kernel", "kernel_arg"])]
+    pub snapshot: Option<String>,
     /// A name for the VM.
     #[arg(long)]
     pub name: Option<String>,
@@ -84,6 +86,9 @@ pub struct Args {
     /// End the VM when the command has run for so long; the exit code is then 124.
     #[arg(long, value_name = "TIME", value_parser = units::duration, conflicts_with = "detach")]
     pub timeout: Option<Duration>,
+    /// Boot the VM, though it could start from the warm generation of its image.
+    #[arg(long)]
+    pub cold: bool,
     /// How long the VM may take to boot.
     #[arg(long, value_name = "TIME", default_value = "180s", value_parser = units::duration)]
     pub boot_timeout: Duration,
@@ -130,7 +135,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let interrupts = Interrupts::listen()?;
     let begun = Instant::now();
     let mut started = boot(engine, args, &interrupts)?;
-    let mut client = match connect(&mut started.vm) {
+    let mut client = match started.vm.runtime() {
         Ok(client) => client,
         Err(error) => return Err(broken(&started.vm, &interrupts, error)),
     };
@@ -204,6 +209,19 @@ fn command_spec(args: &Args) -> Result<CommandSpec, Failure> {
 }
 
 fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started, Failure> {
+    if let Some(snapshot) = &args.snapshot {
+        let spinner = Spinner::start(format!("restoring {snapshot}"));
+        let spec = RestoreSpec {
+            snapshot: snapshot.clone(),
+            name: args.name.clone(),
+            networks: args.net.clone(),
+            detached: args.detach,
+            timeout: args.boot_timeout,
+        };
+        let started = engine.restore(&spec, Some(interrupts.cancel()));
+        drop(spinner);
+        return started.map_err(|error| super::snapshot::failed(error, interrupts));
+    }
     if !args.detach {
         // Better now than after a boot.
         let image = engine.images()?.get(&args.image)?;
@@ -222,6 +240,7 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
         networks: args.net.clone(),
         detached: args.detach,
         boot_timeout: args.boot_timeout,
+        cold: args.cold,
     };
     let started = engine.start(&spec, Some(interrupts.cancel()));
     drop(spinner);
@@ -237,11 +256,6 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
         }
         error => Failure::from(error),
     })
-}
-
-fn connect(vm: &mut Vm) -> Result<RuntimeClient, RuntimeError> {
-    let stream = vm.take_runtime().ok_or(RuntimeError::Closed)?;
-    RuntimeClient::from_stream(stream, HELLO_TIMEOUT)
 }
 
 fn detach(vm: Vm, args: &Args) -> Result<ExitCode, Failure> {

@@ -6,11 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
-use ratoon_vmm_api::{ErrorReply, MetricsReply, StatusReply};
+use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply};
 use serde::de::DeserializeOwned;
 
 /// A longer reply is none.
@@ -111,15 +111,33 @@ impl Control {
         self.request(Method::GET, "/v1/metrics")
     }
 
+    /// Makes a generation of the VM; see [`super::freeze`].
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn freeze(&self, request: &FreezeRequest) -> Result<FreezeReply, ControlError> {
+        let body = serde_json::to_vec(request).map_err(|error| self.http(error))?;
+        self.request_with(Method::POST, "/v1/freeze", body)
+    }
+
     fn request<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &'static str,
     ) -> Result<T, ControlError> {
+        self.request_with(method, path, Vec::new())
+    }
+
+    fn request_with<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &'static str,
+        body: Vec<u8>,
+    ) -> Result<T, ControlError> {
         // On a thread of its own, so that a caller inside another tokio runtime may block on it.
         let (status, body) = std::thread::scope(|scope| {
             scope
-                .spawn(|| self.exchange(method, path))
+                .spawn(|| self.exchange(method, path, body))
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
@@ -136,13 +154,14 @@ impl Control {
         &self,
         method: Method,
         path: &'static str,
+        body: Vec<u8>,
     ) -> Result<(hyper::StatusCode, Bytes), ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| self.http(error))?;
         runtime.block_on(async {
-            let exchange = exchange(&self.socket, method, path);
+            let exchange = exchange(&self.socket, method, path, body);
             match tokio::time::timeout(self.timeout, exchange).await {
                 Ok(Ok(reply)) => Ok(reply),
                 Ok(Err(Failed::Connect(source))) => Err(ControlError::Connect {
@@ -181,6 +200,7 @@ async fn exchange(
     socket: &Path,
     method: Method,
     path: &str,
+    body: Vec<u8>,
 ) -> Result<(hyper::StatusCode, Bytes), Failed> {
     let stream = tokio::net::UnixStream::connect(socket)
         .await
@@ -192,7 +212,7 @@ async fn exchange(
         .uri(path)
         .header(hyper::header::HOST, "vmm")
         .header(hyper::header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())?;
+        .body(Full::new(Bytes::from(body)))?;
     let reply = async {
         let response = sender.send_request(request).await?;
         let status = response.status();

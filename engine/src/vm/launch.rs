@@ -15,10 +15,15 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use ratoon_vmm_api::{ConfigError, DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
+use ratoon_vmm_api::{
+    ConfigError, DiskConfig, GenerationConfig, NetConfig, SerialConfig, VmConfig, VsockConfig,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
+
+use ratoon_client::RuntimeError;
+use ratoon_client::blocking::dial;
 
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef, timespec};
@@ -26,6 +31,7 @@ use super::record::{ImageRef, Record, VmDir};
 use super::serial::last_lines;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
+use crate::runtime::RuntimeClient;
 
 /// The guest's context id. Each VM has a vsock of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
@@ -33,6 +39,10 @@ const GUEST_CID: u32 = 3;
 const SERIAL_LINES: usize = 12;
 /// How large the serial logs of a VM may become, in bytes.
 pub const SERIAL_LIMIT_BYTES: u64 = 4 << 20;
+/// How long a runtime that has connected may take to say HELLO.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often the wait for a VMM's socket looks: it takes a few milliseconds.
+const LOOK: Duration = Duration::from_millis(1);
 /// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -72,6 +82,17 @@ pub struct Launch {
     pub keep_open: Vec<OwnedFd>,
     /// The machine.
     pub machine: Machine,
+    /// Start from this, in place of booting.
+    pub generation: Option<From>,
+}
+
+/// A generation to start from.
+#[derive(Debug, Clone)]
+pub struct From {
+    /// Its files, for the VMM.
+    pub config: GenerationConfig,
+    /// What had been written to the root disk; copied.
+    pub layer: PathBuf,
 }
 
 /// Why a VM did not start. Nothing of it is left then.
@@ -133,6 +154,13 @@ pub enum LaunchError {
         /// The serial console's last lines, printable.
         serial: Vec<String>,
     },
+    /// The runtime of a frozen machine does not take our connection.
+    #[error("the runtime in the VM")]
+    Runtime {
+        /// Why.
+        #[source]
+        source: RuntimeError,
+    },
     /// The caller's `cancel` became readable.
     #[error("cancelled while the VM was booting")]
     Cancelled,
@@ -155,6 +183,13 @@ pub struct Vm {
     parts: Option<Parts>,
 }
 
+/// The connection to the runtime, before its HELLO or after.
+#[derive(Debug)]
+enum Runtime {
+    Stream(UnixStream),
+    Client(Box<RuntimeClient>),
+}
+
 #[derive(Debug)]
 struct Parts {
     store: Store,
@@ -162,7 +197,7 @@ struct Parts {
     record: Record,
     child: Child,
     process: ProcessHandle,
-    runtime: Option<UnixStream>,
+    runtime: Option<Runtime>,
     /// Cut when this process ends; the VMM then ends too and removes the directory. One byte on it
     /// releases the VMM.
     lifeline: OwnedFd,
@@ -177,7 +212,7 @@ pub fn launch(
     launch: &Launch,
     cancel: Option<BorrowedFd<'_>>,
 ) -> Result<Vm, LaunchError> {
-    check_files(&launch.machine)?;
+    check_files(launch)?;
     config(launch, &VmDir::new("/check")).check()?;
     let (dir, _) = store.create(launch.name.as_deref(), launch.image.clone(), |dir| {
         config(launch, dir)
@@ -211,6 +246,9 @@ fn start(
     let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| system("making the lifeline")(error.into()))?;
     let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
+    if let Some(from) = &launch.generation {
+        std::fs::copy(&from.layer, dir.layer()).map_err(system("copying its disk's layer"))?;
+    }
     let child = spawn(
         &launch.vmm,
         &record.config,
@@ -233,7 +271,10 @@ fn start(
         return Err(ended(dir));
     };
     store.update(dir, |record| record.vmm = Some(process))?;
-    let runtime = wait_ready(&ready, &handle, dir, launch.boot_timeout, cancel)?;
+    let runtime = match &launch.generation {
+        None => wait_ready(&ready, &handle, dir, launch.boot_timeout, cancel)?,
+        Some(_) => call_runtime(&handle, dir, launch.boot_timeout, cancel)?,
+    };
     drop(ready);
     let _ = std::fs::remove_file(dir.ready_socket());
     let record = store.update(dir, |record| record.ready = true)?;
@@ -244,10 +285,46 @@ fn start(
             record,
             child,
             process: handle,
-            runtime: Some(runtime),
+            runtime: Some(Runtime::Stream(runtime)),
             lifeline: held,
         }),
     })
+}
+
+/// Connects to the runtime of a machine that was frozen, as soon as its VMM has made the socket.
+fn call_runtime(
+    vmm: &ProcessHandle,
+    dir: &VmDir,
+    timeout: Duration,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<UnixStream, LaunchError> {
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let socket = dir.vsock_socket();
+        match dial(&socket, ratoon_protocol::RUNTIME_PORT, left) {
+            Ok(stream) => return Ok(stream),
+            Err(RuntimeError::Connect { .. }) if !left.is_zero() => {}
+            Err(RuntimeError::Timeout { .. } | RuntimeError::Connect { .. }) => {
+                return Err(LaunchError::Timeout {
+                    after: timeout,
+                    serial: last_lines(&dir.serial_log(), SERIAL_LINES),
+                });
+            }
+            Err(source) if !vmm.wait(Duration::ZERO).unwrap_or(false) => {
+                return Err(LaunchError::Runtime { source });
+            }
+            Err(_) => return Err(ended(dir)),
+        }
+        let mut fds = vec![PollFd::new(vmm.fd(), PollFlags::IN)];
+        fds.extend(cancel.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        if poll(&mut fds, Some(&timespec(LOOK))).is_ok_and(|ready| ready > 0) {
+            return Err(match fds[0].revents().is_empty() {
+                true => LaunchError::Cancelled,
+                false => ended(dir),
+            });
+        }
+    }
 }
 
 /// Waits for a connection on which something has come: the runtime's first frame.
@@ -334,7 +411,8 @@ fn ended(dir: &VmDir) -> LaunchError {
     }
 }
 
-fn check_files(machine: &Machine) -> Result<(), LaunchError> {
+fn check_files(launch: &Launch) -> Result<(), LaunchError> {
+    let machine = &launch.machine;
     let files = [
         (
             "guest kernel",
@@ -352,7 +430,13 @@ fn check_files(machine: &Machine) -> Result<(), LaunchError> {
             "`ratoon image ls` lists the images",
         ),
     ];
-    for (what, path, remedy) in files {
+    // A machine that was frozen has its kernel and runtime in memory.
+    let needed = if launch.generation.is_some() {
+        2..
+    } else {
+        0..
+    };
+    for &(what, path, remedy) in &files[needed] {
         readable_file(path).map_err(|source| LaunchError::File {
             what,
             path: path.clone(),
@@ -376,6 +460,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         id: dir.id(),
         vcpus: machine.cpus,
         memory_mib: machine.memory_mib,
+        generation: launch.generation.as_ref().map(|from| from.config.clone()),
         kernel: machine.kernel.clone(),
         initramfs: Some(machine.initramfs.clone()),
         kernel_args: machine.kernel_args.clone(),
@@ -439,9 +524,36 @@ impl Vm {
         &self.parts().record
     }
 
-    /// The runtime's connection, once.
+    /// The runtime's connection as it came, once, before its HELLO was read.
     pub fn take_runtime(&mut self) -> Option<UnixStream> {
-        self.parts.as_mut()?.runtime.take()
+        let parts = self.parts.as_mut()?;
+        match parts.runtime.take() {
+            Some(Runtime::Stream(stream)) => Some(stream),
+            other => {
+                parts.runtime = other;
+                None
+            }
+        }
+    }
+
+    /// A client on the runtime's connection, once; later calls make a connection of their own.
+    ///
+    /// # Errors
+    /// [`RuntimeError`] about the connection.
+    pub fn runtime(&mut self) -> Result<RuntimeClient, RuntimeError> {
+        let kept = self.parts.as_mut().and_then(|parts| parts.runtime.take());
+        match kept {
+            Some(Runtime::Client(client)) => Ok(*client),
+            Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
+            None => RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT),
+        }
+    }
+
+    /// Gives a client back, for the next [`Vm::runtime`].
+    pub fn keep_runtime(&mut self, client: RuntimeClient) {
+        if let Some(parts) = &mut self.parts {
+            parts.runtime = Some(Runtime::Client(Box::new(client)));
+        }
     }
 
     /// Its VMM's process.

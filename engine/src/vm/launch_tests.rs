@@ -51,6 +51,7 @@ fn bench(mode: &str) -> Bench {
             boot_timeout: Duration::from_secs(60),
             keep_open: Vec::new(),
             machine,
+            generation: None,
         },
         temp,
     }

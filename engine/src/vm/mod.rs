@@ -14,6 +14,7 @@
 pub mod command;
 pub mod control;
 mod end;
+pub mod freeze;
 pub mod launch;
 pub mod life;
 pub mod process;

@@ -160,6 +160,16 @@ impl VmDir {
         self.0.join("layer.qcow2")
     }
 
+    /// The Unix socket on which a generation comes.
+    pub fn freeze_socket(&self) -> PathBuf {
+        self.0.join("freeze.sock")
+    }
+
+    /// What the guest had written to its root disk when it was frozen.
+    pub fn frozen_layer(&self) -> PathBuf {
+        self.0.join("frozen.qcow2")
+    }
+
     /// The VMM's [`ExitReport`].
     pub fn exit_report(&self) -> PathBuf {
         self.0.join("exit.json")

@@ -112,6 +112,15 @@ pub struct Client {
     broken: bool,
 }
 
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client")
+            .field("hello", &self.hello)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Client {
     /// Takes a connection that the runtime has made (its standing one), or one that is joined to
     /// the runtime's port; waits for its HELLO.
@@ -152,13 +161,8 @@ impl Client {
     /// [`RuntimeError::Connect`], [`RuntimeError::NotListening`], and as
     /// [`Client::from_stream`].
     pub fn connect(vsock_socket: &Path, timeout: Duration) -> Result<Self, RuntimeError> {
-        let mut stream =
-            UnixStream::connect(vsock_socket).map_err(|source| RuntimeError::Connect {
-                path: vsock_socket.to_owned(),
-                source,
-            })?;
         let start = Instant::now();
-        link::handshake(&mut stream, RUNTIME_PORT, timeout)?;
+        let stream = dial(vsock_socket, RUNTIME_PORT, timeout)?;
         Self::from_stream(stream, timeout.saturating_sub(start.elapsed()))
     }
 
@@ -298,6 +302,19 @@ impl Client {
         }
         result
     }
+}
+
+/// Connects to a port of the guest through its VM's vsock socket.
+///
+/// # Errors
+/// [`RuntimeError::Connect`], [`RuntimeError::NotListening`], [`RuntimeError::Timeout`].
+pub fn dial(vsock_socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream, RuntimeError> {
+    let mut stream = UnixStream::connect(vsock_socket).map_err(|source| RuntimeError::Connect {
+        path: vsock_socket.to_owned(),
+        source,
+    })?;
+    link::handshake(&mut stream, port, timeout)?;
+    Ok(stream)
 }
 
 /// What a guest says of a process's end, held against what can be.

@@ -1,0 +1,246 @@
+//! Making a generation of a running VM, and waking what comes out of it.
+//!
+//! ```text
+//!   runtime: processes stopped, wake expected -> VMM: freeze -> files here
+//!                                                   `-> runtime: wake, processes go on
+//! ```
+//!
+//! Whatever fails, the VM goes on: a freeze that did not happen is undone.
+
+use std::fs::File;
+use std::io::{IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, SystemTime};
+
+use ratoon_client::RuntimeError;
+use ratoon_protocol::{Awake, Call, FreezeParams, Wake};
+use ratoon_vmm_api::{FreezeRequest, FrozenMeta, Run};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+use super::control::{Control, ControlError};
+use super::process::timespec;
+use super::record::VmDir;
+use crate::runtime::RuntimeClient;
+
+/// How long the guest may take to stop or wake its processes.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the VMM may take: it copies the disk's layer.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(300);
+/// How often the wait for the generation looks whether the VMM has refused.
+const LOOK: Duration = Duration::from_millis(20);
+/// The longest state that is taken, in bytes.
+const MAX_META_LEN: u64 = 64 << 20;
+
+/// A frozen VM: immutable files, and its state.
+#[derive(Debug)]
+pub struct Generation {
+    /// The VMM's blob.
+    pub state: String,
+    /// The memory's layers, the lowest first, and which parts of each count.
+    pub layers: Vec<(File, Vec<Run>)>,
+    /// How long no vCPU ran.
+    pub pause: Duration,
+}
+
+/// Why a VM could not be frozen, or a child not woken.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// The runtime in the guest.
+    #[error("the runtime in the VM: {what}")]
+    Runtime {
+        /// What it was asked for.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: RuntimeError,
+    },
+    /// The VMM.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A socket, or what came over it.
+    #[error("taking over the frozen VM: {what}")]
+    Transfer {
+        /// Which step.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The system has no random numbers.
+    #[error("no random numbers: {0}")]
+    Random(getrandom::Error),
+}
+
+fn guest(what: &'static str) -> impl FnOnce(RuntimeError) -> FreezeError {
+    move |source| FreezeError::Runtime { what, source }
+}
+
+fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
+    move |source| FreezeError::Transfer { what, source }
+}
+
+/// Freezes the VM in `dir`, whose root disk's layer is copied to [`VmDir::frozen_layer`]. `client`
+/// is a connection to its runtime; `generation` is how the VM and its children call it.
+///
+/// # Errors
+/// [`FreezeError`]; the VM goes on.
+pub fn freeze(
+    dir: &VmDir,
+    client: &mut RuntimeClient,
+    generation: &str,
+) -> Result<Generation, FreezeError> {
+    let still = FreezeParams {
+        processes: true,
+        file_systems: false,
+    };
+    client
+        .call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
+        .map_err(guest("it cannot stop its processes"))?;
+    let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
+    let frozen = expected
+        .map_err(guest("it cannot wait for its wake"))
+        .and_then(|()| take(dir));
+    // Whether it was frozen or not, it goes on as itself.
+    let woken = wake(client, &dir.id(), generation, None);
+    let frozen = frozen?;
+    woken?;
+    Ok(frozen)
+}
+
+/// Asks the VMM, and takes what it sends.
+fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
+    let socket = dir.freeze_socket();
+    let copy = dir.frozen_layer();
+    for old in [&socket, &copy] {
+        let _ = std::fs::remove_file(old);
+    }
+    let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(transfer("a socket for it"))?;
+    let request = FreezeRequest {
+        socket: socket.clone(),
+        copy_layers: [("root".to_owned(), copy)].into(),
+    };
+    let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
+    let taken = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| control.freeze(&request));
+        let mut received = None;
+        // It sends before it replies: once it has replied, what is to come is there.
+        loop {
+            let over = asked.is_finished();
+            let mut fds = [PollFd::new(&listener, PollFlags::IN)];
+            let _ = poll(&mut fds, Some(&timespec(LOOK)));
+            if let Ok((stream, _)) = listener.accept() {
+                received = Some(receive(&stream));
+                break;
+            }
+            if over {
+                break;
+            }
+        }
+        let reply = match asked.join() {
+            Ok(reply) => reply?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        let (meta, files) = received
+            .unwrap_or_else(|| Err(std::io::ErrorKind::UnexpectedEof.into()))
+            .map_err(transfer("its files"))?;
+        if meta.layers.len() != files.len() {
+            let mismatch = std::io::Error::other("not as many files as layers");
+            return Err(transfer("its files")(mismatch));
+        }
+        let runs = meta.layers.into_iter().map(|layer| layer.runs);
+        Ok(Generation {
+            state: meta.state,
+            layers: files.into_iter().zip(runs).collect(),
+            pause: Duration::from_nanos(reply.pause_ns),
+        })
+    });
+    let _ = std::fs::remove_file(&socket);
+    taken
+}
+
+fn receive(stream: &UnixStream) -> std::io::Result<(FrozenMeta, Vec<File>)> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let mut fds = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::IN)];
+    poll(&mut fds, Some(&timespec(FREEZE_TIMEOUT)))?;
+    recvmsg(
+        stream,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut ancillary,
+        flags,
+    )?;
+    let mut files: Vec<File> = ancillary
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .map(|fd: OwnedFd| fd.into())
+        .collect();
+    if files.is_empty() {
+        return Err(std::io::ErrorKind::UnexpectedEof.into());
+    }
+    let mut json = Vec::new();
+    let mut state = files.remove(0);
+    std::io::Seek::rewind(&mut state)?;
+    state.take(MAX_META_LEN).read_to_end(&mut json)?;
+    Ok((serde_json::from_slice(&json)?, files))
+}
+
+/// Tells a VM who it is from now on, and lets its processes go on. `machine_id`: a new one, for a
+/// child.
+///
+/// # Errors
+/// [`FreezeError::Runtime`]: a child that cannot be woken must not run.
+pub fn wake(
+    client: &mut RuntimeClient,
+    id: &str,
+    generation: &str,
+    machine_id: Option<String>,
+) -> Result<Awake, FreezeError> {
+    let mut entropy = [0; 64];
+    getrandom::fill(&mut entropy).map_err(FreezeError::Random)?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let wake = Wake {
+        generation: generation.into(),
+        id: id.into(),
+        machine_id,
+        time_us: now.ok().map(|now| now.as_micros() as u64),
+        entropy: hex(&entropy),
+        ..Wake::default()
+    };
+    let awake = client
+        .call(&Call::Wake(Box::new(wake)), "woken", GUEST_TIMEOUT)
+        .map_err(guest("it cannot be woken"))?;
+    let all = FreezeParams {
+        processes: true,
+        file_systems: true,
+    };
+    client
+        .call::<()>(&Call::Thaw(all), "let its processes go on", GUEST_TIMEOUT)
+        .map_err(guest("it cannot let its processes go on"))?;
+    Ok(awake)
+}
+
+/// A machine-id of its own: 32 hexadecimal digits.
+///
+/// # Errors
+/// [`FreezeError::Random`].
+pub fn machine_id() -> Result<String, FreezeError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(FreezeError::Random)?;
+    Ok(hex(&bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
