@@ -9,10 +9,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::SystemTime;
 
+use ratoon_protocol::ExecParams;
 use ratoon_snapshot::{Digest, Quiet, Snapshot, Store};
 
 use crate::engine::{Engine, RunSpec, StartError, Started};
 use crate::image::Image;
+use crate::runtime::ExecIo;
 use crate::snapshots::{RestoreSpec, SnapshotError};
 use crate::vm::launch::{Launch, LaunchError, Vm};
 
@@ -100,6 +102,18 @@ impl Warm {
         let Ok(mut client) = vm.runtime() else {
             return false;
         };
+        // The first command costs more than later ones: it is had before.
+        let params = ExecParams {
+            argv: vec!["true".into()],
+            ..ExecParams::default()
+        };
+        let io = ExecIo {
+            stdin: None,
+            stdout: &mut std::io::sink(),
+            stderr: &mut std::io::sink(),
+        };
+        // An image may have no `true`.
+        let _ = client.exec(&params, io);
         let name = Some(self.name.as_str());
         let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, name, &Quiet);
         let usable = match taken {

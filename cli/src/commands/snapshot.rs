@@ -260,7 +260,7 @@ fn list(store: &snapshot::Store, json: bool) -> Result<(), Failure> {
             vcpus: manifest.about.vcpus,
             memory_mib: manifest.about.memory_mib,
             created: manifest.created_unix_seconds,
-            disk_bytes: store.sizes(snapshot)?.disk_bytes,
+            disk_bytes: snapshot.sizes()?.disk_bytes,
         });
     }
     for damaged in &listing.damaged {
