@@ -373,10 +373,16 @@ impl Server {
                 system_us: micros(dead.used.ru_stime),
                 memory_peak: dead.used.ru_maxrss as u64 * 1024,
             };
-            let ours = self.tasks.iter_mut().filter_map(Task::process);
-            let ours = ours.filter(|process| process.pid == dead.pid && process.ended.is_none());
-            for process in ours {
-                process.ended = Some(Ended { status, usage });
+            let mut ours = self.tasks.iter_mut().filter_map(Task::process);
+            if let Some(process) =
+                ours.find(|process| process.pid == dead.pid && process.ended.is_none())
+            {
+                let killed = status == ExitStatus::Signal(libc::SIGKILL) && !process.killed;
+                process.ended = Some(Ended {
+                    status,
+                    usage,
+                    out_of_memory: killed && sys::died_of_want(dead.pid, &mut self.scratch),
+                });
             }
             self.contexts.reaped(dead.pid, status, &mut self.sessions);
         }
