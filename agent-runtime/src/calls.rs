@@ -26,10 +26,6 @@ const MAX_TASKS: usize = 1024;
 impl Server {
     /// Begins a call.
     pub(crate) fn begin(&mut self, at: CallRef, request: Call) {
-        if self.identity.is_waiting() && !matches!(request, Call::Ping | Call::Wake(_)) {
-            self.waiting.push_back((at, request));
-            return;
-        }
         if self.ending.is_some() && !matches!(request, Call::Ping) {
             let error = ErrorReply::new(ErrorCode::Failed, "the machine is shutting down");
             return self.sessions.fail(at, &error);
@@ -50,6 +46,10 @@ impl Server {
             ),
             // The server has taken it before.
             Call::Session(_) => {}
+            Call::SessionEnd => {
+                self.sessions.end(at);
+                self.abandon(at.session);
+            }
             Call::Exec(params) => self.exec(at, *params)?,
             Call::Attach(params) => self.attach(at, params)?,
             Call::Signal(params) => self.signal(at, params)?,
@@ -149,8 +149,8 @@ impl Server {
                 let awake = self.identity.wake(&params)?;
                 self.contexts.reseed();
                 self.sessions.reply(at, &awake);
-                for (at, request) in std::mem::take(&mut self.waiting) {
-                    self.begin(at, request);
+                for (session, action) in std::mem::take(&mut self.waiting) {
+                    self.act(session, action);
                 }
             }
             Call::Whoami => {

@@ -123,7 +123,8 @@ impl Pipes {
         match end.medium {
             // A file takes everything; a socket's and a terminal's other half is polled already.
             Medium::File => None,
-            Medium::Socket | Medium::Terminal if !waiting => None,
+            Medium::Terminal if !waiting => None,
+            Medium::Socket if !waiting && self.has_outputs() => None,
             _ => Some((end.fd.as_raw_fd(), if waiting { libc::POLLOUT } else { 0 })),
         }
     }

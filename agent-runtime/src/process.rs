@@ -43,6 +43,8 @@ pub struct Ended {
     pub status: ExitStatus,
     /// What it and the children that it waited for used.
     pub usage: Usage,
+    /// The kernel has killed it for want of memory.
+    pub out_of_memory: bool,
 }
 
 /// One process. See the module.
@@ -54,6 +56,8 @@ pub struct Process {
     pub ended: Option<Ended>,
     /// It outlives its client.
     pub keep: bool,
+    /// We have killed it ourselves.
+    pub killed: bool,
     group: Option<Group>,
     /// Each output: what the client has got, and what went elsewhere.
     sent: [u64; 2],
@@ -67,8 +71,6 @@ pub struct Process {
     due: Option<Instant>,
     grace: Duration,
     timed_out: bool,
-    /// We have killed it ourselves.
-    killed: bool,
     tail: Option<Tail>,
 }
 
@@ -329,11 +331,10 @@ impl Process {
                 ..OutputReport::default()
             },
         };
-        let killed = ended.status == ExitStatus::Signal(libc::SIGKILL) && !self.killed;
         Ok(ExitReport {
             status: ended.status,
             timed_out: self.timed_out,
-            out_of_memory: killed && sys::oom_kills() > 0,
+            out_of_memory: ended.out_of_memory,
             usage: Some(ended.usage),
             outputs: reported.then(|| [output(0), output(1)]),
         })

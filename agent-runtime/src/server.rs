@@ -64,8 +64,8 @@ pub struct Server {
     pub(crate) office: Office,
     pub(crate) contexts: Contexts,
     pub(crate) identity: Identity,
-    /// Calls that wait for `wake`.
-    pub(crate) waiting: VecDeque<(CallRef, Call)>,
+    /// What waits for `wake`: calls and what followed them, with their session.
+    pub(crate) waiting: VecDeque<(u64, Action)>,
     pub(crate) ending: Option<Ending>,
     scratch: Vec<u8>,
     polls: Vec<PollFd>,
@@ -261,7 +261,16 @@ impl Server {
         }
     }
 
-    fn act(&mut self, session: u64, action: Action) {
+    pub(crate) fn act(&mut self, session: u64, action: Action) {
+        if self.waits(session, &action) {
+            // A client may say stop as often as it likes, and need be heard but once.
+            let known = |(waits, earlier): &(u64, Action)| *waits == session && *earlier == action;
+            let is_stop = matches!(action, Action::StopOutput { .. });
+            if !(is_stop && self.waiting.iter().any(known)) {
+                self.waiting.push_back((session, action));
+            }
+            return;
+        }
         match action {
             Action::Begin { call, request } => {
                 let at = CallRef { session, call };
@@ -291,6 +300,26 @@ impl Server {
         }
     }
 
+    /// Whether it has to wait for `wake`: a call, or what follows one that waits.
+    fn waits(&self, session: u64, action: &Action) -> bool {
+        if !self.identity.is_waiting() {
+            return false;
+        }
+        match action {
+            Action::Begin { request, .. } => !matches!(
+                request,
+                Call::Ping | Call::Wake(_) | Call::Session(_) | Call::SessionEnd
+            ),
+            Action::Stdin { call: of, .. } | Action::StopOutput { call: of, .. } => {
+                let begins = |(waits, earlier): &(u64, Action)| {
+                    let begun = matches!(earlier, Action::Begin { call, .. } if call == of);
+                    *waits == session && begun
+                };
+                self.waiting.iter().any(begins)
+            }
+        }
+    }
+
     fn accept(&mut self) {
         match sys::accept(self.listener.as_fd()) {
             Ok((fd, None | Some(sys::CID_HOST))) => self.add(fd, true),
@@ -313,8 +342,8 @@ impl Server {
     }
 
     /// A session has ended: so do its tasks, but for those that are to be kept.
-    fn abandon(&mut self, session: u64) {
-        self.waiting.retain(|(at, _)| at.session != session);
+    pub(crate) fn abandon(&mut self, session: u64) {
+        self.waiting.retain(|(waits, _)| *waits != session);
         self.tasks.retain_mut(|task| {
             !(task.at.is_some_and(|at| at.session == session) && task.abandon())
         });
@@ -344,10 +373,16 @@ impl Server {
                 system_us: micros(dead.used.ru_stime),
                 memory_peak: dead.used.ru_maxrss as u64 * 1024,
             };
-            let ours = self.tasks.iter_mut().filter_map(Task::process);
-            let ours = ours.filter(|process| process.pid == dead.pid && process.ended.is_none());
-            for process in ours {
-                process.ended = Some(Ended { status, usage });
+            let mut ours = self.tasks.iter_mut().filter_map(Task::process);
+            if let Some(process) =
+                ours.find(|process| process.pid == dead.pid && process.ended.is_none())
+            {
+                let killed = status == ExitStatus::Signal(libc::SIGKILL) && !process.killed;
+                process.ended = Some(Ended {
+                    status,
+                    usage,
+                    out_of_memory: killed && sys::died_of_want(dead.pid, &mut self.scratch),
+                });
             }
             self.contexts.reaped(dead.pid, status, &mut self.sessions);
         }

@@ -338,7 +338,8 @@ impl Session {
                 return Ok(());
             }
         };
-        if self.calls.len() >= MAX_OPEN_CALLS {
+        // Who has too many calls open may still end them all.
+        if self.calls.len() >= MAX_OPEN_CALLS && request != Call::SessionEnd {
             let message =
                 format!("{MAX_OPEN_CALLS} calls are open on this connection; wait for one");
             self.fail(call, &ErrorReply::new(ErrorCode::TooManyCalls, message));

@@ -174,11 +174,8 @@ impl Sessions {
         eprintln!("ratoon-runtime: a client breaks the protocol, closing: {violation}");
         if let Some(client) = self.clients.get_mut(&id) {
             client.session.close(violation);
-            client.name = None;
-            if let Some(socket) = &mut client.socket {
-                socket.closing = true;
-            }
         }
+        self.hang_up(id);
     }
 
     /// A socket is lost.
@@ -253,13 +250,23 @@ impl Sessions {
 
     fn break_off(&mut self, at: CallRef, error: &ErrorReply) {
         self.fail(at, error);
-        if let Some(socket) = self
-            .clients
-            .get_mut(&at.session)
-            .and_then(|client| client.socket.as_mut())
-        {
-            socket.closing = true;
+        self.hang_up(at.session);
+    }
+
+    /// Closes the connection when what is unsent has gone out; the session does not outlive it.
+    fn hang_up(&mut self, id: u64) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.name = None;
+            if let Some(socket) = &mut client.socket {
+                socket.closing = true;
+            }
         }
+    }
+
+    /// Carries out a `session.end` call.
+    pub fn end(&mut self, at: CallRef) {
+        self.reply(at, &());
+        self.hang_up(at.session);
     }
 
     /// What a connection has sent behind its `session` call.
@@ -335,6 +342,14 @@ impl Sessions {
     /// See [`Session::output_ended`].
     pub fn output_ended(&mut self, at: CallRef, output: Output) {
         self.with(at, |session| session.output_ended(at.call, output));
+    }
+
+    /// As [`Sessions::output_ended`], and says so at once: the call goes on.
+    pub fn output_ended_now(&mut self, at: CallRef, output: Output) {
+        self.with(at, |session| {
+            session.output_ended(at.call, output);
+            session.hurry();
+        });
     }
 
     /// See [`Session::stdin_taken`].

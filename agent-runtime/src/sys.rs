@@ -133,12 +133,30 @@ pub fn reap() -> io::Result<Option<Dead>> {
     Ok((pid > 0).then_some(Dead { pid, status, used }))
 }
 
-/// How many processes the kernel has killed for want of memory since boot.
-pub fn oom_kills() -> u64 {
-    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    line.and_then(|number| number.trim().parse().ok())
-        .unwrap_or(0)
+/// Whether the kernel says that it has killed this process, which has just died, for want of memory.
+/// Its log is where it says whom; so much of that is looked at as `scratch` holds.
+pub fn died_of_want(pid: i32, scratch: &mut [u8]) -> bool {
+    /// SYSLOG_ACTION_READ_ALL (linux/syslog.h): the last of the log, which stays as it is.
+    const READ_ALL: i32 = 3;
+    // SAFETY: the kernel writes at most so many bytes as the slice has.
+    let len = unsafe {
+        libc::syscall(
+            libc::SYS_syslog,
+            READ_ALL,
+            scratch.as_mut_ptr(),
+            scratch.len(),
+        )
+    };
+    // None that we may read: nobody can tell.
+    let len = usize::try_from(len).unwrap_or(0);
+    names_victim(&scratch[..len], pid)
+}
+
+/// Whether a kernel log has the line of mm/oom_kill.c that names this process.
+fn names_victim(log: &[u8], pid: i32) -> bool {
+    let words = format!("Killed process {pid} (");
+    log.windows(words.len())
+        .any(|window| window == words.as_bytes())
 }
 
 /// What [`poll`] waits for: a raw descriptor (-1: none) and POLLIN, POLLOUT.
@@ -196,4 +214,18 @@ pub fn loopback_up() -> io::Result<()> {
 pub fn boot_time_us() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     (time.tv_sec as u64) * 1_000_000 + (time.tv_nsec as u64) / 1_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_victim_is_found_by_its_number() {
+        let log = b"<6>[ 108.05] oom-kill:constraint=CONSTRAINT_NONE,task=tail,pid=56,uid=0\n\
+            <3>[ 108.07] Out of memory: Killed process 56 (tail) total-vm:18936kB\n";
+        assert!(names_victim(log, 56));
+        assert!(!names_victim(log, 5) && !names_victim(log, 560));
+        assert!(!names_victim(b"", 56));
+    }
 }

@@ -128,7 +128,12 @@ impl Task {
             }
             return;
         }
-        if revents & libc::POLLERR != 0 {
+        // A socket hangs up when neither way is left.
+        let gone = match self.job {
+            Job::Port { .. } => libc::POLLERR | libc::POLLHUP,
+            _ => libc::POLLERR,
+        };
+        if revents & gone != 0 {
             self.pipes.close_input(self.at, sessions);
         } else {
             self.pipes.write(self.at, sessions);
@@ -185,6 +190,7 @@ impl Task {
         let room = sessions.room(at, output).min(scratch.len());
         match pipes.read(output, readable, &mut scratch[..room]) {
             Read::Nothing => {}
+            Read::End if matches!(job, Job::Port { .. }) => sessions.output_ended_now(at, output),
             Read::End => sessions.output_ended(at, output),
             Read::Bytes(len) => {
                 sessions.output(at, output, &scratch[..len]);
@@ -204,9 +210,14 @@ impl Task {
         }
     }
 
-    /// The client takes no more of an output.
+    /// The client takes no more of an output; of an upload: it shall not be.
     pub fn stop_output(&mut self, output: Output, sessions: &mut Sessions) {
         let Some(at) = self.at else { return };
+        if let (Job::Upload(_), Output::Stdout) = (&self.job, output) {
+            // It has no output: this is how its client takes back what it has begun.
+            let error = ErrorReply::new(ErrorCode::Cancelled, "the client has cancelled the file");
+            return self.fail(&error, sessions);
+        }
         if !self.pipes.close_output(output) {
             return;
         }
@@ -267,7 +278,7 @@ impl Task {
             Job::Port {
                 dial: None,
                 received,
-            } if !self.pipes.has_outputs() => {
+            } if !self.pipes.has_outputs() && self.pipes.input_is_over() => {
                 let reply = Transferred {
                     bytes: *received + self.pipes.written,
                     entries: 0,

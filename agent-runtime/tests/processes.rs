@@ -25,6 +25,7 @@ fn run(client: &mut Client, call: &Call) -> Result<(ExitReport, String, Vec<Even
         stderr: &mut io::sink(),
         data: &mut io::sink(),
         events: &mut |event| events.lock().expect("no panic before").push(event),
+        ended: &mut |_| {},
     };
     let report = client.run(call, &mut io)?;
     let out = String::from_utf8_lossy(&out).into_owned();

@@ -3,12 +3,16 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use ratoon_client::RuntimeError;
-use ratoon_client::blocking::Client;
-use ratoon_protocol::{Awake, Call, ErrorCode, ExecParams, FileMkdir, FreezeParams, Metrics, Wake};
+use ratoon_client::blocking::{CallIo, Client};
+use ratoon_protocol::{
+    Awake, Call, ErrorCode, ExecParams, FileMkdir, FileWrite, FreezeParams, Metrics, Transferred,
+    Wake,
+};
 use ratoon_tests::{PATIENCE, Ratoon};
 use serde_json::Value;
 
@@ -270,6 +274,26 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
             "hostname; cat /etc/machine-id /run/ratoon/message",
         )
     });
+    let mut other = connect();
+    let upload = std::thread::spawn(move || {
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        writer.write_all(b"early words").expect("it takes them");
+        drop(writer);
+        let mut io = CallIo {
+            stdin: Some(reader.as_fd()),
+            stdout: &mut std::io::sink(),
+            stderr: &mut std::io::sink(),
+            data: &mut std::io::sink(),
+            events: &mut |_| {},
+            ended: &mut |_| {},
+        };
+        let write = Call::FileWrite(FileWrite {
+            path: "/root/early".into(),
+            ..FileWrite::default()
+        });
+        let moved: Transferred = other.run(&write, &mut io).expect("it is written");
+        moved.bytes
+    });
     done(Call::Ping).expect("a ping is answered");
     let mut wake = Wake {
         generation: "g".into(),
@@ -296,6 +320,8 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
         "child3\n0123456789abcdef0123456789abcdef\ntry this\n",
         "what was asked before it woke was answered after"
     );
+    let uploaded = upload.join().expect("it is written");
+    assert_eq!(uploaded, 11, "input waits with its call");
     let mut client = connect();
     assert_ne!(uuid(&mut client), before);
     assert!(output(&mut client, "date -u +%Y").starts_with("2033"));

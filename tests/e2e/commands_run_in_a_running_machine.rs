@@ -188,6 +188,7 @@ fn a_command_can_outlive_its_client() {
                 controller.cancel();
             }
         },
+        ended: &mut |_| {},
     };
     let result: Result<ratoon_protocol::ExitReport, _> =
         first.run(&Call::Exec(Box::new(params)), &mut io);
@@ -212,6 +213,7 @@ fn a_command_can_outlive_its_client() {
         stderr: &mut std::io::sink(),
         data: &mut std::io::sink(),
         events: &mut |_| {},
+        ended: &mut |_| {},
     };
     let report: ratoon_protocol::ExitReport = second.run(&attach, &mut io).expect("it ends");
     assert_eq!(report.status, ExitStatus::Code(4));

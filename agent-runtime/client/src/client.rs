@@ -69,8 +69,9 @@ impl Client {
     ///
     /// `dial` makes a connection that is joined to the runtime's port. `timeout` is for HELLO and
     /// the session's name, on each connection. `linger` is how long the runtime keeps the session
-    /// without a connection, and how long this side tries (at most a day): the runtime also waits so
-    /// long after the last handle is dropped before it ends what was begun.
+    /// without a connection, and how long this side tries (at most a day). When the last handle is
+    /// dropped the session is ended; should the connection be lost just then, the runtime waits so long
+    /// before it ends what was begun.
     ///
     /// # Errors
     /// Those of `dial`'s first connection, and as [`Client::from_stream`]. Later, calls fail with

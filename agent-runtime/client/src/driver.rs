@@ -34,6 +34,9 @@ const UNSENT_LIMIT: usize = 128 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long the runtime has to hear that a named session is over.
+const LEAVE_TIME: Duration = Duration::from_secs(2);
+
 /// Says HELLO's words, or why it never came.
 pub(crate) type Greeted = oneshot::Sender<Result<Hello, RuntimeError>>;
 
@@ -135,19 +138,33 @@ impl Driver {
         }
     }
 
-    /// Serves one connection; `Ok` when the last handle is dropped.
+    /// Serves one connection; `Ok` when the last handle is dropped. A session with a name is ended
+    /// then, as far as this connection still carries it; otherwise it ends when it has lingered.
     async fn drive(
         &mut self,
         stream: &mut UnixStream,
         heard: &mut Wishes,
         lost_at: &mut Option<Instant>,
     ) -> Result<(), RuntimeError> {
+        let mut leaving = false;
+        let served = self.serve(stream, heard, lost_at, &mut leaving).await;
+        if leaving { Ok(()) } else { served }
+    }
+
+    async fn serve(
+        &mut self,
+        stream: &mut UnixStream,
+        heard: &mut Wishes,
+        lost_at: &mut Option<Instant>,
+        leaving: &mut bool,
+    ) -> Result<(), RuntimeError> {
         let (mut reader, mut writer) = stream.split();
         let mut bytes = vec![0; MAX_PAYLOAD_LEN];
         let mut happenings = Vec::new();
         self.greeted = false;
         let late = tokio::time::sleep(self.timeout);
-        tokio::pin!(late);
+        let left = tokio::time::sleep(LEAVE_TIME);
+        tokio::pin!(late, left);
         // The other side takes nothing any more; what it still sent is read before we say so.
         let mut deaf = false;
         loop {
@@ -157,10 +174,15 @@ impl Driver {
                 *lost_at = None;
             }
             tokio::select! {
-                wish = heard.recv() => match wish {
+                wish = heard.recv(), if !*leaving => match wish {
                     Some(wish) => self.wish(wish),
+                    None if self.state.end_session() => {
+                        *leaving = true;
+                        left.as_mut().reset(Instant::now() + LEAVE_TIME);
+                    }
                     None => return Ok(()),
                 },
+                () = &mut left, if *leaving => return Ok(()),
                 len = reader.read(&mut bytes) => {
                     let len = match len {
                         Ok(0) => return Err(RuntimeError::Closed),

@@ -163,8 +163,8 @@ impl Client {
     }
 
     /// Writes what `source` gives, to its end, into a file. Without `append` and `offset` the file appears
-    /// whole or not at all: not when `source` fails, nor when this future is dropped (the call then
-    /// stays open, with nothing under the file's name, until the connection ends).
+    /// whole or not at all: not when `source` fails, nor when this future is dropped; nothing else is left
+    /// behind either.
     ///
     /// # Errors
     /// [`RuntimeError::Call`] when the guest cannot write it, [`RuntimeError::Input`] when `source`

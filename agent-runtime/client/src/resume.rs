@@ -85,6 +85,12 @@ impl State {
             .is_some_and(|named| named.naming.is_some())
     }
 
+    /// Says that the session is over; the runtime then ends its calls and closes. False when it has
+    /// no name, and so ends with its connection.
+    pub fn end_session(&mut self) -> bool {
+        self.session.is_some() && self.call(&Call::SessionEnd).is_ok()
+    }
+
     fn name(&mut self) -> Result<(), RuntimeError> {
         let Some(named) = &mut self.session else {
             return Ok(());

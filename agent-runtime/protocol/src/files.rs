@@ -116,7 +116,7 @@ pub struct FileEntry {
 
 /// Parameters of `file.list`: a line of JSON for each [`FileEntry`] comes as STDOUT, a directory
 /// before what is in it, by name; the reply is [`Transferred`]. Symlinks are told, not followed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileList {
     /// The directory.
     pub path: String,
@@ -135,6 +135,17 @@ pub struct FileList {
 
 fn one() -> u32 {
     1
+}
+
+impl Default for FileList {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            root: None,
+            depth: one(),
+            glob: None,
+        }
+    }
 }
 
 /// Parameters of `file.mkdir`; the reply is `null`. A directory that is there is no error with
@@ -272,4 +283,16 @@ pub struct TreeUnpack {
     /// `user` or `user:group` who owns everything; default: as the archive says, by number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_as_deep_by_default_as_one_that_says_nothing_of_it() {
+        let silent: FileList = serde_json::from_str(r#"{"path":""}"#).unwrap();
+        assert_eq!(FileList::default(), silent);
+        assert_eq!(silent.depth, 1);
+    }
 }

@@ -57,6 +57,8 @@ calls! {
     "ping" Ping,
     /// Name this connection's session, or take one up again.
     "session" Session(SessionParams),
+    /// The session, and all that was begun in it, is over; replies `null`, then the connection ends.
+    "session.end" SessionEnd,
     /// Run a program.
     "exec" Exec(Box<ExecParams>),
     /// Take a kept process over.

@@ -165,6 +165,7 @@ fn code(vm: &Ratoon, client: &mut RuntimeClient, samples: &mut Samples, n: usize
                     stderr: &mut io::sink(),
                     data: &mut shown,
                     events: &mut |_| {},
+                    ended: &mut |_| {},
                 },
             )?;
             anyhow::ensure!(end.status == CodeStatus::Ok && !shown.is_empty(), "{end:?}");

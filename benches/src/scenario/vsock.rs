@@ -280,6 +280,7 @@ fn files(
                 stderr: &mut io::sink(),
                 data: &mut io::sink(),
                 events: &mut |_| {},
+                ended: &mut |_| {},
             },
         )?;
         if moved.bytes != bytes as u64 || !matches!(meter.bytes, n if n == 0 || n == bytes) {

@@ -224,6 +224,7 @@ impl Session<'_> {
             stderr: &mut std::io::stderr(),
             data: &mut data,
             events: &mut |_| {},
+            ended: &mut |_| {},
         };
         let end = self.client.run(&call, &mut io)?;
         if !last.is_empty() {

@@ -239,6 +239,7 @@ fn transfer(
         stderr: &mut io::sink(),
         data: &mut io::sink(),
         events: &mut |_| {},
+        ended: &mut |_| {},
     };
     let result: Result<Transferred, _> = client.run(call, &mut io);
     result

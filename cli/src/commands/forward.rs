@@ -138,6 +138,10 @@ fn join(stream: &TcpStream, vsock_socket: &Path, port: u16) -> Result<(), Failur
         stderr: &mut std::io::sink(),
         data: &mut std::io::sink(),
         events: &mut |_| {},
+        ended: &mut |_| {
+            // As the server says to its peer: nothing more comes.
+            let _ = stream.shutdown(Shutdown::Write);
+        },
     };
     let result: Result<Transferred, _> = client.run(&call, &mut io);
     result

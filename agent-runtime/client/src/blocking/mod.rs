@@ -45,6 +45,8 @@ pub struct CallIo<'a> {
     pub data: &'a mut dyn Write,
     /// Told what happens on the way.
     pub events: &'a mut dyn FnMut(Event),
+    /// Told when an output is at its end, while the call goes on.
+    pub ended: &'a mut dyn FnMut(Output),
 }
 
 /// Reaches a call that runs, from another thread or a signal handler's thread.
@@ -284,6 +286,7 @@ impl Client {
             stderr: io.stderr,
             data: &mut io::sink(),
             events: &mut |_| {},
+            ended: &mut |_| {},
         };
         let report: ExitReport = self.run(&Call::Exec(Box::new(params)), &mut io)?;
         checked(report)
@@ -365,6 +368,7 @@ impl Running<'_> {
                         bytes,
                     } if call == self.id => self.write(client, io, output, &bytes),
                     Happening::Event { call, event } if call == self.id => (io.events)(event),
+                    Happening::OutputEnd { call, output } if call == self.id => (io.ended)(output),
                     Happening::Reply { call, value } if call == self.id => {
                         return self.finish(io, value);
                     }
