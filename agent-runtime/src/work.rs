@@ -20,6 +20,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::Value;
 
+/// Stack of a thread, in bytes; only what is touched takes memory. Trees are walked by recursion, at
+/// most [`MAX_DEPTH`](crate::files::MAX_DEPTH) directories deep: tests go so far, unoptimized.
+const STACK: usize = 1 << 20;
+
 /// What a call has to do. The value is its reply.
 pub type Work = Box<dyn FnOnce(Streams) -> Result<Value, ErrorReply> + Send>;
 
@@ -132,7 +136,7 @@ impl Office {
         };
         std::thread::Builder::new()
             .name("work".into())
-            .stack_size(256 * 1024)
+            .stack_size(STACK)
             .spawn(move || {
                 let result = catch_unwind(AssertUnwindSafe(|| work(streams)));
                 let result = result.unwrap_or_else(|_| {

@@ -38,6 +38,8 @@ struct Client {
     named: bool,
     /// It has said something that it did not mean: what it counts on is no rule any more.
     confused: bool,
+    /// It has lost its connection once.
+    was_cut: bool,
 }
 
 impl Client {
@@ -208,6 +210,7 @@ fn work(session: &mut Session, client: &mut Client, input: &mut Unstructured<'_>
 
 /// The connection is lost, and taken up again with what the client has.
 fn cut(session: &mut Session, client: &mut Client) {
+    client.was_cut = true;
     session.detach();
     client.decoder = Decoder::new();
     let have: Vec<Have> = client
@@ -231,6 +234,8 @@ fn cut(session: &mut Session, client: &mut Client) {
             for (seen, _) in client.calls.values_mut() {
                 for seen in seen {
                     seen.acked = seen.received;
+                    // An end is said again, whether it has come or not.
+                    seen.ended = false;
                 }
             }
             session.say_again();
@@ -273,7 +278,12 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
         if client.named && !client.confused && rarely(input)? {
             cut(&mut session, &mut client);
         }
-        assert!(session.unsent().len() <= OUT_LIMIT + 2 * (MAX_PAYLOAD_LEN + 4096));
+        // What is said again after a loss is at most the windows of the open calls.
+        let again = match client.was_cut {
+            true => session.open_calls() * 3 * (STREAM_WINDOW as usize + 4096),
+            false => 0,
+        };
+        assert!(session.unsent().len() <= OUT_LIMIT + 2 * (MAX_PAYLOAD_LEN + 4096) + again);
         assert!(session.open_calls() <= MAX_OPEN_CALLS);
         if input.arbitrary()? {
             let len = session.unsent().len();

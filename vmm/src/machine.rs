@@ -8,6 +8,7 @@ use ratoon_vmm_api::{HostClass, MetricsReply, Outcome, Phases, StatusReply, VmCo
 
 use crate::bus::{Bus, lock};
 use crate::ending::Ending;
+use crate::memory::Layer;
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
 
@@ -41,6 +42,12 @@ pub enum Reply {
 pub struct Refused {
     verb: &'static str,
     state: VmState,
+}
+
+impl Refused {
+    pub(crate) fn new(verb: &'static str, state: VmState) -> Self {
+        Self { verb, state }
+    }
 }
 
 fn name(state: VmState) -> &'static str {
@@ -80,9 +87,11 @@ pub struct Machine {
     pub(crate) state: Mutex<VmState>,
     pub(crate) vm_stats: Option<StatsReader>,
     pub(crate) vcpu_stats: Vec<StatsReader>,
+    /// The generation that its memory lies over; none while memory is still its own alone.
+    pub(crate) layers: Mutex<Vec<Layer>>,
     // Last, and in this order: KVM's slots point into the memory.
-    pub(crate) _vm: kvm_ioctls::VmFd,
-    pub(crate) _memory: vm_memory::GuestMemoryMmap,
+    pub(crate) vm: kvm_ioctls::VmFd,
+    pub(crate) memory: vm_memory::GuestMemoryMmap,
 }
 
 impl Machine {

@@ -10,16 +10,17 @@
 //! Memory slots come before the interrupt controller: a slot added after it waits milliseconds for
 //! a grace period of the kernel.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    CpuId, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
     kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use ratoon_devices::legacy::SerialState;
 use ratoon_devices::virtio::mmio::MmioTransport;
 use ratoon_vmm_api::{HostClass, Phases, VmConfig, VmState};
 use vm_memory::GuestMemoryMmap;
@@ -29,11 +30,12 @@ use crate::bus::{Bus, MMIO_DEVICES, SERIAL_IRQ, VirtioSlot};
 use crate::clock::monotonic_ns;
 use crate::ending::Ending;
 use crate::machine::Machine;
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Layer, MemoryError};
+use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
 use crate::wiring::{self, command_line, wire};
-use crate::{cpuid, host};
+use crate::{cpuid, generation, host};
 
 /// Where Intel's virtualization wants three unused pages: just below the BIOS area.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -66,6 +68,21 @@ pub enum StartError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The generation to start from.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The generation to start from, its files.
+    #[error("generation: {}", path.display())]
+    Generation {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The generation is not of such a machine.
+    #[error("the generation does not fit: {0}")]
+    Unfit(String),
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -159,8 +176,19 @@ impl Configured {
         if found != 12 {
             return Err(StartError::KvmVersion { found });
         }
-        let memory = memory::create(self.config.memory_mib)?;
-        let loading = start_loading(&self.config, self.class, &memory)?;
+        let (memory, source) = match &self.config.generation {
+            None => {
+                let memory = memory::create(self.config.memory_mib)?;
+                let loading = start_loading(&self.config, self.class, &memory)?;
+                (memory, Source::Boot(loading))
+            }
+            Some(generation) => {
+                let layers = generation::layers(generation)?;
+                let memory = memory::restore(self.config.memory_mib, &layers)?;
+                let state = generation::state(generation, &self.config, self.class)?;
+                (memory, Source::Generation(Box::new(state), layers))
+            }
+        };
         let vm = kvm.create_vm().map_err(kvm_step("a VM"))?;
         memory::register(&vm, &memory)?;
         let mut phases = self.phases;
@@ -173,7 +201,7 @@ impl Configured {
             kvm,
             vm,
             memory,
-            loading,
+            source,
         })
     }
 }
@@ -197,6 +225,12 @@ fn start_loading(
         .map_err(system("a thread to load the kernel"))
 }
 
+/// Where the machine's first instruction comes from.
+enum Source {
+    Boot(Loading),
+    Generation(Box<MachineState>, Vec<Layer>),
+}
+
 /// Phase 1 done.
 pub struct WithMemory {
     config: VmConfig,
@@ -206,7 +240,7 @@ pub struct WithMemory {
     kvm: Kvm,
     vm: VmFd,
     memory: GuestMemoryMmap,
-    loading: Loading,
+    source: Source,
 }
 
 impl WithMemory {
@@ -234,28 +268,35 @@ impl WithMemory {
             ..kvm_pit_config::default()
         };
         vm.create_pit2(pit).map_err(kvm_step("a timer"))?;
+        let mut vcpus = Vec::new();
+        for (index, cpuid) in self.cpuids()?.iter().enumerate() {
+            let vcpu = vm
+                .create_vcpu(index as u64)
+                .map_err(kvm_step(format!("vCPU {index}")))?;
+            vcpu.set_cpuid2(cpuid)
+                .map_err(kvm_step(format!("the features of vCPU {index}")))?;
+            vcpus.push(vcpu);
+        }
+        self.phases.vcpus_ns = monotonic_ns();
+        Ok(WithVcpus { base: self, vcpus })
+    }
+}
+
+impl WithMemory {
+    /// What each vCPU is told of itself: as before, or as this host has it.
+    fn cpuids(&self) -> Result<Vec<CpuId>, StartError> {
+        if let Source::Generation(state, _) = &self.source {
+            let cpuids = state.vcpus.iter().map(VcpuState::cpuid);
+            return Ok(cpuids.collect::<Result<_, _>>()?);
+        }
         let supported = self
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm_step("a list of processor features"))?;
         let deadline = cpuid::TscDeadline(self.kvm.check_extension(Cap::TscDeadlineTimer));
-        let mut vcpus = Vec::new();
-        for index in 0..self.config.vcpus {
-            let vcpu = vm
-                .create_vcpu(u64::from(index))
-                .map_err(kvm_step(format!("vCPU {index}")))?;
-            vcpu.set_cpuid2(&cpuid::for_vcpu(
-                &supported,
-                index,
-                self.config.vcpus,
-                self.class,
-                deadline,
-            ))
-            .map_err(kvm_step(format!("the features of vCPU {index}")))?;
-            vcpus.push(vcpu);
-        }
-        self.phases.vcpus_ns = monotonic_ns();
-        Ok(WithVcpus { base: self, vcpus })
+        let vcpus = self.config.vcpus;
+        let of = |index| cpuid::for_vcpu(&supported, index, vcpus, self.class, deadline);
+        Ok((0..vcpus).map(of).collect())
     }
 }
 
@@ -272,15 +313,27 @@ impl WithVcpus {
     /// A kernel or initramfs that cannot be used.
     pub fn loaded(self) -> Result<Loaded, StartError> {
         let mut base = self.base;
-        let loaded = match base.loading.join() {
-            Ok(loaded) => loaded?,
-            Err(panic) => std::panic::resume_unwind(panic),
+        let (devices, layers) = match base.source {
+            Source::Boot(loading) => {
+                let loaded = match loading.join() {
+                    Ok(loaded) => loaded?,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                };
+                for (index, vcpu) in self.vcpus.iter().enumerate() {
+                    let index = index as u32;
+                    boot::set_up_registers(vcpu, index, &base.memory, loaded)
+                        .map_err(|source| StartError::Registers { index, source })?;
+                }
+                (None, Vec::new())
+            }
+            Source::Generation(state, layers) => {
+                for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
+                    state.restore(vcpu)?;
+                }
+                state.vm.restore(&base.vm)?;
+                (Some((state.serial, state.devices)), layers)
+            }
         };
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            let index = index as u32;
-            boot::set_up_registers(vcpu, index, &base.memory, loaded)
-                .map_err(|source| StartError::Registers { index, source })?;
-        }
         base.phases.loaded_ns = monotonic_ns();
         Ok(Loaded {
             config: base.config,
@@ -290,6 +343,8 @@ impl WithVcpus {
             vm: base.vm,
             memory: base.memory,
             vcpus: self.vcpus,
+            devices,
+            layers,
         })
     }
 }
@@ -303,6 +358,9 @@ pub struct Loaded {
     vm: VmFd,
     memory: GuestMemoryMmap,
     vcpus: Vec<VcpuFd>,
+    /// As they were, when the machine is a child.
+    devices: Option<(SerialState, Vec<DeviceState>)>,
+    layers: Vec<Layer>,
 }
 
 impl Loaded {
@@ -313,7 +371,16 @@ impl Loaded {
     /// A disk, socket or tap that cannot be used.
     pub fn machine(mut self) -> Result<Machine, StartError> {
         let vm = &self.vm;
-        let serial = wiring::serial(&self.config)?;
+        let mut serial = wiring::serial(&self.config)?;
+        let mut saved = match self.devices {
+            None => None,
+            Some((state, devices)) => {
+                serial = serial
+                    .restored(&state)
+                    .map_err(wiring::device_error("the serial port's state".into()))?;
+                Some(devices.into_iter())
+            }
+        };
         vm.register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .map_err(kvm_step("the serial port's interrupt"))?;
         let devices = wiring::devices(&self.config)?;
@@ -322,8 +389,19 @@ impl Loaded {
         }
         let mut slots = Vec::new();
         for (index, (name, device)) in devices.into_iter().enumerate() {
-            let transport = MmioTransport::new(self.memory.clone(), device)
-                .map_err(system("an event descriptor"))?;
+            let memory = self.memory.clone();
+            let transport = match &mut saved {
+                None => {
+                    MmioTransport::new(memory, device).map_err(system("an event descriptor"))?
+                }
+                Some(saved) => {
+                    let state = saved.next().filter(|state| state.name == name);
+                    let state =
+                        state.ok_or_else(|| StartError::Unfit(format!("it has no {name}")))?;
+                    MmioTransport::restore(memory, device, &state.transport)
+                        .map_err(wiring::device_error(format!("the state of {name}")))?
+                }
+            };
             wire(vm, index, &name, &transport)?;
             slots.push(VirtioSlot {
                 name,
@@ -352,8 +430,9 @@ impl Loaded {
             state: Mutex::new(VmState::Created),
             vm_stats,
             vcpu_stats,
-            _vm: self.vm,
-            _memory: self.memory,
+            layers: Mutex::new(self.layers),
+            vm: self.vm,
+            memory: self.memory,
         })
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn wire(
     Ok(())
 }
 
-fn device_error<E>(what: String) -> impl FnOnce(E) -> StartError
+pub(crate) fn device_error<E>(what: String) -> impl FnOnce(E) -> StartError
 where
     E: std::error::Error + Send + Sync + 'static,
 {

@@ -1,7 +1,8 @@
 //! Files: `file.*` and `tree.*`.
 //!
 //! Every path is absolute, or relative to the user's home when there is a `user`, else to `/`. With
-//! `root` a path is taken from there, and neither `..` nor a symlink leads out of it.
+//! `root` a path is taken from there, and neither `..` nor a symlink leads out of it. A path has at
+//! most 4096 bytes; trees are worked on 100 directories deep, and what is deeper is refused.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +25,8 @@ pub struct FileRead {
 /// Parameters of `file.write`: the bytes come as STDIN, to its END; the reply is [`Transferred`].
 /// Without `append` and `offset` the file is written under a temporary name beside it and renamed
 /// when it is whole: others see the old content or the new, and an upload that breaks off leaves
-/// nothing.
+/// nothing. A symlink at `path` is replaced, not followed. With `append`, what others add meanwhile
+/// is in the reply's `bytes` too.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileWrite {
     /// Which file.
@@ -32,12 +34,12 @@ pub struct FileWrite {
     /// Directory that the path may not leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<String>,
-    /// Permission bits of the file, e.g. 0o644. Default: those of the file that is replaced, or
-    /// 0o644.
+    /// Permission bits of the file, e.g. 0o644. Default: those of the regular file that is replaced,
+    /// without setuid, setgid and sticky, or 0o644.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,
-    /// `user` or `user:group` who will own it, as for `exec`. Default: the owner of the file that
-    /// is replaced, or root.
+    /// `user` or `user:group` who will own it, as for `exec`. Default: the owner of the regular file
+    /// that is replaced, or root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// Write at the end of the file as it is.
@@ -121,11 +123,12 @@ pub struct FileList {
     /// Directory that the path may not leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<String>,
-    /// How deep; 1 (the default): what is in it. 0: without limit.
+    /// How deep; 1 (the default): what is in it. 0: all, at most 100 deep.
     #[serde(default = "one")]
     pub depth: u32,
     /// Only entries whose path below the directory fits: `*` (not `/`), `**` (anything), `?`, `[a-z]`,
-    /// `{a,b}`. A pattern without `/` is held against the name alone.
+    /// `{a,b}`. A pattern without `/` is held against the name alone. At most 4096 bytes, 64
+    /// alternatives, braces 8 deep.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub glob: Option<String>,
 }
@@ -155,7 +158,7 @@ pub struct FileMkdir {
 }
 
 /// Parameters of `file.remove`; the reply is [`Transferred`] (entries). Symlinks are removed, not
-/// followed; other file systems mounted below are refused.
+/// followed; a directory on which something is mounted is refused.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRemove {
     /// What to remove.
@@ -191,8 +194,9 @@ pub struct FileMove {
 }
 
 /// Parameters of `file.watch`: a line of JSON for each [`FileChange`] comes as STDOUT, until the
-/// client takes no more of it (ACK with END) or what is watched is gone; the reply is
-/// [`Transferred`] (entries). EVENT `watching` says that nothing is missed from now on.
+/// client takes no more of it (ACK with END) or what is watched is removed, moved or unmounted (told
+/// as `removed`); the reply is [`Transferred`] (entries). EVENT `watching` says that nothing is missed
+/// from now on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileWatch {
     /// A file or directory.
@@ -200,7 +204,8 @@ pub struct FileWatch {
     /// Directory that the path may not leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<String>,
-    /// Directories below it too, new ones as they come.
+    /// Directories below it too, new ones as they come: at most 8192, 100 deep. When there are more
+    /// the call ends with an error.
     #[serde(default)]
     pub recursive: bool,
 }
@@ -235,8 +240,9 @@ pub struct FileChange {
 }
 
 /// Parameters of `tree.pack`: a tar archive comes as STDOUT; the reply is [`Transferred`]. Names in
-/// it begin with the path's last component. Owners, modes, times, links, hard links and extended
-/// attributes are kept; sockets are left out.
+/// it begin with the path's last component. Owners, modes, times (in seconds), links and hard links
+/// are kept; extended attributes (with them ACLs and capabilities) are not, and sockets are left out.
+/// What vanishes meanwhile is left out; a file that shrinks is filled up with zeros.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreePack {
     /// A directory, file or link.
@@ -254,6 +260,8 @@ pub struct TreePack {
 
 /// Parameters of `tree.unpack`: a tar archive comes as STDIN, to its END; the reply is
 /// [`Transferred`]. Nothing of it lands outside the directory, whatever its names and links say.
+/// Extended attributes are not unpacked. A directory has its time when its contents follow it, as
+/// `tree.pack` and tar write them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeUnpack {
     /// The directory; made if it is missing.

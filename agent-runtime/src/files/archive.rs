@@ -1,5 +1,6 @@
 //! Trees as tar archives, out and in.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -7,6 +8,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
 
 use ratoon_protocol::{ErrorReply, Transferred, TreePack, TreeUnpack};
 use rustix::fs::{
@@ -17,11 +19,12 @@ use rustix::io::Errno;
 use serde_json::json;
 use tar::{EntryType, Header};
 
-use super::tree::{names, output_failed, too_deep};
-use super::{DIRECTORY, Owner, bad_request, failed, failed_io, make_parents, open, place};
+use super::tree::{names, output_failed};
+use super::{
+    DIRECTORY, MAX_DEPTH, Owner, bad_request, failed, failed_io, make_parents, open, place,
+    too_deep,
+};
 use crate::work::Work;
-
-const MAX_DEPTH: usize = 400;
 
 /// `tree.pack`.
 pub fn pack(params: TreePack) -> Work {
@@ -32,12 +35,7 @@ pub fn pack(params: TreePack) -> Work {
         let Some(output) = streams.output else {
             return Ok(json!(Transferred::default()));
         };
-        let out = BufWriter::with_capacity(64 << 10, Counted { output, bytes: 0 });
-        let mut packer = Packer {
-            builder: tar::Builder::new(out),
-            links: BTreeMap::new(),
-            entries: 0,
-        };
+        let mut packer = Packer::new(output);
         let trimmed = path.trim_end_matches('/');
         let own_name = trimmed
             .rsplit('/')
@@ -58,19 +56,12 @@ pub fn pack(params: TreePack) -> Work {
                 packer.opened(&file, &stat, Path::new(name), 0)
             }
         };
-        let result = result.and_then(|()| {
-            packer
-                .builder
-                .into_inner()?
-                .into_inner()
-                .map_err(io::IntoInnerError::into_error)
-        });
-        match result {
-            Ok(out) => Ok(json!(Transferred {
-                bytes: out.bytes,
-                entries: packer.entries,
-            })),
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(too_deep(path)),
+        if let Some(deep) = packer.too_deep {
+            return Err(too_deep(WHAT, &deep));
+        }
+        let entries = packer.entries;
+        match result.and_then(|()| packer.finish()) {
+            Ok(bytes) => Ok(json!(Transferred { bytes, entries })),
             Err(error) => output_failed(path, &error).map(|()| json!(Transferred::default())),
         }
     })
@@ -93,11 +84,13 @@ impl Write for Counted {
     }
 }
 
-struct Packer {
+pub(super) struct Packer {
     builder: tar::Builder<BufWriter<Counted>>,
     /// Files with several names: device and inode, and the first of them.
     links: BTreeMap<(u64, u64), PathBuf>,
     entries: u64,
+    /// The directory for which it gave up.
+    too_deep: Option<String>,
 }
 
 fn header(stat: &Stat, kind: EntryType) -> Header {
@@ -111,8 +104,32 @@ fn header(stat: &Stat, kind: EntryType) -> Header {
     header
 }
 
+/// It vanished since it was looked at, or is something else now (a link, a socket, no link).
+fn is_gone(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::NOENT | Errno::LOOP | Errno::NXIO | Errno::INVAL
+    )
+}
+
 impl Packer {
-    fn entry(
+    pub(super) fn new(output: File) -> Self {
+        let out = BufWriter::with_capacity(64 << 10, Counted { output, bytes: 0 });
+        Self {
+            builder: tar::Builder::new(out),
+            links: BTreeMap::new(),
+            entries: 0,
+            too_deep: None,
+        }
+    }
+
+    /// Ends the archive; returns how many bytes it has.
+    pub(super) fn finish(self) -> io::Result<u64> {
+        let out = self.builder.into_inner()?.into_inner();
+        Ok(out.map_err(io::IntoInnerError::into_error)?.bytes)
+    }
+
+    pub(super) fn entry(
         &mut self,
         dir: BorrowedFd<'_>,
         name: &CStr,
@@ -124,12 +141,18 @@ impl Packer {
         match kind {
             FileType::RegularFile | FileType::Directory => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let file = openat(dir, name, flags, Mode::empty())?;
+                let file = match openat(dir, name, flags, Mode::empty()) {
+                    Err(error) if depth > 0 && is_gone(error) => return Ok(()),
+                    file => file?,
+                };
                 let stat = rustix::fs::fstat(&file)?;
                 self.opened(&file, &stat, path, depth)
             }
             FileType::Symlink => {
-                let target = readlinkat(dir, name, Vec::new())?;
+                let target = match readlinkat(dir, name, Vec::new()) {
+                    Err(error) if depth > 0 && is_gone(error) => return Ok(()),
+                    target => target?,
+                };
                 let target = Path::new(OsStr::from_bytes(target.as_bytes()));
                 self.entries += 1;
                 let mut header = header(stat, EntryType::Symlink);
@@ -157,6 +180,7 @@ impl Packer {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 if depth > MAX_DEPTH {
+                    self.too_deep = Some(path.to_string_lossy().into_owned());
                     return Err(io::ErrorKind::InvalidInput.into());
                 }
                 self.entries += 1;
@@ -213,17 +237,31 @@ pub fn unpack(params: TreeUnpack) -> Work {
         let mut unpacker = Unpacker {
             base: dir,
             owner,
+            open: Vec::new(),
             bytes: 0,
             entries: 0,
         };
-        let mut archive = tar::Archive::new(io::BufReader::with_capacity(64 << 10, input));
-        let entries = archive
+        let left = Rc::new(Cell::new(None));
+        let mut archive = tar::Archive::new(Capped {
+            input: io::BufReader::with_capacity(64 << 10, input),
+            left: left.clone(),
+        });
+        let mut entries = archive
             .entries()
             .map_err(|error| failed_io(WHAT, path, &error))?;
-        for entry in entries {
+        loop {
+            left.set(Some(MAX_HEAD));
+            let Some(entry) = entries.next() else { break };
+            left.set(None);
             let mut entry = entry.map_err(|error| bad_archive(&error))?;
             unpacker.entry(&mut entry)?;
+            // What is left of it does not count for the next one's head.
+            io::copy(&mut entry, &mut io::sink()).map_err(|error| bad_archive(&error))?;
         }
+        left.set(None);
+        unpacker
+            .close(0)
+            .map_err(|error| failed_io(WHAT, path, &error))?;
         // To the end of the input: a writer is not to be stopped at the padding.
         let mut rest = archive.into_inner();
         let _ = io::copy(&mut rest, &mut io::sink());
@@ -234,6 +272,34 @@ pub fn unpack(params: TreeUnpack) -> Work {
     })
 }
 
+/// How many bytes may come before an entry's content: its header, and what the tar library keeps in
+/// memory, long names and other records.
+const MAX_HEAD: u64 = 64 << 10;
+
+/// The archive, of which no more is read than is left.
+struct Capped<R> {
+    input: R,
+    /// `None`: without end.
+    left: Rc<Cell<Option<u64>>>,
+}
+
+impl<R: Read> Read for Capped<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(left) = self.left.get() else {
+            return self.input.read(buffer);
+        };
+        let most = usize::try_from(left).unwrap_or(usize::MAX);
+        if most == 0 && !buffer.is_empty() {
+            let message = format!("an entry has more than {MAX_HEAD} bytes of names and records");
+            return Err(io::Error::other(message));
+        }
+        let most = most.min(buffer.len());
+        let len = self.input.read(&mut buffer[..most])?;
+        self.left.set(Some(left - len as u64));
+        Ok(len)
+    }
+}
+
 fn bad_archive(error: &io::Error) -> ErrorReply {
     bad_request(format!("the archive is damaged or none: {error}"))
 }
@@ -241,6 +307,9 @@ fn bad_archive(error: &io::Error) -> ErrorReply {
 struct Unpacker {
     base: OwnedFd,
     owner: Option<Owner>,
+    /// Directories of the archive, each in the one before it, whose contents may still come: their
+    /// names, and the times that they get then.
+    open: Vec<(Vec<CString>, OwnedFd, Timestamps)>,
     bytes: u64,
     entries: u64,
 }
@@ -272,6 +341,9 @@ impl Unpacker {
             ))
         };
         let mut names = components(&path).ok_or_else(outside)?;
+        if names.len() > MAX_DEPTH + 2 {
+            return Err(too_deep("unpack", &shown));
+        }
         let Some(name) = names.pop() else {
             // The directory itself.
             return Ok(());
@@ -290,6 +362,16 @@ impl Unpacker {
             }
             Err(error) => Err(failed_io("unpack", &shown, &error)),
         }
+    }
+
+    /// Gives the last directories their times, until so many are left open.
+    fn close(&mut self, left: usize) -> io::Result<()> {
+        while self.open.len() > left {
+            if let Some((_, directory, times)) = self.open.pop() {
+                futimens(&directory, &times)?;
+            }
+        }
+        Ok(())
     }
 
     /// The directory that these names lead to, made where it is missing. A symlink on the way is not
@@ -319,6 +401,8 @@ impl Unpacker {
         names: &[CString],
         name: &CStr,
     ) -> io::Result<()> {
+        let around = |(above, ..): &(Vec<CString>, _, _)| names.starts_with(above);
+        self.close(self.open.iter().take_while(|open| around(open)).count())?;
         let dir = self.directory(names)?;
         let header = entry.header();
         let kind = header.entry_type();
@@ -348,6 +432,8 @@ impl Unpacker {
             let made = openat(&dir, name, DIRECTORY, Mode::empty())?;
             owned(fchown(&made, ids.0, ids.1))?;
             fchmod(&made, mode)?;
+            self.open
+                .push(([names, &[name.to_owned()]].concat(), made, times));
             return Ok(());
         }
         // What is there is replaced, unless it is a directory.

@@ -1,26 +1,54 @@
 //! Patterns of names: `*`, `**`, `?`, `[a-z]`, `{a,b}`.
+//!
+//! How it fails: a pattern over one of the bounds below is refused when it is read. Then it may be
+//! held against any path: the time is bounded by the product of the lengths.
+
+/// How long a pattern may be, in bytes.
+const MAX_LENGTH: usize = 4096;
 
 /// How many alternatives `{…}` may make together.
 const MAX_ALTERNATIVES: usize = 64;
 
+/// How deep `{…}` may stand in each other.
+const MAX_NESTING: usize = 8;
+
 /// A pattern, ready to be held against paths.
 #[derive(Debug, Clone)]
 pub struct Glob {
-    alternatives: Vec<Vec<char>>,
+    alternatives: Vec<Vec<Token>>,
     /// It is held against the whole path, not the last component.
     whole: bool,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Token {
+    Char(char),
+    /// `?`
+    One,
+    /// `[…]`: ranges, both ends included.
+    Class {
+        negated: bool,
+        ranges: Vec<(char, char)>,
+    },
+    /// `*`
+    Star,
+    /// `**`
+    Stars,
+}
+
 impl Glob {
-    /// Reads a pattern; `None` when it has too many alternatives.
-    pub fn new(pattern: &str) -> Option<Self> {
+    /// Reads a pattern.
+    ///
+    /// # Errors
+    /// What it has too much of.
+    pub fn new(pattern: &str) -> Result<Self, String> {
+        if pattern.len() > MAX_LENGTH {
+            return Err(format!("the pattern has more than {MAX_LENGTH} bytes"));
+        }
         let mut alternatives = vec![String::new()];
-        expand(pattern, &mut alternatives)?;
-        Some(Self {
-            alternatives: alternatives
-                .iter()
-                .map(|text| text.chars().collect())
-                .collect(),
+        expand(pattern, &mut alternatives, 0)?;
+        Ok(Self {
+            alternatives: alternatives.iter().map(|text| tokens(text)).collect(),
             whole: pattern.contains('/'),
         })
     }
@@ -31,36 +59,40 @@ impl Glob {
             true => path,
             false => path.rsplit('/').next().unwrap_or(path),
         };
-        let text: Vec<char> = text.chars().collect();
         self.alternatives
             .iter()
-            .any(|pattern| matches(pattern, &text))
+            .any(|pattern| matches(pattern, text))
     }
 }
 
 /// Appends all that a pattern may mean to each of `made`.
-fn expand(pattern: &str, made: &mut Vec<String>) -> Option<()> {
-    let Some(open) = pattern.find('{') else {
-        made.iter_mut().for_each(|text| text.push_str(pattern));
-        return Some(());
-    };
-    let Some(close) = closing(&pattern[open..]).map(|at| open + at) else {
-        made.iter_mut().for_each(|text| text.push_str(pattern));
-        return Some(());
-    };
-    made.iter_mut()
-        .for_each(|text| text.push_str(&pattern[..open]));
-    let mut all = Vec::new();
-    for choice in split(&pattern[open + 1..close]) {
-        let mut with = made.clone();
-        expand(choice, &mut with)?;
-        all.extend(with);
-        if all.len() > MAX_ALTERNATIVES {
-            return None;
-        }
+fn expand(mut pattern: &str, made: &mut Vec<String>, nesting: usize) -> Result<(), String> {
+    if nesting > MAX_NESTING {
+        return Err(format!(
+            "the pattern has braces more than {MAX_NESTING} deep"
+        ));
     }
-    *made = all;
-    expand(&pattern[close + 1..], made)
+    while let Some(open) = pattern.find('{')
+        && let Some(close) = closing(&pattern[open..]).map(|at| open + at)
+    {
+        made.iter_mut()
+            .for_each(|text| text.push_str(&pattern[..open]));
+        let mut all = Vec::new();
+        for choice in split(&pattern[open + 1..close]) {
+            let mut with = made.clone();
+            expand(choice, &mut with, nesting + 1)?;
+            all.extend(with);
+            if all.len() > MAX_ALTERNATIVES {
+                return Err(format!(
+                    "the pattern has more than {MAX_ALTERNATIVES} alternatives"
+                ));
+            }
+        }
+        *made = all;
+        pattern = &pattern[close + 1..];
+    }
+    made.iter_mut().for_each(|text| text.push_str(pattern));
+    Ok(())
 }
 
 /// Where the brace closes with which `text` begins.
@@ -99,86 +131,100 @@ fn split(text: &str) -> Vec<&str> {
     parts
 }
 
-/// The usual walk with one place to come back to for each kind of star: time is bounded by the
-/// product of the lengths.
-fn matches(pattern: &[char], text: &[char]) -> bool {
-    let (mut p, mut t) = (0, 0);
-    // For `*` and `**`: the pattern behind it, and the text that it has not yet taken.
-    let mut star: Option<(usize, usize)> = None;
-    let mut stars: Option<(usize, usize)> = None;
-    loop {
-        if let Some(&c) = pattern.get(p) {
-            if c == '*' {
-                if pattern.get(p + 1) == Some(&'*') {
-                    p += 2;
-                    // `**/` may stand for no directory at all.
-                    if pattern.get(p) == Some(&'/') && (t == 0 || text.get(t - 1) == Some(&'/')) {
-                        let rest = &pattern[p + 1..];
-                        if matches(rest, &text[t..]) {
-                            return true;
-                        }
-                    }
-                    stars = Some((p, t));
-                    star = None;
-                } else {
-                    p += 1;
-                    star = Some((p, t));
+/// Reads a pattern without alternatives.
+fn tokens(text: &str) -> Vec<Token> {
+    let text: Vec<char> = text.chars().collect();
+    let (mut tokens, mut at) = (Vec::new(), 0);
+    while let Some(&c) = text.get(at) {
+        at += 1;
+        tokens.push(match c {
+            '?' => Token::One,
+            '*' if text.get(at) == Some(&'*') => {
+                at += 1;
+                Token::Stars
+            }
+            '*' => Token::Star,
+            '[' => match class(&text[at..]) {
+                Some((class, len)) => {
+                    at += len;
+                    class
                 }
-                continue;
-            }
-            if let Some(&found) = text.get(t)
-                && let Some(next) = one(pattern, p, found)
-            {
-                p = next;
-                t += 1;
-                continue;
-            }
-        } else if t == text.len() {
-            return true;
-        }
-        if let Some((behind, taken)) = star
-            && text.get(taken).is_some_and(|&c| c != '/')
-        {
-            star = Some((behind, taken + 1));
-            (p, t) = (behind, taken + 1);
-        } else if let Some((behind, taken)) = stars
-            && taken < text.len()
-        {
-            stars = Some((behind, taken + 1));
-            star = None;
-            (p, t) = (behind, taken + 1);
+                None => Token::Char('['),
+            },
+            c => Token::Char(c),
+        });
+    }
+    tokens
+}
+
+/// Reads what stands behind a `[`, and how long it is; `None` when the class has no end.
+fn class(text: &[char]) -> Option<(Token, usize)> {
+    let negated = matches!(text.first(), Some('!' | '^'));
+    let start = usize::from(negated);
+    // A `]` that comes first is one of the class.
+    let behind = text.get(start + 1..)?;
+    let end = start + 1 + behind.iter().position(|&c| c == ']')?;
+    let (mut ranges, mut at) = (Vec::new(), start);
+    while at < end {
+        if text[at + 1] == '-' && at + 2 < end {
+            ranges.push((text[at], text[at + 2]));
+            at += 3;
         } else {
-            return false;
+            ranges.push((text[at], text[at]));
+            at += 1;
         }
+    }
+    Some((Token::Class { negated, ranges }, end + 1))
+}
+
+impl Token {
+    /// Whether it may stand for this one character.
+    fn takes(&self, c: char) -> bool {
+        match self {
+            Self::Char(own) => *own == c,
+            Self::One | Self::Star => c != '/',
+            Self::Class { negated, ranges } => {
+                let inside = ranges.iter().any(|&(from, to)| (from..=to).contains(&c));
+                inside != *negated && c != '/'
+            }
+            Self::Stars => true,
+        }
+    }
+
+    fn is_star(&self) -> bool {
+        matches!(self, Self::Star | Self::Stars)
     }
 }
 
-/// Whether one character fits the pattern at `p`; then, where the pattern goes on.
-fn one(pattern: &[char], p: usize, found: char) -> Option<usize> {
-    match pattern[p] {
-        '?' => (found != '/').then_some(p + 1),
-        '[' => {
-            let negated = matches!(pattern.get(p + 1), Some('!' | '^'));
-            let start = p + 1 + usize::from(negated);
-            let behind = pattern.get(start + 1..).unwrap_or_default();
-            let Some(len) = behind.iter().position(|&c| c == ']') else {
-                return (found == '[').then_some(p + 1);
-            };
-            let class = &pattern[start..start + 1 + len];
-            let mut inside = false;
-            let mut at = 0;
-            while at < class.len() {
-                if class.get(at + 1) == Some(&'-') && at + 2 < class.len() {
-                    inside |= (class[at]..=class[at + 2]).contains(&found);
-                    at += 3;
-                } else {
-                    inside |= class[at] == found;
-                    at += 1;
-                }
+/// Takes the text a character at a time and keeps all places of the pattern that it may have come to.
+fn matches(pattern: &[Token], text: &str) -> bool {
+    let mut places = vec![false; pattern.len() + 1];
+    places[0] = true;
+    pass_stars(pattern, &mut places, true);
+    let mut next = places.clone();
+    for c in text.chars() {
+        next.fill(false);
+        for (p, token) in pattern.iter().enumerate() {
+            if places[p] && token.takes(c) {
+                next[p + usize::from(!token.is_star())] = true;
             }
-            (inside != negated && found != '/').then_some(start + len + 2)
         }
-        c => (c == found).then_some(p + 1),
+        std::mem::swap(&mut places, &mut next);
+        pass_stars(pattern, &mut places, c == '/');
+    }
+    places[pattern.len()]
+}
+
+/// A star may stand for nothing; `**/`, where a component begins, for no directory at all.
+fn pass_stars(pattern: &[Token], places: &mut [bool], begins: bool) {
+    for (p, token) in pattern.iter().enumerate() {
+        if places[p] && token.is_star() {
+            places[p + 1] = true;
+            let slash = pattern.get(p + 1) == Some(&Token::Char('/'));
+            if begins && *token == Token::Stars && slash {
+                places[p + 2] = true;
+            }
+        }
     }
 }
 
@@ -215,8 +261,22 @@ mod tests {
     }
 
     #[test]
+    fn many_stars_take_no_more_time_than_few() {
+        let begun = std::time::Instant::now();
+        let path = "a/".repeat(2000);
+        assert!(!fits(&("**/".repeat(600) + "x"), &format!("{path}y")));
+        assert!(fits(&("**/".repeat(600) + "x"), &format!("{path}x")));
+        assert!(fits("**/*/x", "a/x") && !fits("**/*/x", "x"));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(10));
+    }
+
+    #[test]
     fn a_pattern_that_explodes_is_refused_and_a_nasty_one_ends() {
-        assert!(Glob::new(&"{a,b}".repeat(20)).is_none());
+        let refused = |pattern: String| Glob::new(&pattern).unwrap_err();
+        assert!(refused("{a,b}".repeat(20)).contains("64 alternatives"));
+        assert!(refused("{".repeat(9) + &"}".repeat(9)).contains("8 deep"));
+        assert!(refused("{".repeat(20_000) + &"}".repeat(20_000)).contains("4096 bytes"));
+        assert!(fits(&"{a}".repeat(1300), &"a".repeat(1300)));
         assert!(!fits(
             &"*a".repeat(30),
             &"a".repeat(200).replace("aaaaa", "aaaab").replace('b', "c")

@@ -10,6 +10,8 @@
 //! descriptors, never following a symlink on the way down: a link that is swapped in leads nowhere.
 //! A `root` is kept by the kernel (openat2, RESOLVE_IN_ROOT).
 //!
+//! Walks go down by recursion, no deeper than [`MAX_DEPTH`]: it is the guest that makes the trees.
+//!
 //! How it fails: an [`ErrorReply`] with the path and the system's reason.
 
 mod archive;
@@ -34,6 +36,12 @@ pub use tree::{copy, list, remove};
 pub use watch::watch;
 
 use crate::users;
+
+/// How many directories deep a tree may be: each level holds a descriptor and a piece of the stack.
+pub const MAX_DEPTH: usize = 100;
+
+/// How long a path may be, in bytes (PATH_MAX of the kernel).
+const MAX_PATH: usize = 4096;
 
 /// Flags with which directories of a tree are opened.
 const DIRECTORY: OFlags = OFlags::RDONLY
@@ -75,8 +83,27 @@ fn bad_request(message: String) -> ErrorReply {
     ErrorReply::new(ErrorCode::BadRequest, message)
 }
 
+/// Refuses a directory below which nothing is looked at.
+fn too_deep(what: &str, path: &str) -> ErrorReply {
+    let shown = path.escape_debug();
+    bad_request(format!(
+        "cannot {what} {shown}: it is more than {MAX_DEPTH} directories deep"
+    ))
+}
+
+fn not_too_long(what: &str, path: &str) -> Result<(), ErrorReply> {
+    match path.len() > MAX_PATH {
+        true => Err(bad_request(format!(
+            "cannot {what} a path of {} bytes: it may have {MAX_PATH}",
+            path.len()
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// Opens a path, below `root` if there is one.
 fn open(path: &str, root: Option<&str>, flags: OFlags, what: &str) -> Result<OwnedFd, ErrorReply> {
+    not_too_long(what, path)?;
     let flags = flags | OFlags::CLOEXEC;
     let result = match root {
         None => openat(CWD, path, flags, Mode::empty()),
@@ -107,6 +134,7 @@ impl Place {
 
 /// Finds the directory above a path. `.` and `..` are no names of places.
 fn place(path: &str, root: Option<&str>, what: &str) -> Result<Place, ErrorReply> {
+    not_too_long(what, path)?;
     let trimmed = path.trim_end_matches('/');
     let (above, name) = match trimmed.rsplit_once('/') {
         Some(("", name)) => ("/", name),
@@ -128,24 +156,31 @@ fn place(path: &str, root: Option<&str>, what: &str) -> Result<Place, ErrorReply
 
 /// Makes the directories of a path that are missing.
 fn make_parents(path: &str, root: Option<&str>, owner: Option<Owner>) -> Result<(), ErrorReply> {
-    let Some((above, _)) = path.trim_end_matches('/').rsplit_once('/') else {
-        return Ok(());
-    };
-    if above.is_empty() || open(above, root, OFlags::PATH | OFlags::DIRECTORY, "enter").is_ok() {
-        return Ok(());
+    const WHAT: &str = "make directory";
+    not_too_long(WHAT, path)?;
+    let mut missing = Vec::new();
+    let mut rest = path;
+    while let Some((above, _)) = rest.trim_end_matches('/').rsplit_once('/')
+        && !above.is_empty()
+        && open(above, root, OFlags::PATH | OFlags::DIRECTORY, "enter").is_err()
+    {
+        if missing.len() == MAX_DEPTH {
+            return Err(too_deep(WHAT, path));
+        }
+        missing.push(above);
+        rest = above;
     }
-    make_parents(above, root, owner)?;
-    let there = place(above, root, "make directory")?;
-    match mkdirat(
-        there.parent(),
-        there.name.as_str(),
-        Mode::from_raw_mode(0o755),
-    ) {
-        Ok(()) => give(there.parent(), &there.name, owner)
-            .map_err(|error| failed("give away", above, error)),
-        Err(Errno::EXIST) => Ok(()),
-        Err(error) => Err(failed("make directory", above, error)),
+    for above in missing.into_iter().rev() {
+        let there = place(above, root, WHAT)?;
+        let name = there.name.as_str();
+        match mkdirat(there.parent(), name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => give(there.parent(), name, owner)
+                .map_err(|error| failed("give away", above, error))?,
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(failed(WHAT, above, error)),
+        }
     }
+    Ok(())
 }
 
 /// Who something will belong to.

@@ -10,6 +10,10 @@ use ratoon_protocol::*;
 use super::*;
 use crate::work::{News, Office, Work};
 
+mod archive;
+mod tree;
+mod watch;
+
 fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
@@ -106,6 +110,55 @@ fn a_file_is_appended_to_and_written_into_where_it_is() {
     assert_eq!(fs::read(&path).unwrap(), b"oXX two");
     params.append = true;
     assert_eq!(code(Upload::begin(&params)), ErrorCode::BadRequest);
+}
+
+#[test]
+fn what_is_appended_goes_behind_what_others_append() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    fs::write(&path, "").unwrap();
+    let params = FileWrite {
+        path: text(&path),
+        append: true,
+        ..FileWrite::default()
+    };
+    let mut upload = Upload::begin(&params).unwrap();
+    fs::write(&path, "theirs ").unwrap();
+    rustix::io::write(upload.file(), b"ours").unwrap();
+    upload.finish().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"theirs ours");
+}
+
+#[test]
+fn a_new_file_inherits_nothing_through_a_link_and_no_setuid() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mode = |name: &str| {
+        fs::symlink_metadata(path(name))
+            .unwrap()
+            .permissions()
+            .mode()
+    };
+    fs::write(path("target"), "old").unwrap();
+    fs::set_permissions(path("target"), fs::Permissions::from_mode(0o6711)).unwrap();
+    symlink("target", path("link")).unwrap();
+    symlink("nowhere", path("dangling")).unwrap();
+    symlink(".", path("directory")).unwrap();
+    for name in ["link", "dangling", "directory"] {
+        let params = FileWrite {
+            path: text(&path(name)),
+            ..FileWrite::default()
+        };
+        write(&params, b"new").unwrap();
+        assert_eq!(mode(name), 0o100_644, "{name}");
+    }
+    assert_eq!(fs::read(path("target")).unwrap(), b"old");
+    let params = FileWrite {
+        path: text(&path("target")),
+        ..FileWrite::default()
+    };
+    write(&params, b"new").unwrap();
+    assert_eq!(mode("target"), 0o100_711);
 }
 
 #[test]
@@ -227,246 +280,22 @@ fn a_directory_is_made_with_those_above_it_and_renamed_over_nothing() {
 }
 
 #[test]
-fn a_list_is_as_deep_as_asked_and_only_what_fits() {
+fn a_path_that_is_too_long_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    fs::create_dir_all(dir.path().join("a/b")).unwrap();
-    fs::write(dir.path().join("a/one.rs"), "").unwrap();
-    fs::write(dir.path().join("a/b/two.rs"), "").unwrap();
-    symlink("/", dir.path().join("a/root")).unwrap();
-    let listed = |depth, glob: Option<&str>| {
-        let params = FileList {
-            path: text(dir.path()),
-            root: None,
-            depth,
-            glob: glob.map(str::to_owned),
-        };
-        let (result, output) = done(list(params), None);
-        result.unwrap();
-        String::from_utf8(output)
-            .unwrap()
-            .lines()
-            .map(|line| {
-                let entry: FileEntry = serde_json::from_str(line).unwrap();
-                let base = text(dir.path());
-                entry.path.strip_prefix(&base).unwrap().to_owned()
-            })
-            .collect::<Vec<_>>()
+    let made = |path: String| {
+        mkdir(&FileMkdir {
+            path: text(dir.path()) + &path,
+            parents: true,
+            ..FileMkdir::default()
+        })
     };
-    assert_eq!(listed(1, None), ["/a"]);
-    assert_eq!(
-        listed(0, None),
-        ["/a", "/a/b", "/a/b/two.rs", "/a/one.rs", "/a/root"]
-    );
-    assert_eq!(listed(0, Some("*.rs")), ["/a/b/two.rs", "/a/one.rs"]);
-    assert_eq!(listed(2, Some("a/*.rs")), ["/a/one.rs"]);
-}
-
-#[test]
-fn a_tree_is_removed_and_what_its_links_lead_to_stays() {
-    let dir = tempfile::tempdir().unwrap();
-    let tree = dir.path().join("tree");
-    fs::create_dir_all(tree.join("sub")).unwrap();
-    fs::write(dir.path().join("outside"), "").unwrap();
-    symlink(dir.path(), tree.join("sub/link")).unwrap();
-    let mut params = FileRemove {
-        path: text(&tree),
-        ..FileRemove::default()
+    assert_eq!(code(made("/a".repeat(30_000))), ErrorCode::BadRequest);
+    assert_eq!(code(made("/a".repeat(1000))), ErrorCode::BadRequest);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    made("/a".repeat(MAX_DEPTH)).unwrap();
+    let long = FilePath {
+        path: "/".repeat(5000) + "tmp",
+        ..FilePath::default()
     };
-    let (result, _) = done(remove(params.clone()), None);
-    assert_eq!(code(result), ErrorCode::Exists);
-    params.recursive = true;
-    let (result, _) = done(remove(params.clone()), None);
-    assert_eq!(result.unwrap()["entries"], 3);
-    assert!(dir.path().join("outside").exists() && !tree.exists());
-    let (result, _) = done(remove(params.clone()), None);
-    assert_eq!(code(result), ErrorCode::NotFound);
-    params.missing_ok = true;
-    let (result, _) = done(remove(params), None);
-    assert_eq!(result.unwrap()["entries"], 0);
-}
-
-#[test]
-fn a_copy_has_modes_links_and_times_and_replaces_only_when_asked_to() {
-    let dir = tempfile::tempdir().unwrap();
-    let tree = dir.path().join("tree");
-    fs::create_dir(&tree).unwrap();
-    fs::write(tree.join("f"), "content").unwrap();
-    fs::set_permissions(tree.join("f"), fs::Permissions::from_mode(0o751)).unwrap();
-    symlink("f", tree.join("l")).unwrap();
-    let mut params = FileMove {
-        from: text(&tree),
-        to: text(&dir.path().join("copy")),
-        ..FileMove::default()
-    };
-    let (result, _) = done(copy(params.clone()), None);
-    assert_eq!(code(result), ErrorCode::BadRequest);
-    params.recursive = true;
-    let (result, _) = done(copy(params.clone()), None);
-    assert_eq!(result.unwrap()["entries"], 3);
-    let copied = dir.path().join("copy");
-    assert_eq!(fs::read_link(copied.join("l")).unwrap(), Path::new("f"));
-    let (old, new) = (
-        fs::metadata(tree.join("f")).unwrap(),
-        fs::metadata(copied.join("f")).unwrap(),
-    );
-    assert_eq!(old.permissions(), new.permissions());
-    assert_eq!(old.modified().unwrap(), new.modified().unwrap());
-    let (result, _) = done(copy(params), None);
-    assert_eq!(code(result), ErrorCode::Exists);
-    assert_eq!(
-        fs::read_dir(dir.path()).unwrap().count(),
-        2,
-        "nothing is left"
-    );
-}
-
-fn pack_of(path: &Path) -> Vec<u8> {
-    let params = TreePack {
-        path: text(path),
-        ..TreePack::default()
-    };
-    let (result, archive) = done(pack(params), None);
-    assert_eq!(result.unwrap()["bytes"], archive.len());
-    archive
-}
-
-fn unpack_to(path: &Path, archive: &[u8]) -> Result<serde_json::Value, ErrorReply> {
-    let params = TreeUnpack {
-        path: text(path),
-        ..TreeUnpack::default()
-    };
-    done(unpack(params), Some(archive)).0
-}
-
-#[test]
-fn a_tree_comes_back_from_its_archive_as_it_was() {
-    let dir = tempfile::tempdir().unwrap();
-    let tree = dir.path().join("tree");
-    let long = "n".repeat(150);
-    fs::create_dir_all(tree.join(&long).join("empty")).unwrap();
-    fs::write(tree.join(&long).join("f"), vec![7; 100_000]).unwrap();
-    fs::set_permissions(
-        tree.join(&long).join("f"),
-        fs::Permissions::from_mode(0o4711),
-    )
-    .unwrap();
-    fs::hard_link(tree.join(&long).join("f"), tree.join("hard")).unwrap();
-    symlink("../nowhere", tree.join("soft")).unwrap();
-    let archive = pack_of(&tree);
-    let out = dir.path().join("new/out");
-    unpack_to(&out, &archive).unwrap();
-    let copied = out.join("tree");
-    assert_eq!(fs::read(copied.join("hard")).unwrap(), vec![7; 100_000]);
-    assert_eq!(
-        fs::read_link(copied.join("soft")).unwrap(),
-        Path::new("../nowhere")
-    );
-    assert!(copied.join(&long).join("empty").is_dir());
-    let mode = fs::metadata(copied.join(&long).join("f"))
-        .unwrap()
-        .permissions()
-        .mode();
-    assert_eq!(mode & 0o7777, 0o4711);
-    use std::os::unix::fs::MetadataExt;
-    assert_eq!(fs::metadata(copied.join("hard")).unwrap().nlink(), 2);
-}
-
-/// An archive that says what it should not.
-fn hostile(add: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    add(&mut builder);
-    builder.into_inner().unwrap()
-}
-
-fn raw(builder: &mut tar::Builder<Vec<u8>>, name: &str, kind: tar::EntryType, link: &str) {
-    let mut header = tar::Header::new_gnu();
-    header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
-    header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
-    header.set_entry_type(kind);
-    header.set_mode(0o644);
-    let content: &[u8] = if kind == tar::EntryType::Regular {
-        b"evil"
-    } else {
-        b""
-    };
-    header.set_size(content.len() as u64);
-    header.set_cksum();
-    builder.append(&header, content).unwrap();
-}
-
-#[test]
-fn nothing_of_an_archive_lands_outside_its_directory() {
-    use tar::EntryType::{Link, Regular, Symlink};
-    let dir = tempfile::tempdir().unwrap();
-    let target = dir.path().join("target");
-    fs::write(dir.path().join("victim"), "safe").unwrap();
-    let up = hostile(|b| raw(b, "../victim", Regular, ""));
-    assert_eq!(code(unpack_to(&target, &up)), ErrorCode::BadRequest);
-    let through = hostile(|b| {
-        raw(b, "link", Symlink, "..");
-        raw(b, "link/victim", Regular, "");
-    });
-    assert!(unpack_to(&target, &through).is_err());
-    let hard = hostile(|b| raw(b, "h", Link, "../victim"));
-    assert_eq!(code(unpack_to(&target, &hard)), ErrorCode::BadRequest);
-    let over = hostile(|b| {
-        raw(b, "f", Symlink, "../victim");
-        raw(b, "f", Regular, "");
-    });
-    unpack_to(&target, &over).unwrap();
-    let absolute = hostile(|b| raw(b, "/victim", Regular, ""));
-    unpack_to(&target, &absolute).unwrap();
-    assert_eq!(fs::read(target.join("victim")).unwrap(), b"evil");
-    assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"safe");
-    assert_eq!(
-        code(unpack_to(&target, &[0x55; 2048])),
-        ErrorCode::BadRequest
-    );
-}
-
-#[test]
-fn what_changes_is_told_until_nobody_listens() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut office = Office::new().unwrap();
-    let params = FileWatch {
-        path: text(dir.path()),
-        root: None,
-        recursive: true,
-    };
-    let started = office.start(watch(params), false).unwrap();
-    let wait = |office: &mut Office| loop {
-        if let Some((_, news)) = office.news().pop() {
-            return news;
-        }
-        std::thread::yield_now();
-    };
-    assert!(matches!(wait(&mut office), News::Event(Event::Watching)));
-    fs::create_dir(dir.path().join("new")).unwrap();
-    fs::write(dir.path().join("new/file"), "x").unwrap();
-    let mut lines =
-        std::io::BufRead::lines(std::io::BufReader::new(fs::File::from(started.output)));
-    let mut next =
-        || -> FileChange { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
-    let first = next();
-    assert_eq!((first.change, first.directory), (ChangeKind::Created, true));
-    loop {
-        let change = next();
-        if change.path.ends_with("new/file") {
-            assert!(matches!(
-                change.change,
-                ChangeKind::Created | ChangeKind::Written
-            ));
-            break;
-        }
-    }
-    drop(lines);
-    fs::write(dir.path().join("last"), "x").unwrap();
-    let end = loop {
-        fs::write(dir.path().join("more"), "x").unwrap();
-        if let Some((_, News::End(end))) = office.news().pop() {
-            break end;
-        }
-        std::thread::yield_now();
-    };
-    end.unwrap();
+    assert_eq!(code(stat(&long)), ErrorCode::BadRequest);
 }

@@ -45,13 +45,13 @@ fn regular(file: &OwnedFd, what: &str, path: &str) -> Result<rustix::fs::Stat, E
     match kind(&stat) {
         FileKind::File => Ok(stat),
         FileKind::Directory => Err(failed(what, path, rustix::io::Errno::ISDIR)),
-        _ => {
-            let shown = path.escape_debug();
-            Err(bad_request(format!(
-                "cannot {what} {shown}: it is no regular file"
-            )))
-        }
+        _ => Err(no_file(what, path)),
     }
+}
+
+fn no_file(what: &str, path: &str) -> ErrorReply {
+    let shown = path.escape_debug();
+    bad_request(format!("cannot {what} {shown}: it is no regular file"))
 }
 
 /// A file that is being written. Dropped before [`Upload::finish`], it leaves nothing under the final
@@ -91,13 +91,17 @@ impl Upload {
             return Self::into_file(params, owner);
         }
         let there = place(path, root, WHAT)?;
-        let old = statat(there.parent(), there.name.as_str(), AtFlags::empty()).ok();
-        if old.is_some_and(|old| kind(&old) != FileKind::File) {
-            let shown = path.escape_debug();
-            return Err(bad_request(format!(
-                "cannot {WHAT} {shown}: it is no regular file"
-            )));
-        }
+        let name = there.name.as_str();
+        let old = match statat(there.parent(), name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(_) => None,
+            Ok(old) => match kind(&old) {
+                FileKind::File => Some(old),
+                // It is replaced. What it leads to says nothing of the new file: anybody may have
+                // made the link.
+                FileKind::Symlink => None,
+                _ => return Err(no_file(WHAT, path)),
+            },
+        };
         let name = temporary_name();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o600);
@@ -115,7 +119,7 @@ impl Upload {
         }));
         let mode = params
             .mode
-            .or(old.map(|old| old.st_mode & 0o7777))
+            .or(old.map(|old| old.st_mode & 0o777))
             .unwrap_or(0o644);
         // The mode after the owner: a change of owner clears setuid.
         let set = match owner {
@@ -131,7 +135,9 @@ impl Upload {
         const WHAT: &str = "write";
         let path = params.path.as_str();
         let root = params.root.as_deref();
-        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let mut flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        // Others may write to it at the same time.
+        flags.set(OFlags::APPEND, params.append);
         let file = match open(path, root, flags, WHAT) {
             Ok(file) => file,
             Err(error) if error.code == ratoon_protocol::ErrorCode::NotFound => {

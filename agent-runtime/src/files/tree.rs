@@ -7,26 +7,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ratoon_protocol::{ErrorReply, FileKind, FileList, FileMove, FileRemove, Transferred};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, Stat, Timespec, Timestamps, fchmod, fchown, futimens,
-    mkdirat, mknodat, openat, readlinkat, statat, symlinkat, unlinkat,
+    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, fchmod, fchown,
+    fstat, futimens, mkdirat, mknodat, openat, openat2, readlinkat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::glob::Glob;
 use super::{
-    DIRECTORY, Place, bad_request, entry, failed, failed_io, kind, link_target, open, place,
+    DIRECTORY, MAX_DEPTH, Place, bad_request, entry, failed, failed_io, kind, link_target, open,
+    place, too_deep,
 };
 use crate::work::{Streams, Work};
 
-/// How deep a tree may be: each level holds a descriptor.
-const MAX_DEPTH: usize = 400;
-
-/// The names in a directory, in order.
+/// The names in a directory, in order. There are none in one that was removed meanwhile.
 pub(super) fn names(dir: BorrowedFd<'_>) -> rustix::io::Result<Vec<CString>> {
     let mut names = Vec::new();
-    for entry in Dir::read_from(dir)? {
-        let entry = entry?;
+    let entries = match Dir::read_from(dir) {
+        Err(Errno::NOENT) => return Ok(names),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = match entry {
+            Err(Errno::NOENT) => break,
+            entry => entry?,
+        };
         let name = entry.file_name();
         if name != c"." && name != c".." {
             names.push(name.to_owned());
@@ -40,13 +45,6 @@ pub(super) fn shown(name: &CStr) -> String {
     name.to_string_lossy().into_owned()
 }
 
-pub(super) fn too_deep(path: &str) -> ErrorReply {
-    bad_request(format!(
-        "{} is more than {MAX_DEPTH} directories deep",
-        path.escape_debug()
-    ))
-}
-
 fn transferred(bytes: u64, entries: u64) -> Value {
     json!(Transferred { bytes, entries })
 }
@@ -54,10 +52,8 @@ fn transferred(bytes: u64, entries: u64) -> Value {
 /// `file.list`.
 pub fn list(params: FileList) -> Work {
     Box::new(move |streams| {
-        let glob = match params.glob.as_deref().map(Glob::new) {
-            Some(None) => return Err(bad_request("the pattern has too many alternatives".into())),
-            glob => glob.flatten(),
-        };
+        let glob = params.glob.as_deref().map(Glob::new).transpose();
+        let glob = glob.map_err(bad_request)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let dir = open(&params.path, params.root.as_deref(), flags, "list")?;
         let Some(output) = streams.output else {
@@ -102,8 +98,8 @@ impl Lister {
         below: &str,
         depth: usize,
     ) -> Result<(), ErrorReply> {
-        if depth > MAX_DEPTH {
-            return Err(too_deep(base));
+        if depth > MAX_DEPTH + 1 {
+            return Err(too_deep("list", &format!("{base}/{below}")));
         }
         let all = names(dir).map_err(|error| failed("list", &format!("{base}/{below}"), error))?;
         for name in all {
@@ -155,44 +151,76 @@ pub fn remove(params: FileRemove) -> Work {
         };
         let name = CString::new(there.name.as_str())
             .map_err(|_| bad_request("a path with a zero byte".into()))?;
-        let mut entries = 0;
-        let result = remove_entry(there.parent(), &name, params.recursive, 0, &mut entries);
-        match result.map_err(|error| failed(WHAT, path, error)) {
+        let mut remover = Remover {
+            recursive: params.recursive,
+            entries: 0,
+        };
+        match remover.entry(there.parent(), &name, path, 0) {
             Err(error) if missing(&error) => {}
             result => result?,
         }
-        Ok(transferred(0, entries))
+        Ok(transferred(0, remover.entries))
     })
 }
 
 /// Removes a name and, if it is a directory, all below it. Another program may put new files in
 /// while that goes on: then it is "not empty" at last.
-pub(super) fn remove_entry(
-    dir: BorrowedFd<'_>,
-    name: &CStr,
+struct Remover {
     recursive: bool,
-    depth: usize,
-    entries: &mut u64,
-) -> rustix::io::Result<()> {
-    match unlinkat(dir, name, AtFlags::empty()) {
-        Err(Errno::ISDIR | Errno::PERM) => {}
-        result => {
-            *entries += u64::from(result.is_ok());
-            return result;
+    entries: u64,
+}
+
+impl Remover {
+    fn entry(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        path: &str,
+        depth: usize,
+    ) -> Result<(), ErrorReply> {
+        const WHAT: &str = "remove";
+        match unlinkat(dir, name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => {}
+            // So says POSIX of a directory; Linux says it of a file that is immutable.
+            Err(Errno::PERM) if is_directory(dir, name) => {}
+            // Somebody else was quicker.
+            Err(Errno::NOENT) if depth > 0 => return Ok(()),
+            result => {
+                result.map_err(|error| failed(WHAT, path, error))?;
+                self.entries += 1;
+                return Ok(());
+            }
         }
+        if self.recursive {
+            if depth > MAX_DEPTH {
+                return Err(too_deep(WHAT, path));
+            }
+            // The kernel does not enter a mount, be it of the same file system.
+            let inside = openat2(dir, name, DIRECTORY, Mode::empty(), ResolveFlags::NO_XDEV)
+                .map_err(|error| match error {
+                    Errno::XDEV => bad_request(format!(
+                        "cannot {WHAT} {}: a file system is mounted there",
+                        path.escape_debug()
+                    )),
+                    error => failed(WHAT, path, error),
+                })?;
+            for below in names(inside.as_fd()).map_err(|error| failed(WHAT, path, error))? {
+                let path = format!("{path}/{}", shown(&below));
+                self.entry(inside.as_fd(), &below, &path, depth + 1)?;
+            }
+        }
+        match unlinkat(dir, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOENT) if depth > 0 => return Ok(()),
+            result => result.map_err(|error| failed(WHAT, path, error))?,
+        }
+        self.entries += 1;
+        Ok(())
     }
-    if recursive {
-        if depth > MAX_DEPTH {
-            return Err(Errno::NAMETOOLONG);
-        }
-        let inside = openat(dir, name, DIRECTORY, Mode::empty())?;
-        for below in names(inside.as_fd())? {
-            remove_entry(inside.as_fd(), &below, true, depth + 1, entries)?;
-        }
-    }
-    unlinkat(dir, name, AtFlags::REMOVEDIR)?;
-    *entries += 1;
-    Ok(())
+}
+
+fn is_directory(dir: BorrowedFd<'_>, name: &CStr) -> bool {
+    statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|stat| kind(&stat) == FileKind::Directory)
 }
 
 /// `file.copy`.
@@ -212,21 +240,28 @@ pub fn copy(params: FileMove) -> Work {
         if replaces && (!params.replace || kind(&stat) == FileKind::Directory) {
             return Err(failed(WHAT, &params.to, Errno::EXIST));
         }
-        let mut copier = Copier {
-            bytes: 0,
-            entries: 0,
-        };
+        let mut copier = Copier::default();
         // Under another name first: a copy that breaks off is not taken for the whole.
         let name = super::transfer::temporary_name();
         let c_name = CString::new(name.as_str()).unwrap_or_default();
         let from_name = CString::new(from.name.as_str())
             .map_err(|_| bad_request("a path with a zero byte".into()))?;
         let result = copier
-            .entry(from.parent(), &from_name, &stat, to.parent(), &c_name, 0)
-            .map_err(|error| failed(WHAT, &params.from, error))
+            .entry(
+                from.parent(),
+                &from_name,
+                &stat,
+                (to.parent(), &c_name),
+                &params.from,
+                0,
+            )
             .and_then(|()| finish(&to, &name, params.replace, &params.to));
         if result.is_err() {
-            let _ = remove_entry(to.parent(), &c_name, true, 0, &mut 0);
+            let mut remover = Remover {
+                recursive: true,
+                entries: 0,
+            };
+            let _ = remover.entry(to.parent(), &c_name, &name, 0);
         }
         drop(streams);
         result.map(|()| transferred(copier.bytes, copier.entries))
@@ -243,74 +278,95 @@ fn finish(to: &Place, name: &str, replace: bool, path: &str) -> Result<(), Error
         .map_err(|error| failed("copy to", path, error))
 }
 
-struct Copier {
+#[derive(Default)]
+pub(super) struct Copier {
     bytes: u64,
     entries: u64,
+    /// Device and inode of the directory that is made, at the top.
+    made: Option<(u64, u64)>,
 }
 
 impl Copier {
-    fn entry(
+    pub(super) fn entry(
         &mut self,
         from: BorrowedFd<'_>,
         name: &CStr,
         stat: &Stat,
-        to: BorrowedFd<'_>,
-        new: &CStr,
+        to: (BorrowedFd<'_>, &CStr),
+        path: &str,
         depth: usize,
-    ) -> rustix::io::Result<()> {
-        if depth > MAX_DEPTH {
-            return Err(Errno::NAMETOOLONG);
-        }
+    ) -> Result<(), ErrorReply> {
+        const WHAT: &str = "copy";
+        let (dir, new) = to;
+        let refused = |error| failed(WHAT, path, error);
         self.entries += 1;
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        match kind {
-            FileType::RegularFile => {
-                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let source = openat(from, name, flags, Mode::empty())?;
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-                let target = openat(to, new, flags, Mode::from_raw_mode(0o600))?;
-                let (mut source, mut target) = (File::from(source), File::from(target));
-                self.bytes += std::io::copy(&mut source, &mut target)
-                    .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-                set(&target.into(), stat)
-            }
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => self.file(from, name, to).map_err(refused),
             FileType::Directory => {
-                mkdirat(to, new, Mode::from_raw_mode(0o700))?;
-                let source = openat(from, name, DIRECTORY, Mode::empty())?;
-                let target = openat(to, new, DIRECTORY, Mode::empty())?;
-                for below in names(source.as_fd())? {
-                    let stat = statat(&source, &*below, AtFlags::SYMLINK_NOFOLLOW)?;
-                    self.entry(
-                        source.as_fd(),
-                        &below,
-                        &stat,
-                        target.as_fd(),
-                        &below,
-                        depth + 1,
-                    )?;
+                if depth > MAX_DEPTH {
+                    return Err(too_deep(WHAT, path));
                 }
-                set(&target, stat)
+                let source = openat(from, name, DIRECTORY, Mode::empty()).map_err(refused)?;
+                let stat = fstat(&source).map_err(refused)?;
+                if self.made == Some((stat.st_dev, stat.st_ino)) {
+                    let above = path.rsplit_once('/').map_or(path, |(above, _)| above);
+                    return Err(bad_request(format!(
+                        "cannot {WHAT} a directory into itself: the copy would be in {}",
+                        above.escape_debug()
+                    )));
+                }
+                mkdirat(dir, new, Mode::from_raw_mode(0o700)).map_err(refused)?;
+                let target = openat(dir, new, DIRECTORY, Mode::empty()).map_err(refused)?;
+                if self.made.is_none() {
+                    let stat = fstat(&target).map_err(refused)?;
+                    self.made = Some((stat.st_dev, stat.st_ino));
+                }
+                for below in names(source.as_fd()).map_err(refused)? {
+                    let path = format!("{path}/{}", shown(&below));
+                    let stat = statat(&source, &*below, AtFlags::SYMLINK_NOFOLLOW)
+                        .map_err(|error| failed(WHAT, &path, error))?;
+                    let to = (target.as_fd(), &*below);
+                    self.entry(source.as_fd(), &below, &stat, to, &path, depth + 1)?;
+                }
+                set(&target, &stat).map_err(refused)
             }
             FileType::Symlink => {
-                let target = readlinkat(from, name, Vec::new())?;
-                symlinkat(&*target, to, new)?;
-                own(to, new, stat)
+                let target = readlinkat(from, name, Vec::new()).map_err(refused)?;
+                symlinkat(&*target, dir, new).map_err(refused)?;
+                own(dir, new, stat).map_err(refused)
             }
             FileType::Socket => {
                 self.entries -= 1;
                 Ok(())
             }
             kind => {
-                mknodat(
-                    to,
-                    new,
-                    kind,
-                    Mode::from_raw_mode(stat.st_mode & 0o7777),
-                    stat.st_rdev,
-                )?;
-                own(to, new, stat)
+                let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+                mknodat(dir, new, kind, mode, stat.st_rdev).map_err(refused)?;
+                own(dir, new, stat).map_err(refused)
             }
         }
+    }
+
+    fn file(
+        &mut self,
+        from: BorrowedFd<'_>,
+        name: &CStr,
+        (dir, new): (BorrowedFd<'_>, &CStr),
+    ) -> rustix::io::Result<()> {
+        // It may be a FIFO or device by now: opening must not wait, and what is open counts.
+        let flags =
+            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let source = openat(from, name, flags, Mode::empty())?;
+        let stat = fstat(&source)?;
+        if kind(&stat) != FileKind::File {
+            return Err(Errno::INVAL);
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let target = openat(dir, new, flags, Mode::from_raw_mode(0o600))?;
+        let (mut source, mut target) = (File::from(source), File::from(target));
+        self.bytes += std::io::copy(&mut source, &mut target)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        set(&target.into(), &stat)
     }
 }
 

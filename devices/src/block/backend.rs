@@ -45,6 +45,15 @@ pub trait Backend: Send {
     /// The operating system's.
     fn flush(&mut self) -> io::Result<()>;
 
+    /// Writes what is held in memory into the disk's files, without waiting for stable storage:
+    /// then they are complete for whoever opens them. The default holds nothing.
+    ///
+    /// # Errors
+    /// The operating system's; trying again is safe.
+    fn write_back(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Gives the range's space back where the storage can; it may then read as anything that the
     /// guest wrote there before, or as zeroes.
     ///

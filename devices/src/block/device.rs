@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::{Backend, SECTOR_BYTES};
 use super::request::{self, ID_BYTES, Limits, Request, Status};
 use crate::virtio::chain::{Chain, Segment};
+use crate::virtio::state::{DeviceState, RestoreError, RingState, Saved};
 use crate::virtio::{Activation, Device, DeviceError, Interrupt, kick_again};
 
 /// The device type's number (virtio 1.2, section 5).
@@ -92,6 +93,14 @@ impl Block {
             chain: Chain::default(),
             counters: Counters::default(),
         }
+    }
+
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.backend.len_bytes()
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
     }
 }
 
@@ -229,6 +238,27 @@ impl Device for Block {
             interrupt.used_buffer();
         }
         Ok(())
+    }
+
+    fn save(&self) -> Saved {
+        let active = self.active.iter();
+        Saved {
+            rings: active.map(|active| RingState::of(&active.queue)).collect(),
+            own: DeviceState::Block(self.own_state()),
+        }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.check_state(state)
+    }
+
+    fn write_back(&mut self) -> Result<(), DeviceError> {
+        self.backend
+            .write_back()
+            .map_err(|source| DeviceError::Host {
+                what: format!("writing the tables of disk {} back", self.backend.name()),
+                source,
+            })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

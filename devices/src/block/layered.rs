@@ -322,6 +322,10 @@ impl Backend for Layer {
         Ok(fdatasync(&self.layer)?)
     }
 
+    fn write_back(&mut self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
     fn discard(&mut self, offset: u64, len_bytes: u64) -> io::Result<()> {
         // The pieces at the ends are kept: zeroing them would cost writes.
         match self.whole_clusters(offset, len_bytes) {

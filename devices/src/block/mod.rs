@@ -24,6 +24,7 @@ mod layered;
 mod places;
 mod raw;
 mod request;
+mod state;
 #[cfg(test)]
 mod tests;
 mod vectored;
@@ -33,6 +34,7 @@ pub use device::Block;
 pub use file::OpenError;
 pub use layered::Layer;
 pub use raw::RawFile;
+pub use state::BlockState;
 
 /// Opens the disk at `path`: alone, or as the base under the writable `layer`, which is made if it
 /// does not exist.

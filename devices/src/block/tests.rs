@@ -19,6 +19,7 @@ use crate::virtio::testing::{MockDriver, Sent};
 mod backends;
 mod opening;
 mod requests;
+mod saving;
 
 const DISK_BYTES: u64 = 4 << 20;
 

@@ -6,6 +6,8 @@
 //!  0x60, 0x64   I8042    the reset command, nothing else
 //!  0x505        Pvpanic  the guest's panic or power-off
 //! ```
+//!
+//! Of these only the serial port has a state to save.
 
 mod bounded_log;
 mod i8042;
@@ -15,4 +17,4 @@ mod serial;
 pub use bounded_log::{BoundedLog, LogError};
 pub use i8042::I8042;
 pub use pvpanic::{Pvpanic, PvpanicEvent};
-pub use serial::Serial;
+pub use serial::{Serial, SerialRestoreError, SerialState};

@@ -12,6 +12,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::bounded_log::{BoundedLog, LogError};
 
+mod state;
+
+pub use state::{SerialRestoreError, SerialState};
+
 /// A serial port.
 pub struct Serial {
     port: vm_superio::Serial<Line, NoEvents, Sink>,
@@ -111,12 +115,12 @@ impl Write for Sink {
 mod tests {
     use super::*;
 
-    const DATA: u8 = 0;
-    const INTERRUPT_ENABLE: u8 = 1;
+    pub(super) const DATA: u8 = 0;
+    pub(super) const INTERRUPT_ENABLE: u8 = 1;
     const INTERRUPT_IDENTIFICATION: u8 = 2;
-    const MODEM_CONTROL: u8 = 4;
-    const LINE_STATUS: u8 = 5;
-    const LOOPBACK: u8 = 0x10;
+    pub(super) const MODEM_CONTROL: u8 = 4;
+    pub(super) const LINE_STATUS: u8 = 5;
+    pub(super) const LOOPBACK: u8 = 0x10;
 
     #[test]
     fn what_the_guest_writes_is_in_the_log() {

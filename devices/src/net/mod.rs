@@ -30,13 +30,16 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::chain::{Chain, Iovecs};
+use crate::virtio::state::{DeviceState, RestoreError, Saved};
 use crate::virtio::used::{self, UsedChain};
 use crate::virtio::{Activation, Device, DeviceError, Interrupt, kick_again};
 
+mod state;
 mod tap;
 #[cfg(test)]
 mod tests;
 
+pub use state::NetState;
 pub use tap::{Backend, Tap, TapError};
 
 /// struct virtio_net_hdr_v1, in bytes.
@@ -219,6 +222,14 @@ impl Device for Net {
             active.host_ready = true;
         }
         self.process_queue(RX)
+    }
+
+    fn save(&self) -> Saved {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        Self::check_state(state)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -9,6 +9,7 @@ use crate::virtio::mmio::status;
 use crate::virtio::testing::{MEMORY_LEN, MockDriver, Sent};
 
 mod real_tap;
+mod saving;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const HEADER: [u8; HEADER_BYTES] = [0; HEADER_BYTES];

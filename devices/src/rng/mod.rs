@@ -14,10 +14,14 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::chain::Chain;
+use crate::virtio::state::{DeviceState, RestoreError, Saved};
 use crate::virtio::{Activation, Device, DeviceError, Interrupt, kick_again};
 
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::RngState;
 
 /// The most bytes that one request gets. The driver asks again for more.
 pub const MAX_REQUEST_BYTES: u64 = 64 << 10;
@@ -123,6 +127,14 @@ impl Device for Rng {
             interrupt.used_buffer();
         }
         Ok(())
+    }
+
+    fn save(&self) -> Saved {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        Self::check_state(state)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::virtio::mmio::status;
+use crate::virtio::state::through_json;
 use crate::virtio::testing::{MEMORY_LEN, MockDriver};
 
 fn driver() -> MockDriver {
@@ -84,4 +85,35 @@ fn a_buffer_outside_memory_needs_a_reset() {
     let head = driver.lay_chain(0, &[(MEMORY_LEN - 8, 16, true)]);
     driver.offer(0, head);
     assert_needs_reset(driver, "buffer outside guest memory");
+}
+
+#[test]
+fn a_saved_device_serves_the_request_that_waits() {
+    let mut driver = driver();
+    for _ in 0..3 {
+        driver.send(0, &[], &[8]);
+    }
+    driver.kick(0);
+    assert_eq!(driver.used(0).len(), 3);
+    driver.take_interrupt();
+    let sent = driver.send(0, &[], &[32]);
+    let state = through_json(&driver.transport.save());
+    driver.restore(Rng::new(), &state).unwrap();
+    assert_eq!(driver.transport.save(), state);
+    driver.run_kicks();
+    assert_eq!(driver.used(0)[0].len_bytes, 32);
+    assert_ne!(driver.read_memory(sent.writable[0], 32), [0; 32]);
+}
+
+#[test]
+fn two_children_do_not_get_the_same_bytes() {
+    let bytes = [(); 2].map(|()| {
+        let mut driver = driver();
+        let sent = driver.send(0, &[], &[32]);
+        let state = driver.transport.save();
+        driver.restore(Rng::new(), &state).unwrap();
+        driver.run_kicks();
+        driver.read_memory(sent.writable[0], 32)
+    });
+    assert_ne!(bytes[0], bytes[1]);
 }

@@ -7,10 +7,12 @@
 //! ```
 //!
 //! [`mmio`] is the transport; [`chain`] and [`used`] are what devices take requests and publish
-//! results with; `testing` (feature `testing`) is a driver for tests and fuzz targets.
+//! results with; [`state`] is what of them is saved; `testing` (feature `testing`) is a driver for
+//! tests and fuzz targets.
 
 pub mod chain;
 pub mod mmio;
+pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod used;
@@ -19,6 +21,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use state::{DeviceState, RestoreError, Saved};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -95,6 +98,15 @@ impl Interrupt {
         &self.line
     }
 
+    /// Continues one that was saved: a cause that the driver has not acknowledged is raised again.
+    fn resume(&self, status: u32, config_generation: u32) {
+        self.config_generation
+            .store(config_generation, Ordering::SeqCst);
+        if status != 0 {
+            self.raise(status);
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
         if let Err(error) = self.line.write(1) {
@@ -131,6 +143,9 @@ pub enum DeviceError {
         #[source]
         source: std::io::Error,
     },
+    /// It could not go on before it was saved; this is what it said.
+    #[error("{0}")]
+    Saved(String),
 }
 
 /// A virtio device behind a transport. All methods are called with the transport's lock held: on a
@@ -185,6 +200,26 @@ pub trait Device: Send {
     /// # Errors
     /// As [`Device::process_queue`].
     fn process_host(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// What is to be saved of the device, which goes on undisturbed: nothing is taken from the host,
+    /// nothing is given to the guest.
+    fn save(&self) -> Saved;
+
+    /// Takes what [`Self::save`] gave for such a device. Called once on a fresh device, after
+    /// [`Self::activate`] with queues that continue where the saved ones were, if it was active.
+    ///
+    /// # Errors
+    /// When the state cannot be this device's, or contradicts itself.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
+
+    /// Writes what the device holds in memory for its files into them, without waiting for stable
+    /// storage: then they are complete for whoever opens them. The default holds nothing.
+    ///
+    /// # Errors
+    /// The host's, by name. The device goes on.
+    fn write_back(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
 

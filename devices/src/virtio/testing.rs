@@ -22,18 +22,17 @@
 //!
 //! It panics where a test has asked for something that cannot be, never for what a device did.
 
-use std::sync::{Arc, Mutex};
-
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-};
-use virtio_queue::{Queue, QueueT};
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::chain::Chain;
+use super::Device;
 use super::mmio::{MmioTransport, register, status};
-use super::{Activation, Device, DeviceError, Interrupt};
+use super::state::{RestoreError, TransportState};
+
+mod echo;
+
+pub use echo::{Call, Echo};
 
 /// Bytes of guest memory, from address 0.
 pub const MEMORY_LEN: u64 = 16 << 20;
@@ -103,6 +102,11 @@ pub struct MockDriver {
 impl MockDriver {
     /// A driver for `device`, which is in reset.
     pub fn new(device: impl Device + 'static) -> Self {
+        Self::new_boxed(Box::new(device))
+    }
+
+    /// As [`Self::new`].
+    pub fn new_boxed(device: Box<dyn Device>) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_LEN as usize)])
             .expect("guest memory for a test");
         let queues = device
@@ -115,14 +119,27 @@ impl MockDriver {
                 used: 0,
             })
             .collect();
-        let transport =
-            MmioTransport::new(memory.clone(), Box::new(device)).expect("eventfds for a test");
+        let transport = MmioTransport::new(memory.clone(), device).expect("eventfds for a test");
         Self {
             transport,
             memory,
             queues,
             next_buffer: BUFFERS,
         }
+    }
+
+    /// Puts `device`, continued from `state`, in the place of the transport. Guest memory and the
+    /// driver's own mind are as they were. Refused, the transport is the old one.
+    ///
+    /// # Errors
+    /// [`MmioTransport::restore`]'s.
+    pub fn restore(
+        &mut self,
+        device: impl Device + 'static,
+        state: &TransportState,
+    ) -> Result<(), RestoreError> {
+        self.transport = MmioTransport::restore(self.memory.clone(), Box::new(device), state)?;
+        Ok(())
     }
 
     /// Guest memory.
@@ -393,116 +410,5 @@ impl MockDriver {
             .read_obj(GuestAddress(address))
             .map(u16::from_le)
             .expect("an address in guest memory")
-    }
-}
-
-/// What a transport asked of an [`Echo`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
-    /// `activate` with these features.
-    Activate(u64),
-    /// `reset`.
-    Reset,
-    /// `process_queue` of this queue.
-    Queue(usize),
-    /// `process_host`.
-    Host,
-}
-
-/// The simplest device: two queues; each chain's readable bytes are copied to its writable ones.
-/// Its configuration space is eight bytes that can be written.
-#[derive(Default)]
-pub struct Echo {
-    calls: Arc<Mutex<Vec<Call>>>,
-    config: [u8; 8],
-    active: Option<(GuestMemoryMmap, Vec<Queue>, Interrupt)>,
-}
-
-impl Echo {
-    /// The device type's number, of no real device.
-    pub const DEVICE_TYPE: u32 = 0x7fff;
-
-    /// The calls so far and to come, for a test to keep when the transport owns the device.
-    pub fn calls(&self) -> Arc<Mutex<Vec<Call>>> {
-        Arc::clone(&self.calls)
-    }
-
-    fn record(&self, call: Call) {
-        if let Ok(mut calls) = self.calls.lock() {
-            calls.push(call);
-        }
-    }
-}
-
-impl Device for Echo {
-    fn device_type(&self) -> u32 {
-        Self::DEVICE_TYPE
-    }
-
-    fn queue_max_sizes(&self) -> &[u16] {
-        &[64, 64]
-    }
-
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        for (index, byte) in data.iter_mut().enumerate() {
-            let at = offset as usize + index;
-            *byte = self.config.get(at).copied().unwrap_or(0);
-        }
-    }
-
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
-        for (index, byte) in data.iter().enumerate() {
-            if let Some(place) = self.config.get_mut(offset as usize + index) {
-                *place = *byte;
-            }
-        }
-    }
-
-    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        self.record(Call::Activate(activation.features));
-        let Activation {
-            memory,
-            queues,
-            interrupt,
-            ..
-        } = activation;
-        self.active = Some((memory, queues, interrupt));
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.record(Call::Reset);
-        self.active = None;
-    }
-
-    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
-        self.record(Call::Queue(index));
-        let Some((memory, queues, interrupt)) = &mut self.active else {
-            return Err(DeviceError::Driver("kick before activation"));
-        };
-        let queue = &mut queues[index];
-        let at = |source| DeviceError::Queue { index, source };
-        let mut chain = Chain::default();
-        while chain.pop(queue, memory, index)? {
-            let mut bytes = vec![0; chain.readable_len_bytes().min(4096) as usize];
-            let read = chain.read(memory, 0, &mut bytes)?;
-            let written = chain.write(memory, 0, &bytes[..read])?;
-            queue
-                .add_used(memory, chain.head(), written as u32)
-                .map_err(at)?;
-        }
-        if queue.needs_notification(memory).map_err(at)? {
-            interrupt.used_buffer();
-        }
-        Ok(())
-    }
-
-    fn process_host(&mut self) -> Result<(), DeviceError> {
-        self.record(Call::Host);
-        Ok(())
     }
 }

@@ -27,6 +27,10 @@ use rustix::net::SendFlags;
 
 use super::packet::{Header, NO_RECEIVE, NO_SEND, Op, STREAM};
 
+mod save;
+
+pub(super) use save::TO_GUEST_MAX;
+
 /// How many bytes of the guest wait at most for a slow host program, a connection.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
 
@@ -98,6 +102,8 @@ pub(super) struct Connection<S = UnixStream> {
     guest_takes_no_more: bool,
     announced: u32,
     to_host: VecDeque<u8>,
+    /// Saved bytes of an earlier stream, for the guest; see `save`.
+    carried: VecDeque<u8>,
     writing_shut: bool,
     // Credit, all modulo 2^32 (5.10.6.3).
     sent: u32,
@@ -144,6 +150,7 @@ impl<S: HostStream> Connection<S> {
             guest_takes_no_more: false,
             announced: 0,
             to_host: VecDeque::new(),
+            carried: VecDeque::new(),
             writing_shut: false,
             sent: 0,
             peer_alloc: 0,

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::connection::{Broken, Connection, Ports};
 use super::packet::Header;
 use super::queues::{EVENT, Queues, RX, TX};
 use super::streams::{Streams, VsockError};
+use crate::virtio::state::{DeviceState, RestoreError, Saved};
 use crate::virtio::{Activation, Device, DeviceError};
 
 /// The most chains in a queue.
@@ -52,8 +53,10 @@ pub struct Vsock {
     pub(super) next_host_port: u32,
     pub(super) backlog: Backlog,
     /// The driver has not been told yet of [`Self::transport_reset`].
-    owes_transport_reset: bool,
-    queues: Option<Queues>,
+    pub(super) owes_transport_reset: bool,
+    pub(super) queues: Option<Queues>,
+    /// For the control connection, at a restore.
+    pub(super) control_stream: Option<UnixStream>,
     pub(super) counters: Counters,
 }
 
@@ -66,6 +69,7 @@ pub(super) struct Counters {
     pub(super) tx_bytes: u64,
     pub(super) resets: u64,
     pub(super) refused: u64,
+    pub(super) control_lost: u64,
 }
 
 impl Vsock {
@@ -104,8 +108,18 @@ impl Vsock {
             backlog: Backlog::Empty,
             owes_transport_reset: false,
             queues: None,
+            control_stream: None,
             counters: Counters::default(),
         }
+    }
+
+    /// The same device, which at its restore joins the control connection to `stream`, already
+    /// connected, instead of connecting to `<socket>_1024`. A state without a control connection
+    /// closes it.
+    #[must_use]
+    pub fn with_control_stream(mut self, stream: UnixStream) -> Self {
+        self.control_stream = Some(stream);
+        self
     }
 
     /// Ends all connections and tells the driver that it has none, as after a restore. A driver
@@ -293,6 +307,14 @@ impl Device for Vsock {
         })
     }
 
+    fn save(&self) -> Saved {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.take_state(state)
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let counters = &self.counters;
         vec![
@@ -304,6 +326,7 @@ impl Device for Vsock {
             ("tx_bytes", counters.tx_bytes),
             ("connection_resets", counters.resets),
             ("refused", counters.refused),
+            ("control_lost", counters.control_lost),
         ]
     }
 }

@@ -241,6 +241,9 @@ impl Vsock {
         if want == 0 {
             return Ok(None);
         }
+        if connection.carries() {
+            return self.fill_carried(queues, token, want);
+        }
         let writable = queues.chain.writable();
         let buffers = Iovecs::new(&queues.memory, writable, HEADER_BYTES, want)?;
         let mut result = Ok(());
@@ -261,7 +264,7 @@ impl Vsock {
         Ok(filled)
     }
 
-    fn put(&mut self, queues: &Queues, header: &Header) -> Result<u32, DeviceError> {
+    pub(super) fn put(&mut self, queues: &Queues, header: &Header) -> Result<u32, DeviceError> {
         self.counters.rx_packets += 1;
         queues.chain.write(&queues.memory, 0, &header.encode())?;
         Ok(HEADER_BYTES as u32)

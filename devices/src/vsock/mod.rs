@@ -13,6 +13,7 @@
 //!  streams.rs     listener, handshakes, epoll, timer
 //!  queues.rs      the three queues and the interrupt
 //!  packet.rs      the 44-byte header
+//!  state.rs       what is saved, and which connection goes on in another process
 //! ```
 //!
 //! How it fails: a packet that breaks the socket protocol is answered with a reset of that
@@ -25,15 +26,21 @@ mod guest;
 mod host;
 mod packet;
 mod queues;
+mod state;
 mod streams;
 #[cfg(test)]
 mod tests;
 
 pub use device::Vsock;
+pub use state::{ControlState, ResetState, VsockState};
 pub use streams::VsockError;
 
 /// The host's context id (VMADDR_CID_HOST).
 pub const HOST_CID: u64 = 2;
+
+/// The host's port to which the guest's standing connection goes: the one that a restore joins to a
+/// new host program.
+pub const CONTROL_PORT: u32 = 1024;
 
 /// How many connections, those still in their handshake included, a device has at most.
 pub const MAX_CONNECTIONS: usize = 1024;

@@ -7,6 +7,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::chain::Chain;
+use crate::virtio::state::RingState;
 use crate::virtio::{Activation, DeviceError, Interrupt, kick_again};
 
 /// Queue numbers (virtio 1.2, 5.10.2).
@@ -44,6 +45,22 @@ impl Queues {
             kicks: activation.kicks,
             chain: Chain::default(),
         })
+    }
+
+    /// Where each queue goes on.
+    pub(super) fn rings(&self) -> Vec<RingState> {
+        self.queues.iter().map(RingState::of).collect()
+    }
+
+    /// Whether the driver has packets back of which it has not been told.
+    pub(super) fn has_untold(&self) -> bool {
+        self.untold.0 > 0 || self.interrupt_due
+    }
+
+    /// Raises the interrupt at the next turn: which packets the driver had not been told of before
+    /// it was saved is not known any more, and with event-idx it is told once or never.
+    pub(super) fn owe_interrupt(&mut self) {
+        self.interrupt_due = true;
     }
 
     /// Takes the next chain of queue `index`; false when there is none.

@@ -12,6 +12,7 @@ mod guest;
 mod hostile;
 mod opening;
 mod random;
+mod saving;
 mod waking;
 
 use guest::{Guest, data_header, header};

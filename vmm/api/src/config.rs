@@ -28,7 +28,11 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u64,
-    /// An uncompressed ELF `vmlinux`.
+    /// Start from this generation, in place of booting: vCPUs, memory and devices must be those of
+    /// the machine that was frozen.
+    #[serde(default)]
+    pub generation: Option<GenerationConfig>,
+    /// An uncompressed ELF `vmlinux`; not read with a `generation`.
     #[schema(value_type = String)]
     pub kernel: PathBuf,
     /// An uncompressed cpio archive (newc).
@@ -59,6 +63,38 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub remove_when_orphaned: Option<PathBuf>,
+}
+
+/// A frozen machine to start from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// The file of its state.
+    #[schema(value_type = String)]
+    pub state: PathBuf,
+    /// Its memory's layers, the lowest first.
+    pub memory: Vec<MemoryLayerConfig>,
+}
+
+/// One layer of a generation's memory: a sparse file as long as the memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryLayerConfig {
+    /// The file; mapped, never written.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// The parts of it that count; none: the whole.
+    #[serde(default)]
+    pub runs: Vec<Run>,
+}
+
+/// A part of a memory layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Run {
+    /// The first byte; guest memory without its hole. A multiple of 4096.
+    pub offset: u64,
+    /// How many bytes. A multiple of 4096.
+    pub len: u64,
 }
 
 /// One block device.

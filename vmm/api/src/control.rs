@@ -1,9 +1,12 @@
 //! Replies of the control socket, and the report that a VM leaves.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+use crate::Run;
 
 /// Where a VM is in its life.
 ///
@@ -152,4 +155,42 @@ pub struct MetricsReply {
 pub struct ErrorReply {
     /// What failed and why.
     pub error: String,
+}
+
+/// `POST /v1/freeze`: make a generation of the VM, which goes on as its first child.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FreezeRequest {
+    /// A Unix stream socket on which the requester listens. It gets one byte with descriptors
+    /// (SCM_RIGHTS): a file with [`FrozenMeta`] as JSON, then the file of each memory layer, the
+    /// lowest first, all of them immutable from then on.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// Disks by id: where to copy the writable layer of each as it is at that moment.
+    #[serde(default)]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub copy_layers: BTreeMap<String, PathBuf>,
+}
+
+/// Reply of `POST /v1/freeze`, when the descriptors have been sent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FreezeReply {
+    /// How long no vCPU could run, in nanoseconds; 0 if the VM was paused.
+    pub pause_ns: u64,
+}
+
+/// What comes with a generation's descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenMeta {
+    /// The machine's state, for [`crate::GenerationConfig::state`].
+    pub state: String,
+    /// One for each further descriptor.
+    pub layers: Vec<FrozenLayer>,
+}
+
+/// A layer of frozen memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenLayer {
+    /// Which parts of the file count.
+    pub runs: Vec<Run>,
 }

@@ -6,12 +6,12 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use ratoon_vmm_api::{ErrorReply, MetricsReply, StatusReply};
+use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply};
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
@@ -24,6 +24,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest request head, in bytes.
 const MAX_HEAD_LEN: usize = 16 * 1024;
 
+/// The longest request body, in bytes.
+const MAX_BODY_LEN: usize = 64 * 1024;
+
 /// The control plane's description.
 #[derive(OpenApi)]
 #[openapi(
@@ -31,7 +34,7 @@ const MAX_HEAD_LEN: usize = 16 * 1024;
         title = "ratoon-vmm",
         description = "Control socket of one Ratoon virtual machine"
     ),
-    paths(status, pause, resume, stop, metrics),
+    paths(status, pause, resume, stop, metrics, freeze),
     components(schemas(ratoon_vmm_api::VmConfig, ratoon_vmm_api::ExitReport))
 )]
 struct Document;
@@ -73,6 +76,41 @@ fn metrics(machine: &Machine) -> Result<Reply, Refused> {
     machine.perform(Action::Metrics)
 }
 
+/// A freeze in a thread of its own: it takes as long as the requester takes the files.
+#[utoipa::path(post, path = "/v1/freeze", request_body = FreezeRequest, responses(
+    (status = 200, body = FreezeReply, description = "the generation has been sent; the VM goes on"),
+    (status = 400, body = ErrorReply, description = "not a FreezeRequest"),
+    (status = 409, body = ErrorReply, description = "the VM cannot be frozen")))]
+async fn freeze(machine: Arc<Machine>, body: Incoming) -> Response<Full<Bytes>> {
+    let body = match Limited::new(body, MAX_BODY_LEN).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(why) => {
+            return error(
+                StatusCode::BAD_REQUEST,
+                format!("the request's body: {why}"),
+            );
+        }
+    };
+    let request: FreezeRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(why) => {
+            return error(
+                StatusCode::BAD_REQUEST,
+                format!("the request's body: {why}"),
+            );
+        }
+    };
+    let frozen = tokio::task::spawn_blocking(move || machine.freeze(&request)).await;
+    match frozen {
+        Ok(Ok(reply)) => json(
+            StatusCode::OK,
+            serde_json::to_vec(&reply).unwrap_or_default(),
+        ),
+        Ok(Err(why)) => error(StatusCode::CONFLICT, crate::causes(&why).join(": ")),
+        Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
+    }
+}
+
 fn json(status: StatusCode, body: Vec<u8>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
@@ -98,7 +136,10 @@ fn answer(machine: &Machine, method: &Method, path: &str) -> Response<Full<Bytes
         (&Method::POST, "/v1/stop") => stop,
         (&Method::GET, "/v1/metrics") => metrics,
         (&Method::GET, "/openapi.json") => return json(StatusCode::OK, openapi().into_bytes()),
-        (_, "/v1/status" | "/v1/pause" | "/v1/resume" | "/v1/stop" | "/v1/metrics") => {
+        (
+            _,
+            "/v1/status" | "/v1/pause" | "/v1/resume" | "/v1/stop" | "/v1/metrics" | "/v1/freeze",
+        ) => {
             return error(
                 StatusCode::METHOD_NOT_ALLOWED,
                 format!("{method} is not for {path}; see /openapi.json"),
@@ -144,8 +185,15 @@ async fn serve(listener: UnixListener, machine: Arc<Machine>) -> std::io::Result
         let machine = machine.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
-                let response = answer(&machine, request.method(), request.uri().path());
-                async move { Ok::<_, Infallible>(response) }
+                let machine = machine.clone();
+                async move {
+                    let is_freeze =
+                        request.method() == Method::POST && request.uri().path() == "/v1/freeze";
+                    Ok::<_, Infallible>(match is_freeze {
+                        true => freeze(machine, request.into_body()).await,
+                        false => answer(&machine, request.method(), request.uri().path()),
+                    })
+                }
             });
             // An error here is the client's: it went away or spoke no HTTP.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -186,7 +234,7 @@ mod tests {
     #[test]
     fn the_document_describes_every_route_and_type() {
         let document: serde_json::Value = serde_json::from_str(&super::openapi()).unwrap();
-        for path in ["status", "pause", "resume", "stop", "metrics"] {
+        for path in ["status", "pause", "resume", "stop", "metrics", "freeze"] {
             assert!(
                 document["paths"].get(format!("/v1/{path}")).is_some(),
                 "{path}"

@@ -10,6 +10,8 @@
 //! Whoever changes the target holds its lock, then sets each vCPU's `immediate_exit` and sends its
 //! thread a signal. A thread clears `immediate_exit` only with the lock held and the target at
 //! [`Target::Run`], so no kick is lost: either KVM_RUN sees the flag, or the signal ends KVM_RUN.
+//!
+//! While they hold, all threads can be sent on a [visit](Vcpus::visit) of their vCPUs, side by side.
 
 mod exit;
 
@@ -37,8 +39,16 @@ pub enum Target {
     End,
 }
 
+/// What each thread does with its vCPU while it holds.
+type Visit = Arc<dyn Fn(usize, &VcpuFd) + Send + Sync>;
+
 struct State {
     target: Target,
+    /// The visit under way, and how many there have been.
+    visit: Option<Visit>,
+    visits: u64,
+    /// How many threads have done it.
+    visited: usize,
     /// How many threads are not inside KVM_RUN.
     holding: usize,
     first_run_ns: u64,
@@ -53,6 +63,12 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A vCPU thread that panicked has nothing half-changed in here.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -109,6 +125,9 @@ impl Vcpus {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 target: Target::Hold,
+                visit: None,
+                visits: 0,
+                visited: 0,
                 holding: vcpus.len(),
                 first_run_ns: 0,
             }),
@@ -122,6 +141,8 @@ impl Vcpus {
         for (index, mut vcpu) in vcpus.into_iter().enumerate() {
             let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu));
             let worker = Worker {
+                index,
+                visits: 0,
                 vcpu,
                 immediate_exit: immediate_exit.clone(),
                 shared: shared.clone(),
@@ -156,12 +177,22 @@ impl Vcpus {
         self.aim(Target::Hold);
         let mut state = self.shared.lock();
         while state.holding < self.threads.len() && state.target == Target::Hold {
-            state = self
-                .shared
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.wait(state);
         }
+    }
+
+    /// Calls `visit` for each vCPU, on its own thread, and returns when all have come back. They must
+    /// be holding.
+    pub fn visit(&self, visit: impl Fn(usize, &VcpuFd) + Send + Sync + 'static) {
+        let mut state = self.shared.lock();
+        state.visit = Some(Arc::new(visit));
+        state.visits += 1;
+        state.visited = 0;
+        self.shared.changed.notify_all();
+        while state.visited < self.threads.len() && state.target == Target::Hold {
+            state = self.shared.wait(state);
+        }
+        state.visit = None;
     }
 
     /// When the first guest instruction ran (CLOCK_MONOTONIC, nanoseconds), 0 before.
@@ -205,6 +236,9 @@ impl Drop for Vcpus {
 }
 
 struct Worker {
+    index: usize,
+    /// How many visits it has seen.
+    visits: u64,
     vcpu: VcpuFd,
     immediate_exit: Arc<ImmediateExit>,
     shared: Arc<Shared>,
@@ -229,18 +263,13 @@ impl Worker {
 
     /// Waits while the target is [`Target::Hold`]; `false` when the thread is to end.
     fn wait_for_run(&mut self) -> bool {
-        let mut state = self.shared.lock();
+        let shared = self.shared.clone();
+        let mut state = shared.lock();
         loop {
             match state.target {
                 Target::End => return false,
                 Target::Run => break,
-                Target::Hold => {
-                    state = self
-                        .shared
-                        .changed
-                        .wait(state)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
+                Target::Hold => state = self.attend(&shared, state),
             }
         }
         self.immediate_exit.set(0);
@@ -252,15 +281,32 @@ impl Worker {
     }
 
     /// After an outcome: the VM is over, this vCPU runs no more.
-    fn wait_for_end(&self) {
-        let mut state = self.shared.lock();
+    fn wait_for_end(&mut self) {
+        let shared = self.shared.clone();
+        let mut state = shared.lock();
         while state.target != Target::End {
-            state = self
-                .shared
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.attend(&shared, state);
         }
+    }
+
+    /// Does the visit that it has not done yet, or waits for a change.
+    fn attend<'a>(
+        &mut self,
+        shared: &'a Shared,
+        mut state: MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        if self.visits == state.visits {
+            return shared.wait(state);
+        }
+        self.visits = state.visits;
+        if let Some(visit) = state.visit.clone() {
+            drop(state);
+            visit(self.index, &self.vcpu);
+            state = shared.lock();
+            state.visited += 1;
+            shared.changed.notify_all();
+        }
+        state
     }
 
     /// Runs guest code until somebody kicks this thread.

@@ -12,6 +12,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use tempfile::TempDir;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use crate::virtio::state::{RestoreError, TransportState};
 use crate::virtio::testing::{BUFFERS, MockDriver};
 use crate::vsock::packet::{HEADER_BYTES, Header, Op, STREAM};
 use crate::vsock::{HOST_CID, Vsock};
@@ -71,14 +72,7 @@ impl Guest {
         let dir = tempfile::tempdir().unwrap();
         let device = Vsock::new(CID, &dir.path().join("v")).unwrap();
         let driver = MockDriver::new(device);
-        let watch = epoll::create(CreateFlags::CLOEXEC).unwrap();
-        epoll::add(
-            &watch,
-            driver.transport.host_fd().unwrap(),
-            EventData::new_u64(0),
-            EventFlags::IN | EventFlags::ET,
-        )
-        .unwrap();
+        let watch = watch(&driver);
         let mut guest = Self {
             driver,
             dir,
@@ -116,6 +110,19 @@ impl Guest {
         if self.refills {
             self.refill(RX_BUFFERS);
         }
+    }
+
+    /// Continues `state` in a device of another process, which has the socket in `dir`.
+    pub(super) fn restore(
+        &mut self,
+        dir: TempDir,
+        device: Vsock,
+        state: &TransportState,
+    ) -> Result<(), RestoreError> {
+        self.driver.restore(device, state)?;
+        self.watch = watch(&self.driver);
+        self.dir = dir;
+        Ok(())
     }
 
     pub(super) fn socket(&self) -> PathBuf {
@@ -296,6 +303,19 @@ impl Guest {
     pub(super) fn failure(&self) -> Option<String> {
         self.driver.transport.failure().map(ToString::to_string)
     }
+}
+
+/// What the event loop does with the device's host descriptor.
+fn watch(driver: &MockDriver) -> OwnedFd {
+    let watch = epoll::create(CreateFlags::CLOEXEC).unwrap();
+    epoll::add(
+        &watch,
+        driver.transport.host_fd().unwrap(),
+        EventData::new_u64(0),
+        EventFlags::IN | EventFlags::ET,
+    )
+    .unwrap();
+    watch
 }
 
 pub(super) fn port_path(socket: &Path, port: u32) -> PathBuf {

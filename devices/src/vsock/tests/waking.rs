@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::guest::{CID, EVENT, RX, RX_BUFFER};
 use super::*;
+use crate::virtio::state::{DeviceState, RestoreError, Saved};
 use crate::virtio::testing::MockDriver;
 use crate::virtio::{Activation, Device, DeviceError};
 use crate::vsock::Vsock;
@@ -132,7 +133,7 @@ fn whole_buffers_are_filled() {
 }
 
 /// A device that the test can also call by name.
-struct Shared(Arc<Mutex<Vsock>>);
+pub(super) struct Shared(pub(super) Arc<Mutex<Vsock>>);
 
 impl Device for Shared {
     fn device_type(&self) -> u32 {
@@ -158,6 +159,12 @@ impl Device for Shared {
     }
     fn process_host(&mut self) -> Result<(), DeviceError> {
         self.0.lock().unwrap().process_host()
+    }
+    fn save(&self) -> Saved {
+        self.0.lock().unwrap().save()
+    }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.0.lock().unwrap().restore(state)
     }
 }
 

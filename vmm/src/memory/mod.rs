@@ -5,11 +5,15 @@
 //!  region 0 (slot 0)     |                                  | region 1 (slot 1)
 //! ```
 
+mod freeze;
+
 use std::fs::File;
 use std::sync::Arc;
 
+pub use freeze::{Aside, Layer, PAGE, again, first};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use ratoon_vmm_api::Run;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -43,6 +47,18 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// A freeze or what follows from it.
+    #[error("cannot {what} to freeze the machine")]
+    Freeze {
+        /// Which step.
+        what: &'static str,
+        /// The system's word.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Layers that are not those of this machine.
+    #[error("the machine's frozen memory does not fit: {0}")]
+    Layers(&'static str),
     /// Regions that overlap: our own mistake.
     #[error("guest memory layout")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
@@ -66,30 +82,79 @@ pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// A file in memory that cannot change its size.
+fn memfd(name: &str, bytes: u64) -> rustix::io::Result<Arc<File>> {
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, bytes)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(Arc::new(File::from(fd)))
+}
+
+/// The file that guest memory was made from.
+///
+/// # Panics
+/// Never: all our memory is a file's.
+pub fn file_of(memory: &GuestMemoryMmap) -> Arc<File> {
+    let region = memory.iter().next().expect("at least one region");
+    let file = region.file_offset().expect("all memory is a file's");
+    file.arc().clone()
+}
+
 /// Makes guest memory of `mib` MiB: a memfd that cannot change its size, mapped shared.
 ///
 /// # Errors
 /// [`MemoryError`]: usually a limit on memory or address space.
 pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
     let bytes = mib << 20;
-    let file_error = |source: rustix::io::Errno| MemoryError::File {
+    let file = memfd("ratoon-guest", bytes).map_err(|source| MemoryError::File {
         mib,
         source: source.into(),
+    })?;
+    map(mib, &file, libc::MAP_SHARED)
+}
+
+/// Guest memory of `mib` MiB from a generation's layers: a child's, that no layer sees change.
+///
+/// # Errors
+/// [`MemoryError`]: layers of another size, or no address space.
+pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryError> {
+    let bytes = mib << 20;
+    let whole = Run {
+        offset: 0,
+        len: bytes,
     };
-    let fd = rustix::fs::memfd_create(
-        "ratoon-guest",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )
-    .map_err(file_error)?;
-    rustix::fs::ftruncate(&fd, bytes).map_err(file_error)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW).map_err(file_error)?;
-    let file = Arc::new(File::from(fd));
+    let Some((base, overlays)) = layers.split_first() else {
+        return Err(MemoryError::Layers("there is none"));
+    };
+    if base.runs != [whole] {
+        return Err(MemoryError::Layers("the first layer is not the whole"));
+    }
+    for layer in layers {
+        let len = layer
+            .file
+            .metadata()
+            .map_err(|source| MemoryError::Freeze {
+                what: "look at a memory file",
+                source,
+            })?;
+        if len.len() != bytes {
+            return Err(MemoryError::Layers("a file is not as long as the memory"));
+        }
+    }
+    let memory = map(mib, &base.file, libc::MAP_PRIVATE)?;
+    for layer in overlays {
+        freeze::overlay(&memory, layer)?;
+    }
+    Ok(memory)
+}
+
+fn map(mib: u64, file: &Arc<File>, how: i32) -> Result<GuestMemoryMmap, MemoryError> {
     let mut regions = Vec::new();
     let mut offset = 0;
-    for (start, len) in layout(bytes) {
+    for (start, len) in layout(mib << 20) {
         let mapping = MmapRegionBuilder::new(len as usize)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(how | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .build()
             .map_err(|source| MemoryError::Map { mib, source })?;
