@@ -7,7 +7,7 @@
 
 #![no_main]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
@@ -38,6 +38,8 @@ struct Client {
     named: bool,
     /// It has said something that it did not mean: what it counts on is no rule any more.
     confused: bool,
+    /// All ids that it has used.
+    begun: BTreeSet<u64>,
     /// It has lost its connection once.
     was_cut: bool,
 }
@@ -95,7 +97,8 @@ fn frame(client: &mut Client, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
                 _ => input.arbitrary::<String>()?,
             };
             // A client that is right chooses an id that is free.
-            while client.calls.contains_key(&id) {
+            // In a named session an end that was not confirmed keeps its call open.
+            while client.calls.contains_key(&id) || client.named && client.begun.contains(&id) {
                 if rarely(input)? {
                     client.confused = true;
                     break;
@@ -147,6 +150,7 @@ fn frame(client: &mut Client, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     }
     if frame.kind == Kind::Call {
         client.calls.entry(frame.call).or_default();
+        client.begun.insert(frame.call);
     }
     Ok(bytes)
 }

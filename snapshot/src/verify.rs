@@ -13,7 +13,7 @@ use crate::store::Store;
 
 impl Store {
     /// Reads every byte of a snapshot, and of those that its memory lies over, and checks it
-    /// against its hashes. Costs about a second for each GiB that is not zero.
+    /// against its hashes. Holes are not read.
     ///
     /// # Errors
     /// [`Error::Damaged`] and [`Error::DamagedChunk`] name the file; as
