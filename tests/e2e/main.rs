@@ -7,6 +7,7 @@ mod a_command_runs_in_a_real_guest;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
+mod a_snapshot_goes_on_where_it_was;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
@@ -36,6 +37,7 @@ fn main() {
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
+        a_snapshot_goes_on_where_it_was::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
         commands_run_in_a_running_machine::trials(),

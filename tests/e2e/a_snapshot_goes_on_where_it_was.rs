@@ -1,0 +1,145 @@
+//! Snapshots: a machine goes on from one as often as wanted, each time as somebody else.
+
+use std::os::unix::fs::FileExt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ratoon_tests::Ratoon;
+
+crate::promises![
+    a_restored_machine_has_its_memory_its_processes_and_its_disk,
+    a_snapshot_that_is_not_there_is_named,
+    an_image_that_was_booted_once_is_not_booted_again,
+];
+
+fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {
+    ratoon.run(["exec", vm, "--", "sh", "-c", line]).ok().stdout
+}
+
+fn code(ratoon: &Ratoon, vm: &str, line: &str) -> String {
+    ratoon.run(["code", vm, "-c", line]).ok().stdout
+}
+
+/// What two machines must not share: machine-id and the kernel's random numbers.
+fn secrets(ratoon: &Ratoon, vm: &str) -> Vec<String> {
+    let all = exec(
+        ratoon,
+        vm,
+        "cat /etc/machine-id /proc/sys/kernel/random/uuid",
+    );
+    all.lines().map(str::to_owned).collect()
+}
+
+fn a_restored_machine_has_its_memory_its_processes_and_its_disk() {
+    let ratoon = Ratoon::new();
+    ratoon
+        .run(["run", "-d", "--name", "first", "--memory", "256M"])
+        .ok();
+    exec(&ratoon, "first", "echo kept > /root/file; sync");
+    exec(&ratoon, "first", "sleep 54321 >/dev/null 2>&1 &");
+    code(&ratoon, "first", "x = 41");
+    ratoon.run(["snapshot", "first", "point"]).ok();
+    exec(&ratoon, "first", "echo of first > /root/file");
+
+    ratoon.run(["restore", "point", "--name", "second"]).ok();
+    ratoon.run(["restore", "point", "--name", "third"]).ok();
+    for vm in ["second", "third"] {
+        assert_eq!(exec(&ratoon, vm, "cat /root/file"), "kept\n", "{vm}");
+        assert!(
+            !exec(&ratoon, vm, "pgrep -f 'sleep 5432[1]'").is_empty(),
+            "{vm}"
+        );
+        assert_eq!(code(&ratoon, vm, "print(x + 1)"), "42\n", "{vm}");
+    }
+    exec(&ratoon, "second", "echo of second > /root/file");
+    assert_eq!(exec(&ratoon, "third", "cat /root/file"), "kept\n");
+    assert_eq!(exec(&ratoon, "first", "cat /root/file"), "of first\n");
+
+    let all: Vec<_> = ["first", "second", "third"]
+        .iter()
+        .flat_map(|vm| secrets(&ratoon, vm))
+        .collect();
+    let mut distinct = all.clone();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!(distinct.len(), all.len(), "{all:?}");
+    let before = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let guest: u64 = exec(&ratoon, "third", "date +%s").trim().parse().unwrap();
+    let after = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    assert!(
+        (before - 2..=after + 2).contains(&guest),
+        "{before} {guest} {after}"
+    );
+
+    ratoon.run(["suspend", "second", "later"]).ok();
+    assert!(!ratoon.run(["ps", "-a"]).ok().stdout.contains("second"));
+    let said = ratoon.run(["run", "--snapshot", "later", "--", "cat", "/root/file"]);
+    assert_eq!(said.ok().stdout, "of second\n");
+
+    ratoon.run(["snapshots", "verify", "later"]).ok();
+    let folder = ratoon.state_dir().join("ratoon/snapshots");
+    let id = std::fs::read_to_string(folder.join("names/later")).unwrap();
+    let memory = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(folder.join(id.trim()).join("memory.bin"))
+        .unwrap();
+    let at = rustix::fs::seek(&memory, rustix::fs::SeekFrom::Data(0)).unwrap();
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, at + 100).unwrap();
+    memory.write_all_at(&[byte[0] ^ 1], at + 100).unwrap();
+    let refused = ratoon.run(["snapshots", "verify", "later"]);
+    assert_eq!(refused.code(), 125, "{refused:?}");
+    assert!(refused.stderr.contains("memory.bin"), "{}", refused.stderr);
+
+    let refused = ratoon.run(["snapshots", "rm", "point"]);
+    assert!(refused.stderr.contains("is in use"), "{}", refused.stderr);
+    ratoon.run(["rm", "-f", "first", "third"]).ok();
+    ratoon.run(["snapshots", "rm", "later", "point"]).ok();
+    ratoon.nothing_is_left();
+}
+
+fn a_snapshot_that_is_not_there_is_named() {
+    let ratoon = Ratoon::new();
+    for args in [
+        &["restore", "nope"][..],
+        &["run", "--snapshot", "nope", "--", "true"],
+        &["snapshots", "verify", "nope"],
+        &["snapshots", "rm", "nope"],
+    ] {
+        let refused = ratoon.run(args.iter().copied());
+        assert_eq!(refused.code(), 125, "{args:?}");
+        assert!(
+            refused.stderr.contains("no snapshot `nope`"),
+            "{}",
+            refused.stderr
+        );
+    }
+    ratoon.nothing_is_left();
+}
+
+fn an_image_that_was_booted_once_is_not_booted_again() {
+    let ratoon = Ratoon::new();
+    let generation = [
+        "--",
+        "sh",
+        "-c",
+        "cat /run/ratoon/generation || echo booted",
+    ];
+    let run = |flags: &[&str]| {
+        let args = ["run"].iter().chain(flags).chain(&generation);
+        ratoon.run(args.copied()).ok().stdout
+    };
+    let first = run(&[]);
+    let second = run(&[]);
+    assert!(!second.contains("booted"), "{second}");
+    // The first one may have made it, or found it.
+    assert!(!first.contains("booted"), "{first}");
+    assert!(run(&["--cold"]).contains("booted"));
+    ratoon.nothing_is_left();
+}
