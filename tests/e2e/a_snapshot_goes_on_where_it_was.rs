@@ -19,6 +19,11 @@ fn code(ratoon: &Ratoon, vm: &str, line: &str) -> String {
     ratoon.run(["code", vm, "-c", line]).ok().stdout
 }
 
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.expect("a time after 1970").as_secs()
+}
+
 /// What two machines must not share: machine-id and the kernel's random numbers.
 fn secrets(ratoon: &Ratoon, vm: &str) -> Vec<String> {
     let all = exec(
@@ -62,15 +67,10 @@ fn a_restored_machine_has_its_memory_its_processes_and_its_disk() {
     distinct.sort();
     distinct.dedup();
     assert_eq!(distinct.len(), all.len(), "{all:?}");
-    let before = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
-    let guest: u64 = exec(&ratoon, "third", "date +%s").trim().parse().unwrap();
-    let after = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
+    let before = now();
+    let guest = exec(&ratoon, "third", "date +%s");
+    let guest: u64 = guest.trim().parse().expect("seconds");
+    let after = now();
     assert!(
         (before - 2..=after + 2).contains(&guest),
         "{before} {guest} {after}"
@@ -83,16 +83,18 @@ fn a_restored_machine_has_its_memory_its_processes_and_its_disk() {
 
     ratoon.run(["snapshots", "verify", "later"]).ok();
     let folder = ratoon.state_dir().join("ratoon/snapshots");
-    let id = std::fs::read_to_string(folder.join("names/later")).unwrap();
+    let id = std::fs::read_to_string(folder.join("names/later")).expect("its name");
     let memory = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
         .open(folder.join(id.trim()).join("memory.bin"))
-        .unwrap();
-    let at = rustix::fs::seek(&memory, rustix::fs::SeekFrom::Data(0)).unwrap();
+        .expect("its memory");
+    let at = rustix::fs::seek(&memory, rustix::fs::SeekFrom::Data(0)).expect("some memory");
     let mut byte = [0];
-    memory.read_exact_at(&mut byte, at + 100).unwrap();
-    memory.write_all_at(&[byte[0] ^ 1], at + 100).unwrap();
+    memory.read_exact_at(&mut byte, at + 100).expect("a byte");
+    memory
+        .write_all_at(&[byte[0] ^ 1], at + 100)
+        .expect("another byte");
     let refused = ratoon.run(["snapshots", "verify", "later"]);
     assert_eq!(refused.code(), 125, "{refused:?}");
     assert!(refused.stderr.contains("memory.bin"), "{}", refused.stderr);
