@@ -110,6 +110,7 @@ fn a_guest_that_does_not_come_up_in_time_is_ended() {
     let ratoon = Ratoon::new();
     let args = [
         "run",
+        "--cold",
         "--boot-timeout",
         "1s",
         "--image",

@@ -229,7 +229,7 @@ fn output(client: &mut Client, shell: &str) -> String {
 fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     let ratoon = Ratoon::new();
     let args = [
-        "run", "-d", "--name", "sleeper", "--image", "debian", "--memory", "256M",
+        "run", "-d", "--cold", "--name", "sleeper", "--image", "debian", "--memory", "256M",
     ];
     let id = ratoon.run(args).ok().stdout.trim().to_owned();
     let socket = ratoon.vms_dir().join(id).join("vsock.sock");
