@@ -227,6 +227,7 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
         control::start(listener, machine.clone())?;
     }
     trim_heap();
+    forget_code();
     let outcome = events.run()?;
     machine.wind_down(&outcome);
     drop(events);
@@ -257,6 +258,31 @@ fn one_arena() {
 fn trim_heap() {
     // SAFETY: malloc_trim only returns free pages to the system; it takes the allocator's own lock.
     unsafe { libc::malloc_trim(0) };
+}
+
+/// Unmaps the program's code: what built the machine is not needed again, and the rest comes back from
+/// the page cache, a fault for each 64 KiB.
+fn forget_code() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let program = std::env::current_exe().unwrap_or_default();
+    for line in maps.lines() {
+        // Only code: read-only data was written by the relocations of a position-independent program.
+        if !line.contains(" r-xp ") || !line.ends_with(&*program.to_string_lossy()) {
+            continue;
+        }
+        let range = line
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'));
+        let number = |text: &str| usize::from_str_radix(text, 16).ok();
+        if let Some((start, end)) = range
+            && let (Some(start), Some(end)) = (number(start), number(end))
+        {
+            // SAFETY: the mapping is the program's file, private and never written: its pages read the
+            // same after this as before.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        }
+    }
 }
 
 /// To stderr, which may be a file on a full disk: `eprintln!` would panic.
