@@ -36,6 +36,9 @@ pub struct Groups {
     base: Option<OwnedFd>,
     idle: Vec<Group>,
     next: u32,
+    /// A program of the guest has enabled controllers below: what it set in a group would be the next
+    /// process's, so no group is used again.
+    touched: bool,
 }
 
 impl Groups {
@@ -71,7 +74,7 @@ impl Groups {
     pub fn take(&mut self) -> Option<Group> {
         let base = self.base.as_ref()?;
         for at in 0..self.idle.len() {
-            if !self.idle[at].is_populated() {
+            if !self.touched && self.idle[at].is_clean() {
                 return Some(self.idle.swap_remove(at));
             }
         }
@@ -91,15 +94,18 @@ impl Groups {
     /// A group whose process has ended. Descendants may still be in it.
     pub fn give_back(&mut self, group: Group) {
         self.idle.push(group);
-        if self.idle.len() <= KEEP_IDLE {
-            return;
-        }
-        if let Some(base) = &self.base
-            && let Some(at) = self.idle.iter().position(|group| !group.is_populated())
-        {
-            let group = self.idle.swap_remove(at);
-            let _ = rustix::fs::unlinkat(base, group.name.as_str(), rustix::fs::AtFlags::REMOVEDIR);
-        }
+        let Some(base) = &self.base else { return };
+        self.touched = self.touched || has_controllers(base);
+        let most = if self.touched { 0 } else { KEEP_IDLE };
+        let mut surplus = self.idle.len().saturating_sub(most);
+        // One that is not empty is tried again at the next end.
+        self.idle.retain(|group| {
+            let flags = rustix::fs::AtFlags::REMOVEDIR;
+            let removed =
+                surplus > 0 && rustix::fs::unlinkat(base, group.name.as_str(), flags).is_ok();
+            surplus -= usize::from(removed);
+            !removed
+        });
     }
 }
 
@@ -123,16 +129,25 @@ impl Group {
         rustix::io::write(file, b"1").map(|_| ())
     }
 
-    fn is_populated(&self) -> bool {
-        let read = || {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let file = openat(&self.dir, "cgroup.events", flags, Mode::empty())?;
-            let mut text = [0; 64];
-            let len = rustix::io::read(file, &mut text)?;
-            Ok::<_, Errno>(text[..len].starts_with(b"populated 1"))
-        };
-        read().unwrap_or(true)
+    /// Whether it is empty and was not left frozen.
+    fn is_clean(&self) -> bool {
+        let text = read_start(&self.dir, "cgroup.events");
+        text.is_ok_and(|(text, len)| text[..len] == *b"populated 0\nfrozen 0\n")
     }
+}
+
+/// Whether controllers are enabled for the groups in `base`; we enable none.
+fn has_controllers(base: &OwnedFd) -> bool {
+    let text = read_start(base, "cgroup.subtree_control");
+    text.is_ok_and(|(text, len)| text[..len].iter().any(u8::is_ascii_alphabetic))
+}
+
+fn read_start(dir: &OwnedFd, name: &str) -> rustix::io::Result<([u8; 64], usize)> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = openat(dir, name, flags, Mode::empty())?;
+    let mut text = [0; 64];
+    let len = rustix::io::read(file, &mut text)?;
+    Ok((text, len))
 }
 
 fn open_dir(at: impl AsFd, path: impl AsRef<Path>) -> rustix::io::Result<OwnedFd> {
