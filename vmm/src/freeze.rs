@@ -107,7 +107,9 @@ impl Machine {
         let from = Instant::now();
         lock(&self.vcpus).hold();
         let frozen = self.freeze_held(request, msrs, &mut layers);
-        if was_running {
+        // With holes in its memory it must not run on.
+        let is_whole = !matches!(frozen, Err(FreezeError::Memory(_)));
+        if was_running && is_whole {
             lock(&self.vcpus).run();
         }
         let pause_ns = match was_running {

@@ -27,7 +27,7 @@ use crate::guest;
 #[command(after_help = "Examples:
   ratoon cp notes.txt web:/root/
   ratoon cp web:/var/log/app.log .
-  ratoon cp src web:/work               # web:/work/src, or web:/work if that is not there
+  ratoon cp src web:/srv               # web:/srv/src, or web:/srv if that is not there
   ratoon cp -u app src web:/home/app
   ratoon cp web:/etc - | tar t")]
 pub struct Args {
