@@ -23,7 +23,7 @@ use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, Machine, launch};
+use crate::vm::launch::{From as StartFrom, Launch, LaunchError, Machine, launch};
 use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
 
 /// How long the runtime may take to accept a connection.
@@ -34,6 +34,7 @@ mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
+    pub const CONTROL_PORT: &str = "ratoon.control-port";
 }
 
 /// The name of the image that a snapshot stands on.
@@ -85,8 +86,8 @@ pub enum SnapshotError {
     },
 }
 
-impl std::convert::From<crate::vm::launch::LaunchError> for SnapshotError {
-    fn from(error: crate::vm::launch::LaunchError) -> Self {
+impl std::convert::From<LaunchError> for SnapshotError {
+    fn from(error: LaunchError) -> Self {
         Self::Start(error.into())
     }
 }
@@ -314,6 +315,7 @@ impl Engine {
                         }],
                     },
                     layer: layer.ok_or_else(|| SnapshotError::NoImage(id.clone()))?,
+                    control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
                 }),
             },
             cancel,
@@ -322,6 +324,7 @@ impl Engine {
         let mut client = vm.runtime()?;
         let machine_id = Some(freeze::machine_id()?);
         freeze::wake(&mut client, &vm.dir().id(), &id, machine_id)?;
+        vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);
         Ok(Started {
             vm,
@@ -357,6 +360,8 @@ fn write(
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
     labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
+    let port = generation.control_port.to_string();
+    labels.insert(label::CONTROL_PORT.to_owned(), port);
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,

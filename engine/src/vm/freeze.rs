@@ -5,6 +5,9 @@
 //!                                                   `-> runtime: wake, processes go on
 //! ```
 //!
+//! The connection over which this is asked goes on in every child (the VMM is told which it is): `wake` is
+//! simply the next call on it, without a handshake.
+//!
 //! Whatever fails, the VM goes on: a freeze that did not happen is undone.
 
 use std::fs::File;
@@ -43,6 +46,8 @@ pub struct Generation {
     pub layers: Vec<(File, Vec<Run>)>,
     /// How long no vCPU ran.
     pub pause: Duration,
+    /// The host's vsock port of the connection to the runtime that goes on in children.
+    pub control_port: u32,
 }
 
 /// Why a VM could not be frozen, or a child not woken.
@@ -102,7 +107,7 @@ pub fn freeze(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir));
+        .and_then(|()| take(dir, client.host_port()));
     // Whether it was frozen or not, it goes on as itself.
     let woken = wake(client, &dir.id(), generation, None);
     let frozen = frozen?;
@@ -111,7 +116,7 @@ pub fn freeze(
 }
 
 /// Asks the VMM, and takes what it sends.
-fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
+fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
     let copy = dir.frozen_layer();
     for old in [&socket, &copy] {
@@ -124,6 +129,7 @@ fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
     let request = FreezeRequest {
         socket: socket.clone(),
         copy_layers: [("root".to_owned(), copy)].into(),
+        control_port: Some(control_port),
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
@@ -158,6 +164,7 @@ fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
             state: meta.state,
             layers: files.into_iter().zip(runs).collect(),
             pause: Duration::from_nanos(reply.pause_ns),
+            control_port,
         })
     });
     let _ = std::fs::remove_file(&socket);
