@@ -22,8 +22,10 @@ use crate::cpu;
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, LaunchError, Machine, launch};
+use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::launch::{
+    From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
+};
 use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
 
 /// How long the runtime may take to accept a connection.
@@ -322,14 +324,30 @@ impl Engine {
         );
         let mut vm = launched?;
         let mut client = vm.runtime()?;
-        let machine_id = Some(freeze::machine_id()?);
-        freeze::wake(&mut client, &vm.dir().id(), &id, machine_id)?;
+        let waking = Waking {
+            id: vm.dir().id(),
+            generation: id,
+            child: Some(child(&vm)),
+        };
+        freeze::wake(&mut client, &waking)?;
         vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
         })
+    }
+}
+
+/// What a VM is to have of its own.
+fn child(vm: &Vm) -> Child {
+    let config = &vm.record().config;
+    let networks = config.networks.iter().enumerate();
+    Child {
+        hostname: Some(vm.record().hostname()),
+        macs: networks
+            .map(|(index, net)| net.mac_of(&config.id, index))
+            .collect(),
     }
 }
 
@@ -359,7 +377,12 @@ fn write(
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
-    labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
+    let words = config.kernel_args.split_whitespace();
+    // Its name is its own.
+    let words: Vec<&str> = words
+        .filter(|word| !word.starts_with(HOSTNAME_WORD))
+        .collect();
+    labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
     let port = generation.control_port.to_string();
     labels.insert(label::CONTROL_PORT.to_owned(), port);
     let about = About {

@@ -18,7 +18,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, SystemTime};
 
 use ratoon_client::RuntimeError;
-use ratoon_protocol::{Awake, Call, FreezeParams, Wake};
+use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
 use ratoon_vmm_api::{FreezeRequest, FrozenMeta, Run};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -109,7 +109,7 @@ pub fn freeze(
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, client.host_port()));
     // Whether it was frozen or not, it goes on as itself.
-    let woken = wake(client, &dir.id(), generation, None);
+    let woken = wake(client, &Waking::of(dir.id(), generation));
     let frozen = frozen?;
     woken?;
     Ok(frozen)
@@ -203,39 +203,67 @@ fn receive(stream: &UnixStream) -> std::io::Result<(FrozenMeta, Vec<File>)> {
     Ok((serde_json::from_slice(&json)?, files))
 }
 
-/// Tells a VM who it is from now on, and lets its processes go on. `machine_id`: a new one, for a
-/// child.
+/// Who a VM is from now on.
+#[derive(Debug, Clone, Default)]
+pub struct Waking {
+    /// Its id.
+    pub id: String,
+    /// What it comes from.
+    pub generation: String,
+    /// It is another machine than the one that was frozen.
+    pub child: Option<Child>,
+}
+
+/// What a child has of its own; its clock is set too.
+#[derive(Debug, Clone, Default)]
+pub struct Child {
+    /// How it is called by others.
+    pub hostname: Option<String>,
+    /// Hardware addresses of its network devices.
+    pub macs: Vec<String>,
+}
+
+impl Waking {
+    /// The frozen VM itself.
+    pub fn of(id: String, generation: &str) -> Self {
+        Self {
+            id,
+            generation: generation.into(),
+            child: None,
+        }
+    }
+}
+
+/// Tells a VM who it is from now on, and lets its processes go on.
 ///
 /// # Errors
 /// [`FreezeError::Runtime`]: a child that cannot be woken must not run.
-pub fn wake(
-    client: &mut RuntimeClient,
-    id: &str,
-    generation: &str,
-    machine_id: Option<String>,
-) -> Result<Awake, FreezeError> {
-    let mut entropy = [0; 64];
+pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, FreezeError> {
+    let mut entropy = [0; 32];
     getrandom::fill(&mut entropy).map_err(FreezeError::Random)?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let wake = Wake {
-        generation: generation.into(),
-        id: id.into(),
-        machine_id,
-        time_us: now.ok().map(|now| now.as_micros() as u64),
+    let mut wake = Wake {
+        generation: waking.generation.clone(),
+        id: waking.id.clone(),
         entropy: hex(&entropy),
+        thaw: true,
         ..Wake::default()
     };
-    let awake = client
-        .call(&Call::Wake(Box::new(wake)), "woken", GUEST_TIMEOUT)
-        .map_err(guest("it cannot be woken"))?;
-    let all = FreezeParams {
-        processes: true,
-        file_systems: true,
-    };
+    if let Some(child) = &waking.child {
+        wake.hostname.clone_from(&child.hostname);
+        wake.machine_id = Some(machine_id()?);
+        let device = |(index, mac): (usize, &String)| NetworkSet {
+            device: Some(format!("eth{index}")),
+            mac: Some(mac.clone()),
+            ..NetworkSet::default()
+        };
+        wake.networks = child.macs.iter().enumerate().map(device).collect();
+        // The last, so that it is not old when it is sent. The frozen VM's own clock never stopped.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        wake.time_us = now.ok().map(|now| now.as_micros() as u64);
+    }
     client
-        .call::<()>(&Call::Thaw(all), "let its processes go on", GUEST_TIMEOUT)
-        .map_err(guest("it cannot let its processes go on"))?;
-    Ok(awake)
+        .call(&Call::Wake(Box::new(wake)), "woken", GUEST_TIMEOUT)
+        .map_err(guest("it cannot be woken"))
 }
 
 /// A machine-id of its own: 32 hexadecimal digits.

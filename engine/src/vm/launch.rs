@@ -29,7 +29,7 @@ use ratoon_client::blocking::dial;
 
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef, timespec};
-use super::record::{ImageRef, Record, VmDir};
+use super::record::{ImageRef, Record, VmDir, hostname};
 use super::serial::last_lines;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
@@ -37,6 +37,8 @@ use crate::runtime::RuntimeClient;
 
 /// The guest's context id. Each VM has a vsock of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
+/// The word on the kernel's command line by which the runtime learns the hostname.
+pub(crate) const HOSTNAME_WORD: &str = "ratoon.hostname=";
 /// How many of the serial console's last lines an error carries.
 const SERIAL_LINES: usize = 12;
 /// How large the serial logs of a VM may become, in bytes.
@@ -493,7 +495,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         generation: launch.generation.as_ref().map(|from| from.config.clone()),
         kernel: machine.kernel.clone(),
         initramfs: Some(machine.initramfs.clone()),
-        kernel_args: machine.kernel_args.clone(),
+        kernel_args: kernel_args(launch, dir),
         disks: vec![DiskConfig {
             id: "root".into(),
             path: machine.root_disk.clone(),
@@ -511,6 +513,21 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         }),
         exit_report: Some(dir.exit_report()),
         remove_when_orphaned: Some(dir.path().to_owned()),
+    }
+}
+
+/// A machine that boots learns its name so, and the user's own words come later; one that was frozen is
+/// told when it wakes.
+fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
+    let own = &launch.machine.kernel_args;
+    match launch.generation {
+        Some(_) => own.clone(),
+        None => {
+            let hostname = hostname(launch.name.as_deref(), &dir.id());
+            format!("{HOSTNAME_WORD}{hostname} {own}")
+                .trim_end()
+                .to_owned()
+        }
     }
 }
 
