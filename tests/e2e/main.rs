@@ -7,6 +7,7 @@ mod a_command_runs_in_a_real_guest;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
+mod a_restored_machine_is_the_same_machine;
 mod a_snapshot_goes_on_where_it_was;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
@@ -37,6 +38,7 @@ fn main() {
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
+        a_restored_machine_is_the_same_machine::trials(),
         a_snapshot_goes_on_where_it_was::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),

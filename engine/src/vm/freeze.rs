@@ -46,8 +46,8 @@ pub struct Generation {
     pub layers: Vec<(File, Vec<Run>)>,
     /// How long no vCPU ran.
     pub pause: Duration,
-    /// The host's vsock port of the connection to the runtime that goes on in children.
-    pub control_port: u32,
+    /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
+    pub control_port: Option<u32>,
 }
 
 /// Why a VM could not be frozen, or a child not woken.
@@ -97,6 +97,9 @@ pub fn freeze(
     client: &mut RuntimeClient,
     generation: &str,
 ) -> Result<Generation, FreezeError> {
+    // Two at once would thaw each other's processes and take each other's files. Held until the wake.
+    let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
+    alone.lock().map_err(transfer("its directory"))?;
     let still = FreezeParams {
         processes: true,
         file_systems: false,
@@ -107,7 +110,7 @@ pub fn freeze(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir, client.host_port()));
+        .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
     let woken = wake(client, &Waking::of(dir.id(), generation));
     let frozen = frozen?;
@@ -115,8 +118,12 @@ pub fn freeze(
     Ok(frozen)
 }
 
-/// Asks the VMM, and takes what it sends.
-fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
+/// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
+/// wait for its wake. `control_port`: see [`FreezeRequest`].
+///
+/// # Errors
+/// [`FreezeError`]; the VM goes on.
+pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
     let copy = dir.frozen_layer();
     for old in [&socket, &copy] {
@@ -129,7 +136,7 @@ fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
     let request = FreezeRequest {
         socket: socket.clone(),
         copy_layers: [("root".to_owned(), copy)].into(),
-        control_port: Some(control_port),
+        control_port,
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
