@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
 use ratoon_vmm_api::Inherited;
