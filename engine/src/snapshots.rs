@@ -22,8 +22,10 @@ use crate::cpu;
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, Machine, launch};
+use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::launch::{
+    From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
+};
 use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
 
 /// How long the runtime may take to accept a connection.
@@ -34,6 +36,7 @@ mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
+    pub const CONTROL_PORT: &str = "ratoon.control-port";
 }
 
 /// The name of the image that a snapshot stands on.
@@ -85,8 +88,8 @@ pub enum SnapshotError {
     },
 }
 
-impl std::convert::From<crate::vm::launch::LaunchError> for SnapshotError {
-    fn from(error: crate::vm::launch::LaunchError) -> Self {
+impl std::convert::From<LaunchError> for SnapshotError {
+    fn from(error: LaunchError) -> Self {
         Self::Start(error.into())
     }
 }
@@ -314,19 +317,37 @@ impl Engine {
                         }],
                     },
                     layer: layer.ok_or_else(|| SnapshotError::NoImage(id.clone()))?,
+                    control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
                 }),
             },
             cancel,
         );
         let mut vm = launched?;
         let mut client = vm.runtime()?;
-        let machine_id = Some(freeze::machine_id()?);
-        freeze::wake(&mut client, &vm.dir().id(), &id, machine_id)?;
+        let waking = Waking {
+            id: vm.dir().id(),
+            generation: id,
+            child: Some(child(&vm)),
+        };
+        freeze::wake(&mut client, &waking)?;
+        vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
         })
+    }
+}
+
+/// What a VM is to have of its own.
+fn child(vm: &Vm) -> Child {
+    let config = &vm.record().config;
+    let networks = config.networks.iter().enumerate();
+    Child {
+        hostname: Some(vm.record().hostname()),
+        macs: networks
+            .map(|(index, net)| net.mac_of(&config.id, index))
+            .collect(),
     }
 }
 
@@ -356,7 +377,14 @@ fn write(
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
-    labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
+    let words = config.kernel_args.split_whitespace();
+    // Its name is its own.
+    let words: Vec<&str> = words
+        .filter(|word| !word.starts_with(HOSTNAME_WORD))
+        .collect();
+    labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
+    let port = generation.control_port.to_string();
+    labels.insert(label::CONTROL_PORT.to_owned(), port);
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,

@@ -61,6 +61,12 @@ pub enum FreezeError {
         #[source]
         source: std::io::Error,
     },
+    /// The connection that is to go on.
+    #[error(
+        "no open connection has the host's vsock port {0}, so children could not be woken; connect \
+         to the runtime again"
+    )]
+    NoControl(u32),
     /// The requester's socket.
     #[error("the socket {} for the generation", path.display())]
     Socket {
@@ -160,13 +166,23 @@ impl Machine {
         copy_layers(&self.config.disks, &request.copy_layers)?;
         let vcpus = self.save_vcpus(msrs)?;
         let vm = crate::state::VmState::save(&self.vm)?;
-        let devices = slots
+        if let Some(port) = request.control_port {
+            for (_, transport) in &mut slots {
+                transport.keep_connection(port);
+            }
+        }
+        let devices: Vec<DeviceState> = slots
             .iter()
             .map(|(name, transport)| DeviceState {
                 name: (*name).to_owned(),
                 transport: transport.save(),
             })
             .collect();
+        if let Some(port) = request.control_port
+            && !devices.iter().any(DeviceState::has_control)
+        {
+            return Err(FreezeError::NoControl(port));
+        }
         let serial = lock(self.bus.serial()).save();
         let state = MachineState::new(
             self.class,

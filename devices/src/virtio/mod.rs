@@ -223,6 +223,12 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// Which of the host's ports the connection has that goes on in another process, in saves from
+    /// now on. For sockets; the default has none.
+    fn keep_connection(&mut self, host_port: u32) {
+        let _ = host_port;
+    }
+
     /// Counters for `metrics`, name and value since creation.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -139,6 +139,21 @@ pub struct NetConfig {
     pub mac: Option<String>,
 }
 
+impl NetConfig {
+    /// The guest's MAC address of network device `index` of the VM `id`: the one given, or a locally
+    /// administered one made from the id (FNV-1a).
+    pub fn mac_of(&self, id: &str, index: usize) -> String {
+        self.mac.clone().unwrap_or_else(|| {
+            let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+            });
+            let [a, b, c, d, ..] = hash.to_be_bytes();
+            let last = index as u8;
+            format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{last:02x}")
+        })
+    }
+}
+
 /// The serial console's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
