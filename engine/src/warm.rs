@@ -15,7 +15,7 @@ use ratoon_snapshot::{Digest, Quiet, Snapshot, Store};
 use crate::engine::{Engine, RunSpec, StartError, Started};
 use crate::image::Image;
 use crate::runtime::ExecIo;
-use crate::snapshots::{RestoreSpec, SnapshotError};
+use crate::snapshots::{Keep, RestoreSpec, SnapshotError};
 use crate::vm::launch::{Launch, LaunchError, Vm};
 
 /// So many are kept; those not used for the longest time go first.
@@ -80,6 +80,7 @@ impl Warm {
             networks: Vec::new(),
             detached: spec.detached,
             timeout: spec.boot_timeout,
+            trusted: Vec::new(),
         };
         match engine.restore_from(&snapshot, &restore, cancel) {
             Ok(started) => Some(Ok(started)),
@@ -114,8 +115,11 @@ impl Warm {
         };
         // An image may have no `true`.
         let _ = client.exec(&params, io);
-        let name = Some(self.name.as_str());
-        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, name, &Quiet);
+        let keep = Keep {
+            name: Some(&self.name),
+            key: None,
+        };
+        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, keep, &Quiet);
         let usable = match taken {
             Ok(_) => true,
             Err(SnapshotError::Freeze(error)) => {

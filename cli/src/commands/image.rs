@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, UNIX_EPOCH};
 
 use ratoon_engine::Engine;
@@ -10,6 +9,7 @@ use ratoon_engine::image::{BuildOptions, Image, ImportKind, RECIPES};
 use serde_json::json;
 
 use crate::failure::{FAILED, Failure};
+use crate::interrupt::cancel_on_signals;
 use crate::progress::ImageProgress;
 use crate::{output, units};
 
@@ -101,23 +101,6 @@ fn kind(text: &str) -> Result<ImportKind, String> {
             let names: Vec<_> = ImportKind::ALL.iter().map(|(name, _)| *name).collect();
             format!("choose one of {}", names.join(", "))
         })
-}
-
-/// Set by ^C: long work then cleans up and ends.
-static CANCELLED: AtomicBool = AtomicBool::new(false);
-
-fn cancel_on_signals() -> Result<&'static AtomicBool, Failure> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // The flag alone wakes nobody, but the work asks often.
-        let mut signals = signal_hook::iterator::Signals::new([signal])?;
-        std::thread::spawn(move || {
-            if signals.forever().next().is_some() {
-                CANCELLED.store(true, std::sync::atomic::Ordering::Relaxed);
-            }
-        });
-    }
-    Ok(&CANCELLED)
 }
 
 pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {

@@ -11,6 +11,7 @@ pub mod ps;
 pub mod rm;
 pub mod run;
 pub mod snapshot;
+pub mod snapshots;
 pub mod stop;
 pub mod top;
 
