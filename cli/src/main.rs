@@ -19,7 +19,9 @@ use clap::{Parser, Subcommand};
 use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
-use commands::{code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top};
+use commands::{
+    code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top,
+};
 use failure::Failure;
 
 /// Run commands in micro virtual machines.

@@ -366,6 +366,7 @@ impl Engine {
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
+            made_warm: false,
         })
     }
 }

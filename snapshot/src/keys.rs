@@ -42,9 +42,12 @@ fn read(path: &Path, word: &str) -> Result<[u8; 32]> {
     let digits = words.next().unwrap_or_default();
     match (found, word) {
         _ if found == word => {}
-        (PUBLIC, SECRET) => return Err(bad(path, "it is the public half; signing needs the other")),
+        (PUBLIC, SECRET) => {
+            return Err(bad(path, "it is the public half; signing needs the other"));
+        }
         (SECRET, PUBLIC) => {
-            let reason = "it is the secret half, which need not leave the signer: use its .pub file";
+            let reason =
+                "it is the secret half, which need not leave the signer: use its .pub file";
             return Err(bad(path, reason));
         }
         _ => return Err(bad(path, "make one with `ratoon snapshots key new FILE`")),

@@ -14,6 +14,7 @@ pub mod snapshot;
 pub mod snapshots;
 pub mod stop;
 pub mod top;
+pub mod warm;
 
 use std::process::ExitCode;
 

@@ -249,7 +249,20 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
     };
     let started = engine.start(&spec, Some(interrupts.cancel()));
     drop(spinner);
-    started.map_err(|error| match error {
+    let started = started.map_err(|error| not_started(error, interrupts))?;
+    if started.made_warm {
+        eprintln!(
+            "note: {} was booted; later machines of this size start where its boot ended \
+             (--cold boots)",
+            args.image
+        );
+    }
+    Ok(started)
+}
+
+/// A VM that did not start.
+pub fn not_started(error: StartError, interrupts: &Interrupts) -> Failure {
+    match error {
         StartError::Launch(LaunchError::Cancelled) => {
             let code = interrupts.ended().map_or(FAILED, Ended::code);
             Failure::silent(code)
@@ -260,7 +273,7 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
             Failure::from(error).console(&console)
         }
         error => Failure::from(error),
-    })
+    }
 }
 
 fn detach(vm: Vm, args: &Args) -> Result<ExitCode, Failure> {

@@ -195,7 +195,8 @@ impl Progress for Watching<'_> {
         let names = fs::read_dir(self.folder).unwrap();
         let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["bundle.tar"]);
-        self.looked.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.looked
+            .store(true, std::sync::atomic::Ordering::Relaxed);
         self.cancel
     }
 }
@@ -236,7 +237,11 @@ fn an_export_goes_through_a_pipe() {
     let (read, write) = rustix::pipe::pipe().unwrap();
     let label = Path::new("pipe");
     let imported = std::thread::scope(|scope| {
-        scope.spawn(|| lab.store.export_into("it", write.into(), label, &Quiet).unwrap());
+        scope.spawn(|| {
+            lab.store
+                .export_into("it", write.into(), label, &Quiet)
+                .unwrap()
+        });
         other.import_from(read.into(), label, Some("it"), &Quiet)
     });
     assert_eq!(imported.unwrap().id, snapshot.id);
