@@ -110,8 +110,12 @@ pub fn freeze(
     Ok(frozen)
 }
 
-/// Asks the VMM, and takes what it sends.
-fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
+/// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
+/// wait for its wake.
+///
+/// # Errors
+/// [`FreezeError`]; the VM goes on.
+pub fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
     let copy = dir.frozen_layer();
     for old in [&socket, &copy] {

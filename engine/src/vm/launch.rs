@@ -196,6 +196,7 @@ struct Parts {
     dir: VmDir,
     record: Record,
     child: Child,
+    spawned_ns: u64,
     process: ProcessHandle,
     runtime: Option<Runtime>,
     /// Cut when this process ends; the VMM then ends too and removes the directory. One byte on it
@@ -249,6 +250,7 @@ fn start(
     if let Some(from) = &launch.generation {
         std::fs::copy(&from.layer, dir.layer()).map_err(system("copying its disk's layer"))?;
     }
+    let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,
         &record.config,
@@ -284,6 +286,7 @@ fn start(
             dir: dir.clone(),
             record,
             child,
+            spawned_ns,
             process: handle,
             runtime: Some(Runtime::Stream(runtime)),
             lifeline: held,
@@ -485,6 +488,11 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
     }
 }
 
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 /// A child that is killed and reaped unless it is released.
 struct KillOnDrop(Option<Child>);
 
@@ -523,6 +531,11 @@ impl Vm {
     /// Its record as it was when the runtime connected.
     pub fn record(&self) -> &Record {
         &self.parts().record
+    }
+
+    /// CLOCK_MONOTONIC in nanoseconds right before its VMM's process was made, for measurements.
+    pub fn spawned_ns(&self) -> u64 {
+        self.parts().spawned_ns
     }
 
     /// The runtime's connection as it came, once, before its HELLO was read.
