@@ -198,6 +198,7 @@ impl Ratoon {
                 socket: at("vsock"),
             }),
             networks: Vec::new(),
+            balloon: true,
             serial: Some(SerialConfig {
                 log: at("serial.log"),
                 limit_bytes: 1 << 20,

@@ -15,7 +15,10 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ratoon_snapshot::{About, Pages, Progress, Region, Run, Snapshot, Store, hash_file, populated};
+use ratoon_snapshot::{
+    About, Pages, Progress, PublicKey, Region, Run, SigningKey, Snapshot, Store, hash_file,
+    populated,
+};
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
 
 use crate::cpu;
@@ -37,6 +40,12 @@ mod label {
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
     pub const CONTROL_PORT: &str = "ratoon.control-port";
+}
+
+/// The digest of the image that a snapshot stands on.
+pub fn image_digest_of(snapshot: &Snapshot) -> Option<&str> {
+    let labels = &snapshot.manifest.about.labels;
+    labels.get(label::IMAGE_DIGEST).map(String::as_str)
 }
 
 /// The name of the image that a snapshot stands on.
@@ -94,6 +103,15 @@ impl std::convert::From<LaunchError> for SnapshotError {
     }
 }
 
+/// How a snapshot is kept.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Keep<'k> {
+    /// What it is called beside its id.
+    pub name: Option<&'k str>,
+    /// Who vouches for it.
+    pub key: Option<&'k SigningKey>,
+}
+
 /// A snapshot that was taken.
 #[derive(Debug)]
 pub struct Taken {
@@ -116,6 +134,23 @@ pub struct RestoreSpec {
     pub detached: bool,
     /// How long it may take.
     pub timeout: Duration,
+    /// Unless empty, one of these has to have signed it, and every byte is read again to see that
+    /// it is what was signed.
+    pub trusted: Vec<PublicKey>,
+}
+
+/// Work that ends when a descriptor becomes readable.
+struct Until<'u>(Option<BorrowedFd<'u>>);
+
+impl Progress for Until<'_> {
+    fn cancelled(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let Some(fd) = self.0 else {
+            return false;
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
 }
 
 /// Memory of several layers: the topmost that has a page counts.
@@ -212,7 +247,7 @@ impl Engine {
     pub fn snapshot(
         &self,
         dir: &VmDir,
-        name: Option<&str>,
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let record = dir.read_record()?;
@@ -222,7 +257,7 @@ impl Engine {
             dir,
             &record,
             &mut client,
-            name,
+            keep,
             progress,
         )
     }
@@ -234,13 +269,13 @@ impl Engine {
         dir: &VmDir,
         record: &Record,
         client: &mut RuntimeClient,
-        name: Option<&str>,
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
         let pause = generation.pause;
         let frozen = dir.frozen_layer();
-        let written = write(store, record, generation, &frozen, name, progress);
+        let written = write(store, record, generation, &frozen, keep, progress);
         let _ = std::fs::remove_file(&frozen);
         Ok(Taken {
             snapshot: written?,
@@ -257,7 +292,12 @@ impl Engine {
         spec: &RestoreSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, SnapshotError> {
-        let snapshot = self.snapshots()?.get(&spec.snapshot)?;
+        let store = self.snapshots()?;
+        let snapshot = store.get(&spec.snapshot)?;
+        if !spec.trusted.is_empty() {
+            snapshot.check_signature(&spec.trusted)?;
+            store.verify(&snapshot.id.to_string(), &Until(cancel))?;
+        }
         self.restore_from(&snapshot, spec, cancel)
     }
 
@@ -335,6 +375,7 @@ impl Engine {
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
+            made_warm: false,
         })
     }
 }
@@ -356,7 +397,7 @@ fn write(
     record: &Record,
     generation: Generation,
     frozen_layer: &std::path::Path,
-    name: Option<&str>,
+    keep: Keep<'_>,
     progress: &dyn Progress,
 ) -> Result<Snapshot, SnapshotError> {
     let failed = |path: &std::path::Path| {
@@ -395,5 +436,5 @@ fn write(
         parent: None,
         labels,
     };
-    Ok(writer.finish(about, name, None)?)
+    Ok(writer.finish(about, keep.name, keep.key)?)
 }

@@ -194,12 +194,13 @@ impl Machine {
         );
         let aside = match layers.is_empty() {
             true => {
+                self.free.take();
                 let (layer, aside) = memory::first(&self.memory, &memory::file_of(&self.memory))?;
                 layers.push(layer);
                 Some(aside)
             }
             false => {
-                let layer = memory::again(&self.memory)?;
+                let layer = memory::again(&self.memory, &self.free.take())?;
                 if !layer.runs.is_empty() {
                     layers.push(layer);
                 }

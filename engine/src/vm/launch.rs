@@ -510,6 +510,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             socket: dir.vsock_socket(),
         }),
         networks: machine.networks.clone(),
+        balloon: true,
         serial: Some(SerialConfig {
             log: dir.serial_log(),
             limit_bytes: SERIAL_LIMIT_BYTES,

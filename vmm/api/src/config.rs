@@ -51,6 +51,9 @@ pub struct VmConfig {
     /// Network devices, `eth0`, `eth1`, … in this order.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
+    /// The device by which the guest gives back memory that it does not use.
+    #[serde(default = "yes")]
+    pub balloon: bool,
     /// Where the serial console goes; without it, its bytes are dropped.
     #[serde(default)]
     pub serial: Option<SerialConfig>,
@@ -63,6 +66,10 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub remove_when_orphaned: Option<PathBuf>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A frozen machine to start from.

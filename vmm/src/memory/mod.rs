@@ -5,11 +5,13 @@
 //!  region 0 (slot 0)     |                                  | region 1 (slot 1)
 //! ```
 
+mod free;
 mod freeze;
 
 use std::fs::File;
 use std::sync::Arc;
 
+pub use free::FreeMemory;
 pub use freeze::{Aside, Layer, PAGE, again, first};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
