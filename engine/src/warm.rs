@@ -81,7 +81,7 @@ impl Warm {
             detached: spec.detached,
             timeout: spec.boot_timeout,
         };
-        match engine.restore_from(&snapshot, &restore, cancel) {
+        match engine.restore_from(&self.store, &snapshot, &restore, cancel) {
             Ok(started) => Some(Ok(started)),
             // These a boot would run into as well.
             Err(SnapshotError::Start(

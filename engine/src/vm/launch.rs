@@ -27,7 +27,7 @@ use ratoon_client::blocking::dial;
 
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef, timespec};
-use super::record::{ImageRef, Record, VmDir};
+use super::record::{Ancestor, ImageRef, Record, VmDir};
 use super::serial::last_lines;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
@@ -91,8 +91,10 @@ pub struct Launch {
 pub struct From {
     /// Its files, for the VMM.
     pub config: GenerationConfig,
-    /// What had been written to the root disk; copied.
-    pub layer: PathBuf,
+    /// What had been written to the root disk, the lowest layer first; only read.
+    pub frozen: Vec<PathBuf>,
+    /// The snapshot that all this is.
+    pub ancestor: Ancestor,
 }
 
 /// Why a VM did not start. Nothing of it is left then.
@@ -245,13 +247,16 @@ fn start(
         .map_err(system("preparing the runtime's socket"))?;
     let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| system("making the lifeline")(error.into()))?;
-    let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
-    if let Some(from) = &launch.generation {
-        std::fs::copy(&from.layer, dir.layer()).map_err(system("copying its disk's layer"))?;
-    }
+    let record = store.update(dir, |record| {
+        record.ephemeral = !launch.detached;
+        let from = launch.generation.iter();
+        record.ancestors = from.map(|from| from.ancestor.clone()).collect();
+    })?;
+    let mut config = record.config;
+    config.generation = launch.generation.as_ref().map(|from| from.config.clone());
     let child = spawn(
         &launch.vmm,
-        &record.config,
+        &config,
         &dir.vmm_log(),
         Inherited {
             control,
@@ -460,7 +465,8 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         id: dir.id(),
         vcpus: machine.cpus,
         memory_mib: machine.memory_mib,
-        generation: launch.generation.as_ref().map(|from| from.config.clone()),
+        // Given to the VMM alone: its runs are many, and the record is written often.
+        generation: None,
         kernel: machine.kernel.clone(),
         initramfs: Some(machine.initramfs.clone()),
         kernel_args: machine.kernel_args.clone(),
@@ -468,6 +474,10 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             id: "root".into(),
             path: machine.root_disk.clone(),
             read_only: false,
+            frozen: match &launch.generation {
+                Some(from) => from.frozen.clone(),
+                None => Vec::new(),
+            },
             layer: Some(dir.layer()),
         }],
         vsock: Some(VsockConfig {
