@@ -8,6 +8,7 @@ mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
 mod a_snapshot_goes_on_where_it_was;
+mod a_snapshot_holds_only_what_is_new;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
@@ -38,6 +39,7 @@ fn main() {
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_snapshot_goes_on_where_it_was::trials(),
+        a_snapshot_holds_only_what_is_new::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
         commands_run_in_a_running_machine::trials(),
