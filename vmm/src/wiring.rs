@@ -66,8 +66,13 @@ pub(crate) const BALLOON: &str = "balloon";
 pub(crate) fn devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Vec<Named>, StartError> {
     let mut devices: Vec<Named> = Vec::new();
     for disk in &config.disks {
-        let backend = block::open(&disk.path, disk.read_only, disk.layer.as_deref())
-            .map_err(device_error(format!("disk {:?}", disk.id)))?;
+        let backend = block::open(
+            &disk.path,
+            disk.read_only,
+            &disk.frozen,
+            disk.layer.as_deref(),
+        )
+        .map_err(device_error(format!("disk {:?}", disk.id)))?;
         let device = Block::new(&disk.id, backend, disk.read_only);
         devices.push((format!("block.{}", disk.id), Box::new(device)));
     }
