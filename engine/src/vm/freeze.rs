@@ -15,22 +15,24 @@ use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
-use ratoon_vmm_api::{FreezeRequest, FrozenMeta, Run};
+use ratoon_vmm_api::{FreezeRequest, FrozenDisk, FrozenMeta, Run};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::control::{Control, ControlError};
 use super::process::timespec;
 use super::record::VmDir;
+use crate::lineage::ROOT;
 use crate::runtime::RuntimeClient;
 
 /// How long the guest may take to stop or wake its processes.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the VMM may take: it copies the disk's layer.
+/// How long the VMM may take: it copies what was written to memory since the last freeze.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often the wait for the generation looks whether the VMM has refused.
 const LOOK: Duration = Duration::from_millis(20);
@@ -42,12 +44,33 @@ const MAX_META_LEN: u64 = 64 << 20;
 pub struct Generation {
     /// The VMM's blob.
     pub state: String,
-    /// The memory's layers, the lowest first, and which parts of each count.
-    pub layers: Vec<(File, Vec<Run>)>,
+    /// The memory's layers, the lowest first.
+    pub layers: Vec<MemoryLayer>,
+    /// Its disks' layers, immutable but for the topmost, in which the VM goes on.
+    pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
-    /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
-    pub control_port: Option<u32>,
+    /// The host's vsock port of the connection to the runtime that goes on in children.
+    pub control_port: u32,
+}
+
+/// One layer of frozen memory.
+#[derive(Debug)]
+pub struct MemoryLayer {
+    /// The file.
+    pub file: File,
+    /// Which parts of memory it has.
+    pub runs: Vec<Run>,
+    /// They are end to end in the file, not where they are in memory.
+    pub packed: bool,
+}
+
+impl Generation {
+    /// The frozen layers of a disk, the lowest first.
+    pub fn frozen(&self, disk: &str) -> &[PathBuf] {
+        let disk = self.disks.iter().find(|it| it.id == disk);
+        disk.map_or(&[], |disk| &disk.frozen)
+    }
 }
 
 /// Why a VM could not be frozen, or a child not woken.
@@ -87,8 +110,7 @@ fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
     move |source| FreezeError::Transfer { what, source }
 }
 
-/// Freezes the VM in `dir`, whose root disk's layer is copied to [`VmDir::frozen_layer`]. `client`
-/// is a connection to its runtime; `generation` is how the VM and its children call it.
+/// Freezes the VM in `dir`, whose root disk goes on in [`VmDir::next_layer`]. `client` is a connection to its runtime; `generation` is how the VM and its children call it.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
@@ -110,7 +132,7 @@ pub fn freeze(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir, Some(client.host_port())));
+        .and_then(|()| take(dir, client.host_port()));
     // Whether it was frozen or not, it goes on as itself.
     let woken = wake(client, &Waking::of(dir.id(), generation));
     let frozen = frozen?;
@@ -119,24 +141,21 @@ pub fn freeze(
 }
 
 /// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
-/// wait for its wake. `control_port`: see [`FreezeRequest`].
+/// wait for its wake. The connection from host port `control_port` goes on in a child.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
-pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
+pub fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
-    let copy = dir.frozen_layer();
-    for old in [&socket, &copy] {
-        let _ = std::fs::remove_file(old);
-    }
+    let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
     listener
         .set_nonblocking(true)
         .map_err(transfer("a socket for it"))?;
     let request = FreezeRequest {
         socket: socket.clone(),
-        copy_layers: [("root".to_owned(), copy)].into(),
-        control_port,
+        next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
+        control_port: Some(control_port),
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
@@ -166,10 +185,17 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
             let mismatch = std::io::Error::other("not as many files as layers");
             return Err(transfer("its files")(mismatch));
         }
-        let runs = meta.layers.into_iter().map(|layer| layer.runs);
+        let layers = files.into_iter().zip(meta.layers);
         Ok(Generation {
             state: meta.state,
-            layers: files.into_iter().zip(runs).collect(),
+            layers: layers
+                .map(|(file, layer)| MemoryLayer {
+                    file,
+                    runs: layer.runs,
+                    packed: layer.packed,
+                })
+                .collect(),
+            disks: meta.disks,
             pause: Duration::from_nanos(reply.pause_ns),
             control_port,
         })

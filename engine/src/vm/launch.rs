@@ -27,7 +27,7 @@ use ratoon_client::RuntimeError;
 use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef};
-use super::record::{ImageRef, Record, VmDir, hostname};
+use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::runtime::RuntimeClient;
@@ -88,8 +88,10 @@ pub struct Launch {
 pub struct From {
     /// Its files, for the VMM.
     pub config: GenerationConfig,
-    /// What had been written to the root disk; copied.
-    pub layer: PathBuf,
+    /// What had been written to the root disk, the lowest layer first; only read.
+    pub frozen: Vec<PathBuf>,
+    /// The snapshot that all this is.
+    pub ancestor: Ancestor,
     /// The host's vsock port of the connection to the runtime that went on through the freeze; `None`:
     /// there is none, and the runtime is called.
     pub control_port: Option<u32>,
@@ -246,14 +248,17 @@ fn start(
         .map_err(system("preparing the runtime's socket"))?;
     let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| system("making the lifeline")(error.into()))?;
-    let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
-    if let Some(from) = &launch.generation {
-        std::fs::copy(&from.layer, dir.layer()).map_err(system("copying its disk's layer"))?;
-    }
+    let record = store.update(dir, |record| {
+        record.ephemeral = !launch.detached;
+        let from = launch.generation.iter();
+        record.ancestors = from.map(|from| from.ancestor.clone()).collect();
+    })?;
+    let mut config = record.config.clone();
+    config.generation = launch.generation.as_ref().map(|from| from.config.clone());
     let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,
-        &record.config,
+        &config,
         &dir.vmm_log(),
         Inherited {
             control,
@@ -272,7 +277,7 @@ fn start(
         // It has ended already: it is our child, so nobody else can have its pid.
         return Err(ended(dir));
     };
-    store.update(dir, |record| record.vmm = Some(process))?;
+    let record = store.update(dir, |record| record.vmm = Some(process))?;
     let timeout = launch.boot_timeout;
     let wait = |until| wait_ready(&ready, &handle, dir, timeout, cancel, until);
     let adopt = |(stream, port)| {
@@ -363,7 +368,8 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         id: dir.id(),
         vcpus: machine.cpus,
         memory_mib: machine.memory_mib,
-        generation: launch.generation.as_ref().map(|from| from.config.clone()),
+        // Given to the VMM alone: its runs are many, and the record is written often.
+        generation: None,
         kernel: machine.kernel.clone(),
         initramfs: Some(machine.initramfs.clone()),
         kernel_args: kernel_args(launch, dir),
@@ -371,6 +377,10 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             id: "root".into(),
             path: machine.root_disk.clone(),
             read_only: false,
+            frozen: match &launch.generation {
+                Some(from) => from.frozen.clone(),
+                None => Vec::new(),
+            },
             layer: Some(dir.layer()),
         }],
         vsock: Some(VsockConfig {
@@ -378,6 +388,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             socket: dir.vsock_socket(),
         }),
         networks: machine.networks.clone(),
+        balloon: true,
         serial: Some(SerialConfig {
             log: dir.serial_log(),
             limit_bytes: SERIAL_LIMIT_BYTES,

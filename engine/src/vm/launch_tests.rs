@@ -185,7 +185,12 @@ fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_th
             state: bench.temp.path().join("disk"),
             memory: Vec::new(),
         },
-        layer: bench.temp.path().join("disk"),
+        frozen: Vec::new(),
+        ancestor: Ancestor {
+            snapshot: "s".into(),
+            memory_layers: 0,
+            disk_layers: 0,
+        },
         control_port: Some(1 << 30),
     });
     let mut vm = bench.start().unwrap();
