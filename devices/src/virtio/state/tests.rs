@@ -103,6 +103,6 @@ fn a_member_that_was_there_from_the_first_is_required_and_an_unknown_kind_is_nam
     let without = FIRST.replace(r#""queue_select":3,"#, "");
     let error = serde_json::from_str::<TransportState>(&without).unwrap_err();
     assert!(error.to_string().contains("queue_select"), "{error}");
-    let error = serde_json::from_str::<DeviceState>(r#"{"balloon":{}}"#).unwrap_err();
-    assert!(error.to_string().contains("balloon"), "{error}");
+    let error = serde_json::from_str::<DeviceState>(r#"{"tape":{}}"#).unwrap_err();
+    assert!(error.to_string().contains("tape"), "{error}");
 }
