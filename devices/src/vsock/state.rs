@@ -239,14 +239,13 @@ impl VsockState {
             let what = "a host port that is not given to connections";
             return Err(RestoreError::inconsistent(what, self.next_host_port));
         }
-        if let Some(control) = &self.control {
-            if self
+        if let Some(control) = &self.control
+            && self
                 .resets
                 .contains(&ResetState::of_connection(control.ports()))
-            {
-                let what = "a control connection that goes on and ends";
-                return Err(RestoreError::inconsistent(what, control.guest_port));
-            }
+        {
+            let what = "a control connection that goes on and ends";
+            return Err(RestoreError::inconsistent(what, control.guest_port));
         }
         Ok(())
     }
