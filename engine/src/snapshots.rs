@@ -403,8 +403,9 @@ fn write(
         .filter(|word| !word.starts_with(HOSTNAME_WORD))
         .collect();
     labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
-    let port = generation.control_port.to_string();
-    labels.insert(label::CONTROL_PORT.to_owned(), port);
+    if let Some(port) = generation.control_port {
+        labels.insert(label::CONTROL_PORT.to_owned(), port.to_string());
+    }
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,

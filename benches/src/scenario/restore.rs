@@ -114,11 +114,14 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     };
     client.call::<()>(&Call::Freeze(still), "stopped its processes", patience)?;
     client.call::<()>(&Call::ExpectWake, "expected its wake", patience)?;
+    // Another name each time, as a child gets one.
+    let mut hostname = freeze::machine_id()?;
+    hostname.truncate(12);
     let waking = Waking {
         id: "steady".into(),
         generation: "bench".into(),
         child: Some(Child {
-            hostname: Some("steady".into()),
+            hostname: Some(hostname),
             macs: Vec::new(),
         }),
     };

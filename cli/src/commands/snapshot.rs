@@ -46,7 +46,8 @@ pub struct Args {
 
 /// Start a VM from a snapshot and leave it running; prints its id.
 ///
-/// It goes on where the snapshot was taken, with a clock, random numbers and a machine-id of its own.
+/// It goes on where the snapshot was taken, with a clock, random numbers, a hostname and a
+/// machine-id of its own.
 /// Connections from before are gone. `ratoon run --snapshot` runs a command in it instead.
 #[derive(clap::Args)]
 pub struct RestoreArgs {

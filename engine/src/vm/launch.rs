@@ -11,26 +11,23 @@
 //! Such a machine is not ready before it has been woken ([`Vm::awake`]).
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ratoon_vmm_api::{
     ConfigError, DiskConfig, GenerationConfig, NetConfig, SerialConfig, VmConfig, VsockConfig,
 };
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use ratoon_client::RuntimeError;
-use ratoon_client::blocking::dial;
 
+use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
-use super::process::{ProcessHandle, ProcessRef, timespec};
+use super::process::{ProcessHandle, ProcessRef};
 use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
-use super::serial::last_lines;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::runtime::RuntimeClient;
@@ -39,14 +36,10 @@ use crate::runtime::RuntimeClient;
 const GUEST_CID: u32 = 3;
 /// The word on the kernel's command line by which the runtime learns the hostname.
 pub(crate) const HOSTNAME_WORD: &str = "ratoon.hostname=";
-/// How many of the serial console's last lines an error carries.
-const SERIAL_LINES: usize = 12;
 /// How large the serial logs of a VM may become, in bytes.
 pub const SERIAL_LIMIT_BYTES: u64 = 4 << 20;
 /// How long a runtime that has connected may take to say HELLO.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the wait for a VMM's socket looks: it takes a few milliseconds.
-const LOOK: Duration = Duration::from_millis(1);
 /// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -318,137 +311,12 @@ fn start(
     })
 }
 
-/// Connects to the runtime of a machine that was frozen, as soon as its VMM has made the socket.
-fn call_runtime(
-    vmm: &ProcessHandle,
-    dir: &VmDir,
-    timeout: Duration,
-    cancel: Option<BorrowedFd<'_>>,
-) -> Result<UnixStream, LaunchError> {
-    let end = Instant::now() + timeout;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let socket = dir.vsock_socket();
-        match dial(&socket, ratoon_protocol::RUNTIME_PORT, left) {
-            Ok(stream) => return Ok(stream),
-            Err(RuntimeError::Connect { .. }) if !left.is_zero() => {}
-            Err(RuntimeError::Timeout { .. } | RuntimeError::Connect { .. }) => {
-                return Err(LaunchError::Timeout {
-                    after: timeout,
-                    serial: last_lines(&dir.serial_log(), SERIAL_LINES),
-                });
-            }
-            Err(source) if !vmm.wait(Duration::ZERO).unwrap_or(false) => {
-                return Err(LaunchError::Runtime { source });
-            }
-            Err(_) => return Err(ended(dir)),
-        }
-        let mut fds = vec![PollFd::new(vmm.fd(), PollFlags::IN)];
-        fds.extend(cancel.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        if poll(&mut fds, Some(&timespec(LOOK))).is_ok_and(|ready| ready > 0) {
-            return Err(match fds[0].revents().is_empty() {
-                true => LaunchError::Cancelled,
-                false => ended(dir),
-            });
-        }
-    }
-}
-
-/// What a connection of the runtime must have shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Until {
-    /// Nothing: it is one that went on.
-    Accepted,
-    /// Its first frame.
-    Data,
-}
-
-/// Waits for the runtime's connection.
-fn wait_ready(
-    listener: &UnixListener,
-    vmm: &ProcessHandle,
-    dir: &VmDir,
-    timeout: Duration,
-    cancel: Option<BorrowedFd<'_>>,
-    until: Until,
-) -> Result<UnixStream, LaunchError> {
-    let end = Instant::now() + timeout;
-    let mut stream: Option<UnixStream> = None;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let guest = stream.as_ref().map_or(listener.as_fd(), AsFd::as_fd);
-        let mut fds = vec![
-            PollFd::new(vmm.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(guest, PollFlags::IN),
-        ];
-        fds.extend(cancel.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        match poll(&mut fds, Some(&timespec(left))) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => {
-                return Err(LaunchError::System {
-                    action: "waiting for the runtime",
-                    id: dir.id(),
-                    source: error.into(),
-                });
-            }
-        }
-        let is_set = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
-        let (vmm_ended, guest_moved, cancelled) = (is_set(0), is_set(1), is_set(2));
-        if cancelled {
-            return Err(LaunchError::Cancelled);
-        }
-        if vmm_ended {
-            return Err(ended(dir));
-        }
-        if guest_moved {
-            stream = match stream.take() {
-                None => match accept(listener) {
-                    Some(stream) if until == Until::Accepted => return Ok(stream),
-                    accepted => accepted,
-                },
-                Some(stream) if has_data(&stream) => return Ok(stream),
-                // Hung up without a word: the next connection may be the runtime's.
-                Some(_) => None,
-            };
-        } else if left.is_zero() {
-            return Err(LaunchError::Timeout {
-                after: timeout,
-                serial: last_lines(&dir.serial_log(), SERIAL_LINES),
-            });
-        }
-    }
-}
-
 /// The directory is its owner's alone already; the mode says so on the socket too.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
-}
-
-fn accept(listener: &UnixListener) -> Option<UnixStream> {
-    let (stream, _) = listener.accept().ok()?;
-    // On Linux the accepted socket is blocking whatever the listener is.
-    Some(stream)
-}
-
-fn has_data(stream: &UnixStream) -> bool {
-    use rustix::net::{RecvFlags, recv};
-    let mut byte = [0];
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    match recv(stream, &mut byte[..], flags) {
-        Ok((len, _)) => len > 0,
-        Err(Errno::AGAIN | Errno::INTR) => true,
-        Err(_) => false,
-    }
-}
-
-fn ended(dir: &VmDir) -> LaunchError {
-    LaunchError::Ended {
-        serial: last_lines(&dir.serial_log(), SERIAL_LINES),
-        source: EndCause::of(dir),
-    }
 }
 
 fn check_files(launch: &Launch) -> Result<(), LaunchError> {
@@ -530,11 +398,6 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
     }
 }
 
-fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
 /// A machine that boots learns its name so, and the user's own words come later; one that was frozen is
 /// told when it wakes.
 fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
@@ -548,6 +411,11 @@ fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
                 .to_owned()
         }
     }
+}
+
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// A child that is killed and reaped unless it is released.

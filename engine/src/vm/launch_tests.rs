@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
 use ratoon_vmm_api::Inherited;
@@ -121,6 +122,19 @@ fn stand_in_for_the_vmm() {
                 std::thread::sleep(Duration::from_secs(600));
             }
         }
+        "joined" => {
+            // As a VMM does with the connection that went on; the runtime waits for its wake.
+            let mut stream = connect();
+            let mut frame = [0; 4096];
+            let len = stream.read(&mut frame).unwrap();
+            assert!(frame[24..len].starts_with(br#"{"method":"wake""#));
+            let awake = br#"{"generation":"g","id":"i","index":0,"wakes":1}"#;
+            let reply =
+                ratoon_protocol::Frame::new(ratoon_protocol::Kind::Reply, 1, awake.to_vec());
+            stream.write_all(&reply.encode()).unwrap();
+            let _ = lifeline.read(&mut [0]);
+            std::fs::remove_dir_all(config.remove_when_orphaned.unwrap()).unwrap();
+        }
         "panics" => {
             serial("Linux version 6\nKernel panic - not syncing: no init\n");
             report(r#"{"kind":"panicked"}"#);
@@ -159,6 +173,43 @@ fn a_vm_is_ready_when_its_runtime_has_said_something_and_ends_without_a_trace() 
     let process = entry.record.unwrap().vmm.unwrap();
     vm.end().unwrap();
     assert!(!process.is_alive());
+    bench.nothing_is_left();
+}
+
+#[test]
+fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_then() {
+    use crate::vm::freeze::{Waking, wake};
+    let mut bench = bench("joined");
+    bench.launch.generation = Some(From {
+        config: GenerationConfig {
+            state: bench.temp.path().join("disk"),
+            memory: Vec::new(),
+        },
+        frozen: Vec::new(),
+        ancestor: Ancestor {
+            snapshot: String::new(),
+            memory_layers: 1,
+            disk_layers: 0,
+        },
+        control_port: Some(1 << 30),
+    });
+    let mut vm = bench.start().unwrap();
+    let ready = || {
+        bench.store.list().unwrap()[0]
+            .record
+            .as_ref()
+            .unwrap()
+            .ready
+    };
+    assert!(!ready());
+    let mut client = vm.runtime().unwrap();
+    // By this port it can be frozen again.
+    assert_eq!(client.host_port(), 1 << 30);
+    let woken = wake(&mut client, &Waking::of("i".into(), "g")).unwrap();
+    assert_eq!(woken.wakes, 1);
+    vm.awake().unwrap();
+    assert!(ready());
+    vm.end().unwrap();
     bench.nothing_is_left();
 }
 

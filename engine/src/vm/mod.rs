@@ -12,6 +12,7 @@
 //! * [`control`]: client of a VMM's control socket. [`serial`]: its console's log.
 
 pub mod command;
+mod connect;
 pub mod control;
 mod end;
 pub mod freeze;
