@@ -175,6 +175,7 @@ impl Ratoon {
             id: id.into(),
             path: parts.disk.clone(),
             read_only: !layer,
+            frozen: Vec::new(),
             layer: layer.then(|| at(&format!("{id}.qcow2"))),
         };
         let mut disks = vec![disk("root", true)];

@@ -30,6 +30,7 @@ pub mod dirs;
 mod engine;
 pub mod image;
 pub mod initramfs;
+mod lineage;
 pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {

@@ -281,7 +281,7 @@ impl Warm {
             timeout: spec.boot_timeout,
             trusted: Vec::new(),
         };
-        match engine.restore_from(&snapshot, &restore, cancel) {
+        match engine.restore_from(&self.store, &snapshot, &restore, cancel) {
             Ok(started) => Some(Ok(started)),
             // These a boot would run into as well.
             Err(SnapshotError::Start(

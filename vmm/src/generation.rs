@@ -30,6 +30,7 @@ pub(crate) fn layers(generation: &GenerationConfig) -> Result<Vec<Layer>, StartE
         Ok(Layer {
             file: Arc::new(file),
             runs,
+            packed: layer.packed,
         })
     };
     generation.memory.iter().map(open).collect()

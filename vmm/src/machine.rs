@@ -4,7 +4,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use ratoon_vmm_api::{HostClass, MetricsReply, Outcome, Phases, StatusReply, VmConfig, VmState};
+use ratoon_vmm_api::{
+    DiskConfig, HostClass, MetricsReply, Outcome, Phases, StatusReply, VmConfig, VmState,
+};
 
 use crate::bus::{Bus, lock};
 use crate::ending::Ending;
@@ -91,6 +93,8 @@ pub struct Machine {
     pub(crate) layers: Mutex<Vec<Layer>>,
     /// What the balloon takes back of it.
     pub(crate) free: Arc<FreeMemory>,
+    /// Its disks: freezes add layers to what the configuration says.
+    pub(crate) disks: Mutex<Vec<DiskConfig>>,
     // Last, and in this order: KVM's slots point into the memory.
     pub(crate) vm: kvm_ioctls::VmFd,
     pub(crate) memory: vm_memory::GuestMemoryMmap,

@@ -429,6 +429,7 @@ impl Loaded {
             Vcpus::start(self.vcpus, &bus, &ending).map_err(system("a thread for a vCPU"))?;
         self.phases.devices_ns = monotonic_ns();
         Ok(Machine {
+            disks: Mutex::new(self.config.disks.clone()),
             config: self.config,
             class: self.class,
             started: self.started,

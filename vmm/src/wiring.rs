@@ -66,8 +66,13 @@ pub(crate) const BALLOON: &str = "balloon";
 pub(crate) fn devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Vec<Named>, StartError> {
     let mut devices: Vec<Named> = Vec::new();
     for disk in &config.disks {
-        let backend = block::open(&disk.path, disk.read_only, disk.layer.as_deref())
-            .map_err(device_error(format!("disk {:?}", disk.id)))?;
+        let backend = block::open(
+            &disk.path,
+            disk.read_only,
+            &disk.frozen,
+            disk.layer.as_deref(),
+        )
+        .map_err(device_error(format!("disk {:?}", disk.id)))?;
         let device = Block::new(&disk.id, backend, disk.read_only);
         devices.push((format!("block.{}", disk.id), Box::new(device)));
     }
@@ -91,15 +96,9 @@ pub(crate) fn devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Vec<N
     Ok(devices)
 }
 
-/// A locally administered address: the one given, or one made from the VM's id (FNV-1a).
+/// See [`NetConfig::mac_of`].
 fn mac(net: &NetConfig, id: &str, index: usize) -> Result<[u8; 6], StartError> {
-    let Some(text) = &net.mac else {
-        let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        let [a, b, c, d, ..] = hash.to_be_bytes();
-        return Ok([2, a, b, c, d, index as u8]);
-    };
+    let text = net.mac_of(id, index);
     let bytes: Option<Vec<u8>> = text
         .split(':')
         .map(|part| {

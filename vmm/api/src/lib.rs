@@ -11,11 +11,12 @@ mod control;
 mod inherit;
 
 pub use config::{
-    ConfigError, DiskConfig, GenerationConfig, MAX_DISKS, MAX_MEMORY_MIB, MAX_NETWORKS, MAX_VCPUS,
-    MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run, SerialConfig, VmConfig, VsockConfig,
+    ConfigError, DiskConfig, GenerationConfig, MAX_DISKS, MAX_FROZEN_LAYERS, MAX_MEMORY_MIB,
+    MAX_NETWORKS, MAX_VCPUS, MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run, SerialConfig,
+    VmConfig, VsockConfig,
 };
 pub use control::{
-    ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenLayer, FrozenMeta, HostClass,
-    MetricsReply, Outcome, Phases, StatusReply, VcpuStats, VmState,
+    ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta,
+    HostClass, MetricsReply, Outcome, Phases, StatusReply, VcpuStats, VmState,
 };
 pub use inherit::{Inherited, send_descriptors};

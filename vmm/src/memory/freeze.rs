@@ -28,10 +28,12 @@ const GAP_PAGES: u64 = 16;
 /// One immutable file of a generation's memory; later layers lie over earlier ones.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    /// As long as guest memory, sparse.
+    /// As long as guest memory and sparse, unless it is packed.
     pub file: Arc<File>,
     /// Which parts of it count.
     pub runs: Vec<Run>,
+    /// It has the runs end to end.
+    pub packed: bool,
 }
 
 /// A mapping that was moved aside, unmapped when dropped: milliseconds for gigabytes.
@@ -122,6 +124,7 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
     let layer = Layer {
         file: file.clone(),
         runs: vec![whole],
+        packed: false,
     };
     Ok((layer, aside))
 }
@@ -161,6 +164,7 @@ pub fn again(memory: &GuestMemoryMmap, free: &[Run]) -> Result<Layer, MemoryErro
     Ok(Layer {
         file,
         runs: joined(runs, free),
+        packed: false,
     })
 }
 
@@ -186,6 +190,7 @@ fn joined(mut runs: Vec<Run>, free: &[Run]) -> Vec<Run> {
 /// Maps a layer's runs over memory that is a child's.
 pub(super) fn overlay(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), MemoryError> {
     let regions = regions(memory);
+    let mut packed_at = 0;
     for run in &layer.runs {
         let end = run.offset.checked_add(run.len);
         let aligned = run.offset % PAGE == 0 && run.len % PAGE == 0 && run.len > 0;
@@ -196,7 +201,12 @@ pub(super) fn overlay(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), Mem
             return Err(MemoryError::Layers("a run lies outside of memory"));
         };
         let at = address + (run.offset - offset) as usize;
-        map_private(at, run.len as usize, &layer.file, run.offset)?;
+        let file_offset = match layer.packed {
+            true => packed_at,
+            false => run.offset,
+        };
+        map_private(at, run.len as usize, &layer.file, file_offset)?;
+        packed_at += run.len;
     }
     Ok(())
 }

@@ -128,7 +128,7 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
     let Some((base, overlays)) = layers.split_first() else {
         return Err(MemoryError::Layers("there is none"));
     };
-    if base.runs != [whole] {
+    if base.runs != [whole] || base.packed {
         return Err(MemoryError::Layers("the first layer is not the whole"));
     }
     for layer in layers {
@@ -139,8 +139,17 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
                 what: "look at a memory file",
                 source,
             })?;
-        if len.len() != bytes {
-            return Err(MemoryError::Layers("a file is not as long as the memory"));
+        let wanted = match layer.packed {
+            true => layer
+                .runs
+                .iter()
+                .fold(0_u64, |sum, run| sum.saturating_add(run.len)),
+            false => bytes,
+        };
+        if len.len() != wanted {
+            return Err(MemoryError::Layers(
+                "a file is not as long as the memory or its runs",
+            ));
         }
     }
     let memory = map(mib, &base.file, libc::MAP_PRIVATE)?;
@@ -196,7 +205,67 @@ pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::Bytes;
+
     use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn layer(len: u64, packed: bool, runs: &[(u64, u64)], bytes: &[(u64, u8)]) -> Layer {
+        let file = memfd("test", len).unwrap();
+        for &(at, byte) in bytes {
+            file.write_all_at(&[byte], at).unwrap();
+        }
+        let runs = runs.iter().map(|&(offset, len)| Run { offset, len });
+        Layer {
+            file,
+            runs: runs.collect(),
+            packed,
+        }
+    }
+
+    #[test]
+    fn packed_runs_lie_over_the_layers_below_and_are_never_written() {
+        let whole = [(0, 64 * MIB)];
+        let base = layer(64 * MIB, false, &whole, &[(0, 1), (MIB, 1), (2 * MIB, 1)]);
+        let runs = [(MIB, PAGE), (2 * MIB, 2 * PAGE)];
+        let over = layer(3 * PAGE, true, &runs, &[(0, 2), (PAGE, 3), (2 * PAGE, 4)]);
+        let memory = restore(64, &[base.clone(), over.clone()]).unwrap();
+        let byte = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+        let found = [0, MIB, 2 * MIB, 2 * MIB + PAGE].map(byte);
+        assert_eq!(found, [1, 2, 3, 4]);
+        memory.write_obj(9_u8, GuestAddress(2 * MIB)).unwrap();
+        let mut kept = [0];
+        over.file.read_exact_at(&mut kept, PAGE).unwrap();
+        assert_eq!(kept, [3]);
+        // What a child wrote is what it has more than its layers.
+        let own = again(&memory, &[]).unwrap();
+        assert_eq!(own.runs.len(), 1);
+        assert_eq!((own.runs[0].offset, own.runs[0].len), (2 * MIB, PAGE));
+    }
+
+    #[test]
+    fn layers_that_do_not_fit_are_refused() {
+        let whole = [(0, 64 * MIB)];
+        let base = || layer(64 * MIB, false, &whole, &[]);
+        let refused = |layers: &[Layer]| match restore(64, layers) {
+            Err(MemoryError::Layers(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(&[]), "there is none");
+        let packed = Layer {
+            packed: true,
+            ..base()
+        };
+        assert_eq!(refused(&[packed]), "the first layer is not the whole");
+        let short = layer(PAGE, true, &[(0, 2 * PAGE)], &[]);
+        let lengths = "a file is not as long as the memory or its runs";
+        assert_eq!(refused(&[base(), short]), lengths);
+        let outside = layer(PAGE, true, &[(64 * MIB, PAGE)], &[]);
+        assert_eq!(refused(&[base(), outside]), "a run lies outside of memory");
+    }
 
     #[test]
     fn memory_leaves_the_hole_free() {

@@ -16,6 +16,14 @@ pub struct DeviceState {
     pub transport: TransportState,
 }
 
+impl DeviceState {
+    /// Whether it holds the connection that goes on.
+    pub fn has_control(&self) -> bool {
+        use ratoon_devices::virtio::state::DeviceState as Own;
+        matches!(&self.transport.device, Own::Vsock(vsock) if vsock.control.is_some())
+    }
+}
+
 /// A machine, apart from its memory and disks.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MachineState {
