@@ -9,7 +9,8 @@
 //!
 //! A base has to be in the store that is written to, whole itself or a difference at most
 //! [`MAX_DEPTH`] deep, and is held while it is written over. When the difference would be half of the
-//! whole or more, or in too many pieces, memory is written whole.
+//! whole or more, or in too many pieces, memory is written whole. What a guest has freed is a run
+//! that is a hole in its layer's file: it hides what is below, and costs nothing.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -36,6 +37,8 @@ struct Placed {
     file: File,
     /// Ascending by offset.
     runs: Vec<(Run, u64)>,
+    /// It has the runs end to end.
+    packed: bool,
 }
 
 /// Memory of several layers: the topmost that has a page counts.
@@ -60,6 +63,7 @@ impl Layered {
             Placed {
                 file: layer.file,
                 runs,
+                packed: layer.packed,
             }
         });
         Self(placed.collect())
@@ -88,12 +92,22 @@ impl Layered {
 
     /// Where there is anything.
     pub(crate) fn populated(&self) -> Result<Vec<Run>, ratoon_snapshot::Error> {
-        let mut runs = match self.0.first() {
-            Some(base) => populated(&base.file)?,
-            None => Vec::new(),
-        };
-        runs.extend(self.changed(1));
-        Ok(joined(runs))
+        self.content(0)
+    }
+
+    /// Where the layers from this one on have anything in their files.
+    fn content(&self, from: usize) -> Result<Vec<Run>, ratoon_snapshot::Error> {
+        let mut content = Vec::new();
+        for layer in self.0.iter().skip(from) {
+            let runs = layer.runs.iter().map(|(run, _)| *run);
+            match layer.packed {
+                true => content.extend(runs),
+                false => {
+                    content.extend(common(&runs.collect::<Vec<_>>(), &populated(&layer.file)?))
+                }
+            }
+        }
+        Ok(joined(content))
     }
 
     /// What the layers from this one on have.
@@ -116,6 +130,25 @@ impl Pages for Layered {
         }
         Ok(())
     }
+}
+
+/// What is in both; both ascend.
+fn common(one: &[Run], other: &[Run]) -> Vec<Run> {
+    let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
+    let mut common = Vec::new();
+    while let (Some(a), Some(b)) = (one.peek(), other.peek()) {
+        let (offset, end) = (a.offset.max(b.offset), a.end().min(b.end()));
+        if offset < end {
+            let length = end - offset;
+            common.push(Run { offset, length });
+        }
+        // The one that ends first can have nothing more in common.
+        match a.end() < b.end() {
+            true => drop(one.next()),
+            false => drop(other.next()),
+        }
+    }
+    common
 }
 
 /// The same pages in ascending runs that do not touch.
@@ -215,8 +248,9 @@ impl Base {
         if !is_plain || below.len() > MAX_DEPTH {
             return Ok(None);
         }
-        let runs = fewer(memory.changed(self.ancestor.memory_layers), MAX_RUNS);
-        let is_small = bytes(&runs) * 2 <= bytes(&memory.populated()?);
+        let new = self.ancestor.memory_layers;
+        let runs = fewer(memory.changed(new), MAX_RUNS);
+        let is_small = bytes(&memory.content(new)?) * 2 <= bytes(&memory.populated()?);
         Ok(is_small.then_some((runs, self.snapshot.manifest.memory.blake3)))
     }
 }
@@ -287,6 +321,36 @@ mod tests {
         assert_eq!(memory.changed(2), [run(2, 2)]);
         assert_eq!(memory.changed(3), []);
         assert!(memory.read_at(7, &mut bytes).is_err(), "beyond the end");
+    }
+
+    #[test]
+    fn what_was_freed_hides_what_is_below_and_is_no_content() {
+        const PAGE: usize = 4096;
+        let all = (0, 4 * PAGE as u64);
+        let mut freed = layer(false, &[all], &[]);
+        freed.file.set_len(all.1).unwrap();
+        freed.file.write_all_at(&[2; PAGE], PAGE as u64).unwrap();
+        freed.runs[0].len -= PAGE as u64;
+        let base = layer(false, &[all], &[1; 4 * PAGE]);
+        let memory = Layered::new(vec![base, freed]);
+        let page = PAGE as u64;
+        assert_eq!(memory.changed(1), [run(0, 3 * page)]);
+        assert_eq!(memory.content(1).unwrap(), [run(page, page)]);
+        assert_eq!(memory.populated().unwrap(), [run(0, 4 * page)]);
+        let mut bytes = [9; 4 * PAGE];
+        memory.read_at(0, &mut bytes).unwrap();
+        let firsts: Vec<u8> = bytes.iter().step_by(PAGE).copied().collect();
+        assert_eq!(firsts, [0, 2, 0, 1]);
+    }
+
+    #[test]
+    fn common_runs_are_those_of_both() {
+        let one = [run(0, 10), run(20, 10), run(40, 10)];
+        let other = [run(5, 20), run(28, 14), run(49, 100)];
+        let both = [run(5, 5), run(20, 5), run(28, 2), run(40, 2), run(49, 1)];
+        assert_eq!(common(&one, &other), both);
+        assert_eq!(common(&other, &one), both);
+        assert_eq!(common(&one, &[]), []);
     }
 
     #[test]
