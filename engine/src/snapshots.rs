@@ -12,7 +12,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ratoon_snapshot::{About, Progress, Region, Snapshot, Store, hash_file};
@@ -34,6 +35,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
+    pub const IMAGE_FILE: &str = "ratoon.image-file";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
 }
 
@@ -64,6 +66,21 @@ pub enum SnapshotError {
     /// The start of its VM.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// Its disk's layers.
+    #[error("the frozen disk")]
+    Disk(#[from] ratoon_devices::block::OpenError),
+    /// Its image is not what it was.
+    #[error(
+        "{}, on which snapshot {id} stands, was changed after the snapshot was taken; \
+         `ratoon image inspect` checks it: remove it and import it again",
+        path.display()
+    )]
+    ImageChanged {
+        /// Which snapshot.
+        id: String,
+        /// The image's disk.
+        path: PathBuf,
+    },
     /// It says nothing of its image.
     #[error("snapshot {0} does not say which image it stands on: it was made by another program")]
     NoImage(String),
@@ -184,7 +201,7 @@ impl Engine {
             disk_layers: generation.frozen(ROOT).len(),
         };
         let disks = generation.disks.clone();
-        let written = write(store, record, generation, name, progress);
+        let written = write(store, dir, record, generation, name, progress);
         // A VM that has gone meanwhile has no use for it.
         let _ = self.store().update(dir, |record| {
             for disk in &mut record.config.disks {
@@ -240,6 +257,12 @@ impl Engine {
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
         ];
+        if let Some(then) = word(label::IMAGE_FILE)
+            && was_changed(&then, &file_identity(&image.disk))
+        {
+            let path = image.disk;
+            return Err(SnapshotError::ImageChanged { id, path });
+        }
         // Checks its hash.
         drop(snapshot.state()?);
         // In place, and only read. Held by name: what they build on stays while the snapshot does.
@@ -294,8 +317,30 @@ impl Engine {
     }
 }
 
+/// Which file it is, and after a space what of it changes when it is written.
+fn file_identity(path: &Path) -> String {
+    match std::fs::metadata(path) {
+        Ok(found) => format!(
+            "{}:{} {}:{}.{:09}",
+            found.dev(),
+            found.ino(),
+            found.len(),
+            found.mtime(),
+            found.mtime_nsec()
+        ),
+        Err(_) => String::new(),
+    }
+}
+
+/// Whether it is the same file, written since. Another file is judged by its digest alone.
+fn was_changed(then: &str, now: &str) -> bool {
+    let file = |text: &str| text.split(' ').next().map(str::to_owned);
+    file(then) == file(now) && then != now
+}
+
 fn write(
     store: &Store,
+    dir: &VmDir,
     record: &Record,
     generation: Generation,
     name: Option<&str>,
@@ -310,15 +355,16 @@ fn write(
     let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
     writer.state(generation.state.as_bytes())?;
-    let known = base.as_ref().map_or(0, Base::disk_layers);
-    if let Some(base) = &base {
-        let layers = base.snapshot.manifest.layers.iter();
-        for layer in layers.filter(|layer| layer.disk == ROOT) {
-            writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
-        }
-    }
-    for (number, path) in generation.frozen(ROOT).iter().enumerate().skip(known) {
-        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
+        let frozen = generation.frozen(ROOT);
+        lineage::write_disk(
+            &mut writer,
+            base.as_ref(),
+            frozen,
+            &root.path,
+            &dir.merged_layer(),
+            progress,
+        )?;
     }
     let memory = Layered::new(generation.layers);
     let difference = match &base {
@@ -339,6 +385,9 @@ fn write(
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
+    if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
+        labels.insert(label::IMAGE_FILE.to_owned(), file_identity(&root.path));
+    }
     labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
     let about = About {
         cpu: cpu::here(),
@@ -351,4 +400,22 @@ fn write(
         labels,
     };
     Ok(writer.finish(about, name, None)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_written_was_changed_and_another_file_was_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, other) = (folder.path().join("one"), folder.path().join("other"));
+        std::fs::write(&one, "1").unwrap();
+        std::fs::write(&other, "22").unwrap();
+        let then = file_identity(&one);
+        assert!(!was_changed(&then, &file_identity(&one)));
+        assert!(!was_changed(&then, &file_identity(&other)));
+        std::fs::write(&one, "33").unwrap();
+        assert!(was_changed(&then, &file_identity(&one)));
+    }
 }

@@ -119,11 +119,9 @@ fn a_snapshot_of_a_child_refers_to_its_base_and_restores_right() {
     assert_eq!(exec(&ratoon, "first", "cat /root/1"), "later\n");
 
     let refused = ratoon.run(["snapshots", "rm", "one"]);
-    assert!(
-        refused.stderr.contains("is needed by two"),
-        "{}",
-        refused.stderr
-    );
+    for needed in ["is needed by", "two (", "three ("] {
+        assert!(refused.stderr.contains(needed), "{}", refused.stderr);
+    }
     ratoon.run(["rm", "-f", "first", "third", "fourth"]).ok();
 
     // What it builds on is missing: memory's base first, then a file of it.
