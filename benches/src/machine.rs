@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use ratoon_engine::Programs;
 use ratoon_engine::runtime::RuntimeClient;
 use ratoon_engine::vm::control::Control;
 use ratoon_protocol::RUNTIME_PORT;
@@ -74,6 +75,12 @@ pub struct Parts {
     pub disk: PathBuf,
     /// QEMU, when there is one.
     pub qemu: Option<PathBuf>,
+    /// The programs, for machines that the engine starts.
+    pub programs: Programs,
+    /// The cache that has kernel and images.
+    pub cache: PathBuf,
+    /// The image's name.
+    pub image: String,
 }
 
 /// Shape of one machine.
@@ -192,6 +199,7 @@ impl Ratoon {
                 socket: at("vsock"),
             }),
             networks: Vec::new(),
+            balloon: true,
             serial: Some(SerialConfig {
                 log: at("serial.log"),
                 limit_bytes: 1 << 20,

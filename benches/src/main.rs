@@ -8,6 +8,7 @@ mod host;
 mod machine;
 mod proc;
 mod samples;
+mod sandbox;
 mod scenario;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
+use ratoon_engine::Programs;
 use ratoon_engine::dirs::Dirs;
 use ratoon_engine::image::ImageStore;
 use ratoon_engine::initramfs;
@@ -64,18 +66,30 @@ enum Choice {
     Vsock,
     /// The runtime's calls: ping, commands, code.
     Runtime,
+    /// Machines from a snapshot: to the first instruction, answer and command.
+    Restore,
+    /// How long a machine that is frozen stands still.
+    Freeze,
+    /// Memory of idle machines from one snapshot.
+    Clones,
+    /// `ratoon run`, whole, the second time.
+    Run,
     /// All of them.
     All,
 }
 
 impl Choice {
-    const EACH: [Self; 6] = [
+    const EACH: [Self; 10] = [
         Self::Start,
         Self::Memory,
         Self::Boot,
         Self::Block,
         Self::Vsock,
         Self::Runtime,
+        Self::Restore,
+        Self::Freeze,
+        Self::Clones,
+        Self::Run,
     ];
 
     fn run(self, plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
@@ -86,6 +100,10 @@ impl Choice {
             Self::Block => scenario::block::run(plan, samples),
             Self::Vsock => scenario::vsock::run(plan, samples),
             Self::Runtime => scenario::runtime::run(plan, samples),
+            Self::Restore => scenario::restore::run(plan, samples),
+            Self::Freeze => scenario::freeze::run(plan, samples),
+            Self::Clones => scenario::clones::run(plan, samples),
+            Self::Run => scenario::run::run(plan, samples),
             Self::All => Self::EACH
                 .into_iter()
                 .try_for_each(|choice| choice.run(plan, samples)),
@@ -139,8 +157,15 @@ fn parts(args: &Args) -> Result<Parts> {
     {
         bail!("--qemu {}: no such program", qemu.display());
     }
+    let vmm = release_program(bin.join("ratoon-vmm"))?;
     Ok(Parts {
-        vmm: release_program(bin.join("ratoon-vmm"))?,
+        programs: Programs {
+            vmm: vmm.clone(),
+            runtime: runtime.clone(),
+        },
+        cache: dirs.cache().to_owned(),
+        image: args.image.clone(),
+        vmm,
         kernel,
         initramfs: initramfs::ensure(&runtime, &dirs.cache().join("initramfs"))?,
         disk: ImageStore::open(dirs.cache())?.get(&args.image)?.disk,

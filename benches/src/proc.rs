@@ -7,8 +7,11 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-/// The name of the memfd that holds guest memory, as /proc shows it.
-const GUEST_MEMORY: &str = "/memfd:ratoon-guest";
+/// The memfds of guest memory, as /proc shows them.
+const GUEST_MEMFDS: &str = "/memfd:ratoon-";
+/// A snapshot's memory.
+const GUEST_FILE: &str = "/memory.bin";
+const GUEST: &str = "guest";
 
 /// Memory of one part of a process, in KiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,6 +31,20 @@ pub struct Memory {
 /// # Errors
 /// When the process has ended.
 pub fn memory(pid: u32) -> Result<BTreeMap<&'static str, Memory>> {
+    let mut parts = all_memory(pid)?;
+    parts.remove(GUEST);
+    Ok(parts)
+}
+
+/// A process's memory that is its guest's.
+///
+/// # Errors
+/// When the process has ended.
+pub fn guest_memory(pid: u32) -> Result<Memory> {
+    Ok(all_memory(pid)?.remove(GUEST).unwrap_or_default())
+}
+
+fn all_memory(pid: u32) -> Result<BTreeMap<&'static str, Memory>> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("memory of the VMM")?;
     Ok(parse_smaps(&smaps, &stack_pointers(pid)))
 }
@@ -54,17 +71,15 @@ fn threads(pid: u32) -> impl Iterator<Item = u32> {
 
 fn parse_smaps(smaps: &str, stacks: &[u64]) -> BTreeMap<&'static str, Memory> {
     let mut parts: BTreeMap<&'static str, Memory> = BTreeMap::new();
-    let mut part: Option<&'static str> = None;
+    let mut part = GUEST;
     for line in smaps.lines() {
         let mut words = line.split_ascii_whitespace();
         let Some(first) = words.next() else { continue };
         if let Some(key) = first.strip_suffix(':') {
-            let (Some(part), Some(value)) = (part, words.next().and_then(|v| v.parse().ok()))
-            else {
+            let Some(value) = words.next().and_then(|v| v.parse::<u64>().ok()) else {
                 continue;
             };
             let memory = parts.entry(part).or_default();
-            let value: u64 = value;
             match key {
                 "Rss" => memory.rss_kib += value,
                 "Pss" => memory.pss_kib += value,
@@ -81,15 +96,15 @@ fn parse_smaps(smaps: &str, stacks: &[u64]) -> BTreeMap<&'static str, Memory> {
     parts
 }
 
-/// The part that a mapping belongs to, `None` for guest memory.
-fn classify(range: &str, protection: &str, name: &str, stacks: &[u64]) -> Option<&'static str> {
+/// The part that a mapping belongs to.
+fn classify(range: &str, protection: &str, name: &str, stacks: &[u64]) -> &'static str {
     let (start, end) = range.split_once('-').unwrap_or_default();
     let hex = |text| u64::from_str_radix(text, 16).unwrap_or(0);
     let holds_stack = stacks
         .iter()
         .any(|pointer| (hex(start)..hex(end)).contains(pointer));
-    Some(match name {
-        _ if name.starts_with(GUEST_MEMORY) => return None,
+    match name {
+        _ if name.starts_with(GUEST_MEMFDS) || name.ends_with(GUEST_FILE) => GUEST,
         "[heap]" => "heap",
         "[stack]" => "stacks",
         "" if holds_stack => "stacks",
@@ -100,7 +115,7 @@ fn classify(range: &str, protection: &str, name: &str, stacks: &[u64]) -> Option
         // `r--` of the file is constants, headers and, after relocation, read-only data.
         _ if name.ends_with("/ratoon-vmm") => "text",
         _ => "other files",
-    })
+    }
 }
 
 /// CPU time in nanoseconds of the event loop's thread (the process's first one) and of all vCPU
@@ -178,7 +193,7 @@ VmFlags: rd wr mr
 ";
 
     #[test]
-    fn guest_memory_is_left_out_and_the_rest_is_told_by_part() {
+    fn memory_is_told_by_part() {
         let parts = parse_smaps(SMAPS, &[0x7f00_2000_1000]);
         let memory = |rss_kib, pss_kib, private_kib| Memory {
             rss_kib,
@@ -190,6 +205,7 @@ VmFlags: rd wr mr
             [
                 ("anonymous", memory(40, 40, 40)),
                 ("data", memory(20, 20, 20)),
+                ("guest", memory(9000, 9000, 9000)),
                 ("stacks", memory(12, 12, 12)),
                 ("text", memory(800, 400, 0)),
             ]

@@ -45,3 +45,4 @@ pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,
     image_command,
 };
+pub use warm::{WarmError, WarmGeneration, Warming};

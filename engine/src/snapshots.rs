@@ -14,9 +14,9 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
-use ratoon_snapshot::{About, Progress, Region, Snapshot, Store, hash_file};
+use ratoon_snapshot::{About, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file};
 use ratoon_vmm_api::{GenerationConfig, NetConfig};
 
 use crate::cpu;
@@ -24,8 +24,10 @@ use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::lineage::{self, Base, Layered, ROOT};
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, Machine, launch};
+use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::launch::{
+    From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
+};
 use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
 
 /// How long the runtime may take to accept a connection.
@@ -37,6 +39,13 @@ mod label {
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const IMAGE_FILE: &str = "ratoon.image-file";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
+    pub const CONTROL_PORT: &str = "ratoon.control-port";
+}
+
+/// The digest of the image that a snapshot stands on.
+pub fn image_digest_of(snapshot: &Snapshot) -> Option<&str> {
+    let labels = &snapshot.manifest.about.labels;
+    labels.get(label::IMAGE_DIGEST).map(String::as_str)
 }
 
 /// The name of the image that a snapshot stands on.
@@ -71,7 +80,7 @@ pub enum SnapshotError {
     Disk(#[from] ratoon_devices::block::OpenError),
     /// Its image is not what it was.
     #[error(
-        "{}, on which snapshot {id} stands, was changed after the snapshot was taken; \
+        "{}, on which snapshot {id} stands, was written after the snapshot was taken; \
          `ratoon image inspect` checks it: remove it and import it again",
         path.display()
     )]
@@ -103,10 +112,19 @@ pub enum SnapshotError {
     },
 }
 
-impl std::convert::From<crate::vm::launch::LaunchError> for SnapshotError {
-    fn from(error: crate::vm::launch::LaunchError) -> Self {
+impl std::convert::From<LaunchError> for SnapshotError {
+    fn from(error: LaunchError) -> Self {
         Self::Start(error.into())
     }
+}
+
+/// How a snapshot is kept.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Keep<'k> {
+    /// What it is called beside its id.
+    pub name: Option<&'k str>,
+    /// Who vouches for it.
+    pub key: Option<&'k SigningKey>,
 }
 
 /// A snapshot that was taken.
@@ -131,6 +149,23 @@ pub struct RestoreSpec {
     pub detached: bool,
     /// How long it may take.
     pub timeout: Duration,
+    /// Unless empty, one of these has to have signed it, and every byte is read again to see that
+    /// it is what was signed.
+    pub trusted: Vec<PublicKey>,
+}
+
+/// Work that ends when a descriptor becomes readable.
+struct Until<'u>(Option<BorrowedFd<'u>>);
+
+impl Progress for Until<'_> {
+    fn cancelled(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let Some(fd) = self.0 else {
+            return false;
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
 }
 
 /// The regions of guest memory of so many bytes (as ratoon-vmm lays them out).
@@ -168,7 +203,7 @@ impl Engine {
     pub fn snapshot(
         &self,
         dir: &VmDir,
-        name: Option<&str>,
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let record = dir.read_record()?;
@@ -178,7 +213,7 @@ impl Engine {
             dir,
             &record,
             &mut client,
-            name,
+            keep,
             progress,
         )
     }
@@ -190,7 +225,7 @@ impl Engine {
         dir: &VmDir,
         record: &Record,
         client: &mut RuntimeClient,
-        name: Option<&str>,
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
@@ -201,7 +236,7 @@ impl Engine {
             disk_layers: generation.frozen(ROOT).len(),
         };
         let disks = generation.disks.clone();
-        let written = write(store, dir, record, generation, name, progress);
+        let written = write(store, dir, record, generation, keep, progress);
         // A VM that has gone meanwhile has no use for it.
         let _ = self.store().update(dir, |record| {
             for disk in &mut record.config.disks {
@@ -234,6 +269,10 @@ impl Engine {
     ) -> Result<Started, SnapshotError> {
         let store = self.snapshots()?;
         let snapshot = store.get(&spec.snapshot)?;
+        if !spec.trusted.is_empty() {
+            snapshot.check_signature(&spec.trusted)?;
+            store.verify(&snapshot.id.to_string(), &Until(cancel))?;
+        }
         self.restore_from(&store, &snapshot, spec, cancel)
     }
 
@@ -257,8 +296,8 @@ impl Engine {
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
         ];
-        if let Some(then) = word(label::IMAGE_FILE)
-            && was_changed(&then, &file_identity(&image.disk))
+        if let Some((then, now)) = word(label::IMAGE_FILE).zip(file_identity(&image.disk))
+            && was_changed(&then, &now)
         {
             let path = image.disk;
             return Err(SnapshotError::ImageChanged { id, path });
@@ -301,35 +340,43 @@ impl Engine {
                     },
                     frozen,
                     ancestor,
+                    control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
                 }),
             },
             cancel,
         );
         let mut vm = launched?;
         let mut client = vm.runtime()?;
-        let machine_id = Some(freeze::machine_id()?);
-        freeze::wake(&mut client, &vm.dir().id(), &id, machine_id)?;
+        let waking = Waking {
+            id: vm.dir().id(),
+            generation: id,
+            child: Some(child(&vm)),
+        };
+        freeze::wake(&mut client, &waking)?;
+        vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
+            made_warm: false,
         })
     }
 }
 
-/// Which file it is, and after a space what of it changes when it is written.
-fn file_identity(path: &Path) -> String {
-    match std::fs::metadata(path) {
-        Ok(found) => format!(
-            "{}:{} {}:{}.{:09}",
-            found.dev(),
-            found.ino(),
-            found.len(),
-            found.mtime(),
-            found.mtime_nsec()
-        ),
-        Err(_) => String::new(),
-    }
+/// Which file it is, and after a space what of it changes when it is written. The time of its birth
+/// tells it from one that got its inode later; a file system that does not know it cannot say.
+fn file_identity(path: &Path) -> Option<String> {
+    let found = std::fs::metadata(path).ok()?;
+    let born = found.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some(format!(
+        "{}:{}:{} {}:{}.{:09}",
+        found.dev(),
+        found.ino(),
+        born.as_nanos(),
+        found.len(),
+        found.mtime(),
+        found.mtime_nsec()
+    ))
 }
 
 /// Whether it is the same file, written since. Another file is judged by its digest alone.
@@ -338,12 +385,24 @@ fn was_changed(then: &str, now: &str) -> bool {
     file(then) == file(now) && then != now
 }
 
+/// What a VM is to have of its own.
+fn child(vm: &Vm) -> Child {
+    let config = &vm.record().config;
+    let networks = config.networks.iter().enumerate();
+    Child {
+        hostname: Some(vm.record().hostname()),
+        macs: networks
+            .map(|(index, net)| net.mac_of(&config.id, index))
+            .collect(),
+    }
+}
+
 fn write(
     store: &Store,
     dir: &VmDir,
     record: &Record,
     generation: Generation,
-    name: Option<&str>,
+    keep: Keep<'_>,
     progress: &dyn Progress,
 ) -> Result<Snapshot, SnapshotError> {
     let failed = |path: &std::path::Path| {
@@ -385,10 +444,18 @@ fn write(
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
-    if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
-        labels.insert(label::IMAGE_FILE.to_owned(), file_identity(&root.path));
+    let root = config.disks.iter().find(|disk| disk.id == ROOT);
+    if let Some(identity) = root.and_then(|root| file_identity(&root.path)) {
+        labels.insert(label::IMAGE_FILE.to_owned(), identity);
     }
-    labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
+    let words = config.kernel_args.split_whitespace();
+    // Its name is its own.
+    let words: Vec<&str> = words
+        .filter(|word| !word.starts_with(HOSTNAME_WORD))
+        .collect();
+    labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
+    let port = generation.control_port.to_string();
+    labels.insert(label::CONTROL_PORT.to_owned(), port);
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,
@@ -399,7 +466,7 @@ fn write(
         parent: base.as_ref().map(|base| base.snapshot.id),
         labels,
     };
-    Ok(writer.finish(about, name, None)?)
+    Ok(writer.finish(about, keep.name, keep.key)?)
 }
 
 #[cfg(test)]
@@ -412,10 +479,16 @@ mod tests {
         let (one, other) = (folder.path().join("one"), folder.path().join("other"));
         std::fs::write(&one, "1").unwrap();
         std::fs::write(&other, "22").unwrap();
-        let then = file_identity(&one);
-        assert!(!was_changed(&then, &file_identity(&one)));
-        assert!(!was_changed(&then, &file_identity(&other)));
+        let Some(then) = file_identity(&one) else {
+            panic!("the folder for temporary files has no times of birth");
+        };
+        let is_changed = |path: &Path| was_changed(&then, &file_identity(path).unwrap());
+        assert!(!is_changed(&one));
+        assert!(!is_changed(&other));
         std::fs::write(&one, "33").unwrap();
-        assert!(was_changed(&then, &file_identity(&one)));
+        assert!(is_changed(&one));
+        // Another file in its place is another file.
+        std::fs::rename(&other, &one).unwrap();
+        assert!(!is_changed(&one));
     }
 }

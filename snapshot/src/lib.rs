@@ -34,6 +34,7 @@ mod content;
 mod digest;
 mod error;
 mod files;
+mod keys;
 mod manifest;
 mod memory;
 mod names;

@@ -384,8 +384,12 @@ impl Store {
         }
     }
 
-    /// Whether others name the snapshot as parent, or build on what only it has.
-    fn check_unneeded(&self, id: Digest) -> Result<()> {
+    /// The snapshots that name this one as parent, or build on what only it has: while there are
+    /// any it cannot be removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn needed_by(&self, id: Digest) -> Result<Vec<Snapshot>> {
         let mut others = self.list()?.snapshots;
         let only_here: Vec<Digest> = match others.iter().position(|it| it.id == id) {
             Some(place) => {
@@ -399,17 +403,21 @@ impl Store {
             }
             None => Vec::new(),
         };
-        let needs = |it: &&Snapshot| {
+        others.retain(|it| {
             let manifest = &it.manifest;
             let externals = manifest.layers.iter().filter_map(|layer| layer.external);
             manifest.about.parent == Some(id)
                 || externals
                     .chain(manifest.memory.base)
                     .any(|content| only_here.contains(&content))
-        };
-        let by: Vec<String> = others
+        });
+        Ok(others)
+    }
+
+    fn check_unneeded(&self, id: Digest) -> Result<()> {
+        let by: Vec<String> = self
+            .needed_by(id)?
             .iter()
-            .filter(needs)
             .map(|it| match it.names.first() {
                 Some(name) => format!("{name} ({})", it.id),
                 None => it.id.to_string(),

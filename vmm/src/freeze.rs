@@ -57,6 +57,12 @@ pub enum FreezeError {
         #[source]
         source: ratoon_devices::virtio::DeviceError,
     },
+    /// The connection that is to go on.
+    #[error(
+        "no open connection has the host's vsock port {0}, so children could not be woken; connect \
+         to the runtime again"
+    )]
+    NoControl(u32),
     /// A disk whose layer would not be frozen.
     #[error("disk {0} has a writable layer: say where its next one is to be made")]
     NoNextLayer(String),
@@ -166,13 +172,23 @@ impl Machine {
         }
         let vcpus = self.save_vcpus(msrs)?;
         let vm = crate::state::VmState::save(&self.vm)?;
-        let devices = slots
+        if let Some(port) = request.control_port {
+            for (_, transport) in &mut slots {
+                transport.keep_connection(port);
+            }
+        }
+        let devices: Vec<DeviceState> = slots
             .iter()
             .map(|(name, transport)| DeviceState {
                 name: (*name).to_owned(),
                 transport: transport.save(),
             })
             .collect();
+        if let Some(port) = request.control_port
+            && !devices.iter().any(DeviceState::has_control)
+        {
+            return Err(FreezeError::NoControl(port));
+        }
         let serial = lock(self.bus.serial()).save();
         self.push_layers(request, &mut slots)?;
         let state = MachineState::new(
@@ -185,12 +201,13 @@ impl Machine {
         );
         let aside = match layers.is_empty() {
             true => {
+                self.free.take();
                 let (layer, aside) = memory::first(&self.memory, &memory::file_of(&self.memory))?;
                 layers.push(layer);
                 Some(aside)
             }
             false => {
-                let layer = memory::again(&self.memory)?;
+                let layer = memory::again(&self.memory, &self.free.take())?;
                 if !layer.runs.is_empty() {
                     layers.push(layer);
                 }

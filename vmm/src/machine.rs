@@ -10,7 +10,7 @@ use ratoon_vmm_api::{
 
 use crate::bus::{Bus, lock};
 use crate::ending::Ending;
-use crate::memory::Layer;
+use crate::memory::{FreeMemory, Layer};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
 
@@ -91,6 +91,8 @@ pub struct Machine {
     pub(crate) vcpu_stats: Vec<StatsReader>,
     /// The generation that its memory lies over; none while memory is still its own alone.
     pub(crate) layers: Mutex<Vec<Layer>>,
+    /// What the balloon takes back of it.
+    pub(crate) free: Arc<FreeMemory>,
     /// Its disks: freezes add layers to what the configuration says.
     pub(crate) disks: Mutex<Vec<DiskConfig>>,
     // Last, and in this order: KVM's slots point into the memory.

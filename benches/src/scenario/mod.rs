@@ -2,7 +2,11 @@
 
 pub mod block;
 pub mod boot;
+pub mod clones;
+pub mod freeze;
 pub mod memory;
+pub mod restore;
+pub mod run;
 pub mod runtime;
 pub mod start;
 pub mod vsock;
@@ -55,7 +59,7 @@ fn verdict(met: bool) -> &'static str {
 }
 
 /// Runs a command in the guest to its end.
-fn exec(client: &mut RuntimeClient, argv: &[&str], stdout: &mut dyn Write) -> Result<()> {
+pub fn exec(client: &mut RuntimeClient, argv: &[&str], stdout: &mut dyn Write) -> Result<()> {
     let mut errors = Vec::new();
     let params = ExecParams {
         argv: argv.iter().map(|&word| word.to_owned()).collect(),

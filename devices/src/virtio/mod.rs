@@ -224,6 +224,12 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// Which of the host's ports the connection has that goes on in another process, in saves from
+    /// now on. For sockets; the default has none.
+    fn keep_connection(&mut self, host_port: u32) {
+        let _ = host_port;
+    }
+
     /// Makes an empty layer at `path`, for the disk to go on in after [`Device::push_layer`].
     ///
     /// # Errors

@@ -269,7 +269,26 @@ impl VmDir {
     }
 }
 
+/// How a VM calls itself: its name where that can be a hostname (RFC 1123), else its id.
+pub fn hostname(name: Option<&str>, id: &str) -> String {
+    let fits = |name: &&str| {
+        let has_ends = |part: &str| {
+            let ends = [part.as_bytes().first(), part.as_bytes().last()];
+            ends.iter()
+                .all(|end| end.is_some_and(u8::is_ascii_alphanumeric))
+        };
+        let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-.".contains(&byte);
+        name.len() <= 63 && name.bytes().all(is_inner) && name.split('.').all(has_ends)
+    };
+    name.filter(fits).unwrap_or(id).to_owned()
+}
+
 impl Record {
+    /// See [`hostname`].
+    pub fn hostname(&self) -> String {
+        hostname(self.name.as_deref(), &self.id)
+    }
+
     /// A record of a VM that is about to be started by this process.
     pub fn new(config: VmConfig, name: Option<String>, image: Option<ImageRef>) -> Self {
         Self {

@@ -53,6 +53,9 @@ pub struct VmConfig {
     /// Network devices, `eth0`, `eth1`, … in this order.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
+    /// The device by which the guest gives back memory that it does not use.
+    #[serde(default = "yes")]
+    pub balloon: bool,
     /// Where the serial console goes; without it, its bytes are dropped.
     #[serde(default)]
     pub serial: Option<SerialConfig>,
@@ -65,6 +68,10 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub remove_when_orphaned: Option<PathBuf>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A frozen machine to start from.
@@ -149,6 +156,21 @@ pub struct NetConfig {
     /// The guest's MAC address, `02:00:00:00:00:01`; made from the VM's id when absent.
     #[serde(default)]
     pub mac: Option<String>,
+}
+
+impl NetConfig {
+    /// The guest's MAC address of network device `index` of the VM `id`: the one given, or a locally
+    /// administered one made from the id (FNV-1a).
+    pub fn mac_of(&self, id: &str, index: usize) -> String {
+        self.mac.clone().unwrap_or_else(|| {
+            let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+            });
+            let [a, b, c, d, ..] = hash.to_be_bytes();
+            let last = index as u8;
+            format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{last:02x}")
+        })
+    }
 }
 
 /// The serial console's log.

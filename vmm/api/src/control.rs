@@ -171,6 +171,11 @@ pub struct FreezeRequest {
     #[serde(default)]
     #[schema(value_type = BTreeMap<String, String>)]
     pub next_layers: BTreeMap<String, PathBuf>,
+    /// The host's vsock port of the connection to the runtime that goes on in children: the number that
+    /// the VMM answered to `CONNECT` with `OK`, or 1024 for the one that the guest made. No freeze
+    /// without it; `None`: the newest that the guest made, if there is one.
+    #[serde(default)]
+    pub control_port: Option<u32>,
 }
 
 /// Reply of `POST /v1/freeze`, when the descriptors have been sent.

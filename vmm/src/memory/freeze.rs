@@ -130,11 +130,12 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
 }
 
 /// A later freeze: the private pages become a layer of their own, and are mapped from it. Cost is
-/// that of the pages written since the last freeze.
+/// that of the pages written since the last freeze. `free`, ascending, is zero already: holes of the
+/// layer, but for what has been written there.
 ///
 /// # Errors
 /// As [`first`].
-pub fn again(memory: &GuestMemoryMmap) -> Result<Layer, MemoryError> {
+pub fn again(memory: &GuestMemoryMmap, free: &[Run]) -> Result<Layer, MemoryError> {
     let regions = regions(memory);
     let total = regions.iter().map(|(_, _, len)| *len as u64).sum();
     let file = super::memfd("ratoon-layer", total).map_err(|source| MemoryError::Freeze {
@@ -162,9 +163,28 @@ pub fn again(memory: &GuestMemoryMmap) -> Result<Layer, MemoryError> {
     }
     Ok(Layer {
         file,
-        runs,
+        runs: joined(runs, free),
         packed: false,
     })
+}
+
+/// Both lists of runs as one, ascending and apart.
+fn joined(mut runs: Vec<Run>, free: &[Run]) -> Vec<Run> {
+    if free.is_empty() {
+        return runs;
+    }
+    runs.extend_from_slice(free);
+    runs.sort_unstable_by_key(|run| run.offset);
+    let mut all: Vec<Run> = Vec::new();
+    for run in runs {
+        match all.last_mut() {
+            Some(last) if run.offset <= last.offset + last.len => {
+                last.len = last.len.max(run.offset + run.len - last.offset);
+            }
+            _ => all.push(run),
+        }
+    }
+    all
 }
 
 /// Maps a layer's runs over memory that is a child's.
@@ -237,6 +257,8 @@ struct ScanArg {
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
+/// The page of zeroes that stands for what was only read of anonymous memory ([`super::free`]).
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
@@ -261,8 +283,8 @@ fn scan(address: usize, len: usize) -> Result<Vec<(usize, usize)>, MemoryError> 
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
+            category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_FILE,
             ..ScanArg::default()
@@ -343,7 +365,7 @@ mod tests {
         drop(aside);
         memory.write_obj(8_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&layer, MIB)), (8, 7));
-        let second = again(&memory).unwrap();
+        let second = again(&memory, &[]).unwrap();
         assert_eq!(
             second.runs,
             [Run {
@@ -353,8 +375,8 @@ mod tests {
         );
         memory.write_obj(9_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&second, MIB)), (9, 8));
-        assert_eq!(again(&memory).unwrap().runs.len(), 1);
-        assert!(again(&memory).unwrap().runs.is_empty());
+        assert_eq!(again(&memory, &[]).unwrap().runs.len(), 1);
+        assert!(again(&memory, &[]).unwrap().runs.is_empty());
         assert_eq!(byte(&memory, MIB), 9);
     }
 

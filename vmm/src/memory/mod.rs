@@ -5,11 +5,13 @@
 //!  region 0 (slot 0)     |                                  | region 1 (slot 1)
 //! ```
 
+mod free;
 mod freeze;
 
 use std::fs::File;
 use std::sync::Arc;
 
+pub use free::FreeMemory;
 pub use freeze::{Aside, Layer, PAGE, again, first};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -239,7 +241,7 @@ mod tests {
         over.file.read_exact_at(&mut kept, PAGE).unwrap();
         assert_eq!(kept, [3]);
         // What a child wrote is what it has more than its layers.
-        let own = again(&memory).unwrap();
+        let own = again(&memory, &[]).unwrap();
         assert_eq!(own.runs.len(), 1);
         assert_eq!((own.runs[0].offset, own.runs[0].len), (2 * MIB, PAGE));
     }

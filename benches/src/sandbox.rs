@@ -1,0 +1,155 @@
+//! Machines as users have them: started, frozen and restored by the engine, with a state directory
+//! that is gone at the end. How it fails: with the engine's errors.
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use ratoon_engine::dirs::Dirs;
+use ratoon_engine::runtime::{CallIo, RuntimeClient};
+use ratoon_engine::snapshot::Quiet;
+use ratoon_engine::snapshots::{Keep, RestoreSpec};
+use ratoon_engine::vm::control::Control;
+use ratoon_engine::vm::launch::Vm;
+use ratoon_engine::{Engine, RunSpec};
+use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus};
+use ratoon_vmm_api::MetricsReply;
+use tempfile::TempDir;
+
+use crate::machine::Parts;
+use crate::scenario::exec;
+
+/// How long a guest may take for anything.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// An engine of the harness's own, with the user's images.
+pub struct Sandboxes {
+    engine: Engine,
+    image: String,
+    _state: TempDir,
+}
+
+impl Sandboxes {
+    /// An engine over a new state directory.
+    ///
+    /// # Errors
+    /// When that cannot be made.
+    pub fn new(parts: &Parts) -> Result<Self> {
+        let state = tempfile::Builder::new()
+            .prefix("ratoon-bench-")
+            .tempdir()
+            .context("a directory for the engine")?;
+        let dirs = Dirs::new(state.path(), &parts.cache);
+        Ok(Self {
+            engine: Engine::new(dirs, parts.programs.clone()),
+            image: parts.image.clone(),
+            _state: state,
+        })
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// A machine that has booted and whose Python has run a cell.
+    ///
+    /// # Errors
+    /// When the guest does not come up.
+    pub fn boot(&self, memory_mib: u64) -> Result<(Vm, RuntimeClient)> {
+        let spec = RunSpec {
+            memory_mib,
+            cold: true,
+            ..RunSpec::new(&self.image)
+        };
+        let mut vm = self.engine.start(&spec, None)?.vm;
+        let mut client = vm.runtime()?;
+        exec(
+            &mut client,
+            &["python3", "-c", "import json"],
+            &mut io::sink(),
+        )?;
+        exec(&mut client, &["true"], &mut io::sink())?;
+        cell(&mut client, "import json, time")?;
+        Ok((vm, client))
+    }
+
+    /// Takes a snapshot of it.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn snapshot(&self, vm: &Vm, name: &str) -> Result<()> {
+        let keep = Keep {
+            name: Some(name),
+            key: None,
+        };
+        self.engine.snapshot(vm.dir(), keep, &Quiet)?;
+        Ok(())
+    }
+
+    /// A woken machine from a snapshot.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn restore(&self, name: &str) -> Result<(Vm, RuntimeClient)> {
+        let spec = RestoreSpec {
+            snapshot: name.into(),
+            timeout: PATIENCE,
+            ..RestoreSpec::default()
+        };
+        let mut vm = self.engine.restore(&spec, None)?.vm;
+        let client = vm.runtime()?;
+        Ok((vm, client))
+    }
+}
+
+/// What a machine's VMM has counted.
+///
+/// # Errors
+/// When it does not answer.
+pub fn metrics(vm: &Vm) -> Result<MetricsReply> {
+    Ok(Control::new(vm.dir().control_socket(), PATIENCE).metrics()?)
+}
+
+/// The process of a machine's VMM.
+///
+/// # Errors
+/// When its record has none.
+pub fn pid(vm: &Vm) -> Result<u32> {
+    let vmm = vm
+        .record()
+        .vmm
+        .as_ref()
+        .context("the record has no process of the VMM")?;
+    Ok(u32::try_from(vmm.pid)?)
+}
+
+/// Runs a cell in the default Python context; what it printed.
+///
+/// # Errors
+/// When it fails.
+pub fn cell(client: &mut RuntimeClient, code: &str) -> Result<String> {
+    let mut printed = Vec::new();
+    let params = CodeRun {
+        code: code.into(),
+        ..CodeRun::default()
+    };
+    let mut errors = Vec::new();
+    let end: CodeEnd = client.run(
+        &Call::CodeRun(params),
+        &mut CallIo {
+            stdin: None,
+            stdout: &mut printed,
+            stderr: &mut errors,
+            data: &mut io::sink(),
+            events: &mut |_| {},
+            ended: &mut |_| {},
+        },
+    )?;
+    anyhow::ensure!(
+        end.status == CodeStatus::Ok,
+        "a cell ended with {end:?}: {}",
+        String::from_utf8_lossy(&errors)
+    );
+    Ok(String::from_utf8(printed)?)
+}

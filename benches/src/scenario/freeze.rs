@@ -1,0 +1,97 @@
+//! How long a machine stands still when it is frozen: as the VMM says, and as a program in the
+//! guest sees it that reads the clock all the time.
+//!
+//! Only the machine is frozen here, without a word to the runtime: that would stop the program
+//! first and let it go on last. The gaps that the program sees without any freeze (the guest's own
+//! timer interrupts) are measured in turn with those during one. `pages` are those written before
+//! each freeze: from the second one on the pages written since the last are copied.
+
+use anyhow::{Context, Result};
+use ratoon_engine::vm::freeze;
+use std::time::Duration;
+
+use super::{Plan, series, verdict};
+use crate::machine::go_on;
+use crate::samples::{Readiness, Samples, number, percentile};
+use crate::sandbox::{Sandboxes, cell};
+
+const NAME: &str = "freeze";
+/// Guest memory in MiB and the target of the pause in milliseconds.
+const SIZES: [(u64, Option<f64>); 3] = [(256, None), (1024, Some(2.0)), (4096, Some(4.0))];
+
+/// Reads the clock for a while; the longest gap in milliseconds.
+const SPIN: &str = "
+def spin(seconds, now=time.monotonic_ns):
+    worst, last = 0, now()
+    end = last + int(seconds * 1e9)
+    while last < end:
+        this = now()
+        if this - last > worst:
+            worst = this - last
+        last = this
+    return worst / 1e6
+";
+const SPIN_SECONDS: f64 = 0.5;
+
+/// Runs it.
+///
+/// # Errors
+/// When a machine does not come up or cannot be frozen.
+pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
+    let sizes = if plan.quick { &SIZES[1..2] } else { &SIZES[..] };
+    for &(mib, target) in sizes {
+        let sandboxes = Sandboxes::new(plan.parts)?;
+        let (vm, mut client) = sandboxes.boot(mib)?;
+        cell(&mut client, SPIN)?;
+        let gap = |client: &mut _| -> Result<f64> {
+            let printed = cell(client, &format!("print(spin({SPIN_SECONDS}))"))?;
+            printed.trim().parse().context("the gap that the guest saw")
+        };
+        for round in 0..plan.rounds(100, 10) {
+            go_on()?;
+            let mut add = |what: &str, value| {
+                let what = format!("{what}, {mib} MiB");
+                let series = series(NAME, "ratoon", what, "ms", Readiness::None);
+                samples.add(&series, round, value)
+            };
+            add("gap without a freeze", gap(&mut client)?)?;
+            let dir = vm.dir();
+            let port = client.host_port();
+            let (seen, frozen) = std::thread::scope(|scope| {
+                let frozen = scope.spawn(|| {
+                    std::thread::sleep(Duration::from_secs_f64(SPIN_SECONDS));
+                    freeze::take(dir, port)
+                });
+                (gap(&mut client), frozen.join())
+            });
+            let frozen = frozen.map_err(|panic| std::panic::resume_unwind(panic))??;
+            add("gap with a freeze", seen?)?;
+            let first = if round == 0 { "first pause" } else { "pause" };
+            add(first, frozen.pause.as_secs_f64() * 1e3)?;
+        }
+        vm.end()?;
+        let p50 = |what: &str| {
+            percentile(
+                samples.of(NAME, "ratoon", &format!("{what}, {mib} MiB")),
+                50,
+            )
+        };
+        if let (Some(with), Some(without), Some(pause)) = (
+            p50("gap with a freeze"),
+            p50("gap without a freeze"),
+            p50("pause"),
+        ) {
+            let target = target.map_or(String::new(), |target| {
+                format!(", target {target} ms: {}", verdict(with <= target))
+            });
+            samples.note(format!(
+                "freeze, {mib} MiB: gap p50 {} ms{target} (without a freeze {} ms; the VMM's own \
+                 figure {} ms)",
+                number(with),
+                number(without),
+                number(pause)
+            ));
+        }
+    }
+    Ok(())
+}
