@@ -182,6 +182,19 @@ fn chain(base: &Path, folder: &Path, depth: u64) -> Outcome<Box<dyn Backend>> {
     Ok(block::open(base, false, &frozen, Some(&name(depth)))?)
 }
 
+/// Reads all files anew, in order: the page cache then holds each as the kernel's readahead has it,
+/// however small the pieces were in which it was written.
+fn settle(folder: &Path) -> Outcome<()> {
+    use rustix::fs::{Advice, fadvise};
+    for entry in std::fs::read_dir(folder)? {
+        let mut file = File::open(entry?.path())?;
+        file.sync_all()?;
+        fadvise(&file, 0, None, Advice::DontNeed)?;
+        std::io::copy(&mut file, &mut std::io::sink())?;
+    }
+    Ok(())
+}
+
 /// What a freeze does with a disk within the pause, and before it.
 fn freezes(base: &Path, folder: &Path) -> Outcome<()> {
     let name = |level: usize| folder.join(format!("freeze-{level}"));
@@ -295,6 +308,7 @@ fn main() -> Outcome<()> {
         ("4 frozen", chain(&base, folder, 4)?),
         ("16 frozen", chain(&base, folder, 16)?),
     ];
+    settle(folder)?;
     for work in WORKS.iter().filter(|work| !work.write) {
         compare(work, &mut backends)?;
     }
