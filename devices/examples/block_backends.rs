@@ -1,4 +1,4 @@
-//! What a qcow2 layer costs beside a raw file: CPU and time of each request, opening, memory.
+//! What qcow2 layers cost beside a raw file: CPU and time of each request, opening, memory.
 //!
 //!     cargo run --release -p ratoon-devices --example block_backends [DIRECTORY]
 //!

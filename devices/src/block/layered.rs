@@ -25,21 +25,8 @@
 //! imago frees and never punches; the order is safe, since whatever table survives a crash says
 //! either "zeroes" or points at the hole.
 //!
-//! What it costs (`examples/block_backends.rs`: CPU of a request in microseconds, medians of 15
-//! rounds by turns; 2 CPUs, busy with other work; ext4, 1 GiB, all in the page cache):
-//!
-//! | request              |   raw | layer, from base | layer, own | raw, layer's file |
-//! |----------------------|------:|-----------------:|-----------:|------------------:|
-//! | read 4 KiB, random   |  0.96 |             0.98 |       1.25 |              1.17 |
-//! | read 1 MiB, in order |   102 |              101 |        113 |               114 |
-//! | write 4 KiB, random  |  20.5 |                - |        7.7 |                 - |
-//! | write 1 MiB, in order|   136 |                - |        137 |                 - |
-//!
-//! The last column is the layer's file read without the layer: most of what its own clusters cost
-//! more than raw is how the page cache holds that file, and 7 % is ours. Why random writes to the
-//! raw file cost more was not looked into. A cluster's first write: 28 for 4 KiB (60 KiB are copied
-//! from the base), 461 for 1 MiB. Making and opening a layer takes 130 (p50), opening one 44. Open
-//! and empty it has less memory than the page that shows; all written, 0.7 MiB a GiB of disk.
+//! What it costs beside a raw file: `examples/block_backends.rs` measures it, docs/architecture.md
+//! has the figures.
 
 use std::fs::File;
 use std::io;
