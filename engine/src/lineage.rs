@@ -14,10 +14,15 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
-use ratoon_snapshot::{Digest, MemoryKind, Pages, Run, Snapshot, Store, populated};
+use ratoon_devices::block::merge;
+use ratoon_snapshot::{
+    Digest, Layer, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
+};
 use ratoon_vmm_api::MemoryLayerConfig;
 
+use crate::snapshots::SnapshotError;
 use crate::vm::freeze::{Generation, MemoryLayer};
 use crate::vm::record::{Ancestor, Record};
 
@@ -28,6 +33,8 @@ const MAX_DEPTH: usize = 8;
 /// `vm.max_map_count` allows 65530 in all. With more, those with the smallest gaps between them are
 /// joined.
 const MAX_RUNS: usize = 1024;
+/// A snapshot's disk has at most so many layers; more are merged into one.
+const MERGE_ABOVE: usize = 16;
 /// The disk that images are for.
 pub(crate) const ROOT: &str = "root";
 
@@ -210,11 +217,8 @@ impl Base {
         record.ancestors.iter().rev().find_map(|ancestor| {
             let snapshot = store.get(&ancestor.snapshot).ok()?;
             let held = snapshot.hold().ok()?;
-            let layers = &snapshot.manifest.layers;
-            let own_layers = layers.iter().filter(|layer| layer.disk == ROOT).count();
             let fits = ancestor.memory_layers <= frozen.layers.len()
                 && ancestor.disk_layers <= disk_layers
-                && own_layers == ancestor.disk_layers
                 && snapshot.manifest.memory.bytes == record.config.memory_mib << 20;
             fits.then(|| Self {
                 snapshot,
@@ -224,9 +228,10 @@ impl Base {
         })
     }
 
-    /// How many of the root disk's frozen layers it has.
-    pub(crate) fn disk_layers(&self) -> usize {
-        self.ancestor.disk_layers
+    /// Its layers of the root disk. They may be fewer than the VM's, and have the same content.
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        let layers = self.snapshot.manifest.layers.iter();
+        layers.filter(|layer| layer.disk == ROOT)
     }
 
     /// The runs to be written over its memory; none: write memory whole.
@@ -253,6 +258,41 @@ impl Base {
         let is_small = bytes(&memory.content(new)?) * 2 <= bytes(&memory.populated()?);
         Ok(is_small.then_some((runs, self.snapshot.manifest.memory.blake3)))
     }
+}
+
+/// Writes the root disk's frozen layers: those of `base` by name, the others as files, or all as
+/// one when they have become many.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub(crate) fn write_disk(
+    writer: &mut Writer,
+    base: Option<&Base>,
+    frozen: &[PathBuf],
+    image: &Path,
+    merged: &Path,
+    progress: &dyn Progress,
+) -> Result<(), SnapshotError> {
+    let known = base.map_or(0, |base| base.ancestor.disk_layers);
+    let named = base.map_or(0, |base| base.layers().count());
+    if named + (frozen.len() - known) > MERGE_ABOVE {
+        progress.step("merging disk layers");
+        let mut keep_on = || !progress.cancelled();
+        let _ = std::fs::remove_file(merged);
+        merge(frozen, image, merged, &mut keep_on)?;
+        let linked = writer.layer_linked(ROOT, "root-merged.qcow2", merged, progress);
+        // It has its name in the snapshot.
+        let _ = std::fs::remove_file(merged);
+        linked?;
+        return Ok(());
+    }
+    for layer in base.iter().flat_map(|base| base.layers()) {
+        writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
+    }
+    for (number, path) in frozen.iter().enumerate().skip(known) {
+        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    }
+    Ok(())
 }
 
 /// A snapshot's memory, for the VMM.

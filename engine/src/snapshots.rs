@@ -12,8 +12,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use ratoon_snapshot::{About, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file};
 use ratoon_vmm_api::{GenerationConfig, NetConfig};
@@ -36,6 +37,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
+    pub const IMAGE_FILE: &str = "ratoon.image-file";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
     pub const CONTROL_PORT: &str = "ratoon.control-port";
 }
@@ -73,6 +75,21 @@ pub enum SnapshotError {
     /// The start of its VM.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// Its disk's layers.
+    #[error("the frozen disk")]
+    Disk(#[from] ratoon_devices::block::OpenError),
+    /// Its image is not what it was.
+    #[error(
+        "{}, on which snapshot {id} stands, was written after the snapshot was taken; \
+         `ratoon image inspect` checks it: remove it and import it again",
+        path.display()
+    )]
+    ImageChanged {
+        /// Which snapshot.
+        id: String,
+        /// The image's disk.
+        path: PathBuf,
+    },
     /// It says nothing of its image.
     #[error("snapshot {0} does not say which image it stands on: it was made by another program")]
     NoImage(String),
@@ -219,7 +236,7 @@ impl Engine {
             disk_layers: generation.frozen(ROOT).len(),
         };
         let disks = generation.disks.clone();
-        let written = write(store, record, generation, keep, progress);
+        let written = write(store, dir, record, generation, keep, progress);
         // A VM that has gone meanwhile has no use for it.
         let _ = self.store().update(dir, |record| {
             for disk in &mut record.config.disks {
@@ -279,6 +296,12 @@ impl Engine {
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
         ];
+        if let Some((then, now)) = word(label::IMAGE_FILE).zip(file_identity(&image.disk))
+            && was_changed(&then, &now)
+        {
+            let path = image.disk;
+            return Err(SnapshotError::ImageChanged { id, path });
+        }
         // Checks its hash.
         drop(snapshot.state()?);
         // In place, and only read. Held by name: what they build on stays while the snapshot does.
@@ -340,6 +363,28 @@ impl Engine {
     }
 }
 
+/// Which file it is, and after a space what of it changes when it is written. The time of its birth
+/// tells it from one that got its inode later; a file system that does not know it cannot say.
+fn file_identity(path: &Path) -> Option<String> {
+    let found = std::fs::metadata(path).ok()?;
+    let born = found.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some(format!(
+        "{}:{}:{} {}:{}.{:09}",
+        found.dev(),
+        found.ino(),
+        born.as_nanos(),
+        found.len(),
+        found.mtime(),
+        found.mtime_nsec()
+    ))
+}
+
+/// Whether it is the same file, written since. Another file is judged by its digest alone.
+fn was_changed(then: &str, now: &str) -> bool {
+    let file = |text: &str| text.split(' ').next().map(str::to_owned);
+    file(then) == file(now) && then != now
+}
+
 /// What a VM is to have of its own.
 fn child(vm: &Vm) -> Child {
     let config = &vm.record().config;
@@ -354,6 +399,7 @@ fn child(vm: &Vm) -> Child {
 
 fn write(
     store: &Store,
+    dir: &VmDir,
     record: &Record,
     generation: Generation,
     keep: Keep<'_>,
@@ -368,15 +414,16 @@ fn write(
     let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
     writer.state(generation.state.as_bytes())?;
-    let known = base.as_ref().map_or(0, Base::disk_layers);
-    if let Some(base) = &base {
-        let layers = base.snapshot.manifest.layers.iter();
-        for layer in layers.filter(|layer| layer.disk == ROOT) {
-            writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
-        }
-    }
-    for (number, path) in generation.frozen(ROOT).iter().enumerate().skip(known) {
-        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
+        let frozen = generation.frozen(ROOT);
+        lineage::write_disk(
+            &mut writer,
+            base.as_ref(),
+            frozen,
+            &root.path,
+            &dir.merged_layer(),
+            progress,
+        )?;
     }
     let memory = Layered::new(generation.layers);
     let difference = match &base {
@@ -396,6 +443,10 @@ fn write(
     if let Some(image) = &record.image {
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
+    }
+    let root = config.disks.iter().find(|disk| disk.id == ROOT);
+    if let Some(identity) = root.and_then(|root| file_identity(&root.path)) {
+        labels.insert(label::IMAGE_FILE.to_owned(), identity);
     }
     let words = config.kernel_args.split_whitespace();
     // Its name is its own.
@@ -417,4 +468,28 @@ fn write(
         labels,
     };
     Ok(writer.finish(about, keep.name, keep.key)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_written_was_changed_and_another_file_was_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, other) = (folder.path().join("one"), folder.path().join("other"));
+        std::fs::write(&one, "1").unwrap();
+        std::fs::write(&other, "22").unwrap();
+        let Some(then) = file_identity(&one) else {
+            panic!("the folder for temporary files has no times of birth");
+        };
+        let is_changed = |path: &Path| was_changed(&then, &file_identity(path).unwrap());
+        assert!(!is_changed(&one));
+        assert!(!is_changed(&other));
+        std::fs::write(&one, "33").unwrap();
+        assert!(is_changed(&one));
+        // Another file in its place is another file.
+        std::fs::rename(&other, &one).unwrap();
+        assert!(!is_changed(&one));
+    }
 }
