@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use ratoon_engine::dirs::Dirs;
 use ratoon_engine::runtime::{CallIo, RuntimeClient};
-use ratoon_engine::snapshot::Quiet;
+use ratoon_engine::snapshot::{MemoryKind, Quiet};
 use ratoon_engine::snapshots::RestoreSpec;
 use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::Vm;
@@ -79,7 +79,8 @@ impl Sandboxes {
     /// # Errors
     /// The engine's.
     pub fn snapshot(&self, vm: &Vm, name: &str) -> Result<()> {
-        self.engine.snapshot(vm.dir(), Some(name), &Quiet)?;
+        self.engine
+            .snapshot(vm.dir(), Some(name), MemoryKind::Plain, &Quiet)?;
         Ok(())
     }
 

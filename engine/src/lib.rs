@@ -30,6 +30,7 @@ pub mod dirs;
 mod engine;
 pub mod image;
 pub mod initramfs;
+mod pager;
 pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {
@@ -39,6 +40,9 @@ pub mod runtime {
 pub use ratoon_snapshot as snapshot;
 pub mod vm;
 mod warm;
+pub mod working_set;
+
+pub use pager::PagerError;
 
 pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,

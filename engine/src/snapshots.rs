@@ -13,12 +13,17 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use ratoon_snapshot::{About, Pages, Progress, Region, Run, Snapshot, Store, hash_file, populated};
+use ratoon_snapshot::{
+    About, ChunkOptions, MemoryKind, Pages, Progress, Region, Run, Snapshot, Store, hash_file,
+    populated,
+};
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
 
-use crate::cpu;
+use crate::pager::{self, PagerError};
+use crate::{cpu, working_set};
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::runtime::{RuntimeClient, RuntimeError};
@@ -54,6 +59,9 @@ pub enum SnapshotError {
     /// The runtime in the guest.
     #[error("the runtime in the VM")]
     Runtime(#[from] RuntimeError),
+    /// The process that fetches its memory.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// The VM's record.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -202,7 +210,7 @@ impl Engine {
     }
 
     /// Takes a snapshot of the running VM in `dir`; it goes on after a short pause, while the
-    /// snapshot is written.
+    /// snapshot is written, its memory as `kind`.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on, and nothing is left in the store.
@@ -210,6 +218,7 @@ impl Engine {
         &self,
         dir: &VmDir,
         name: Option<&str>,
+        kind: MemoryKind,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let record = dir.read_record()?;
@@ -219,7 +228,7 @@ impl Engine {
             dir,
             &record,
             &mut client,
-            name,
+            (name, kind),
             progress,
         )
     }
@@ -231,13 +240,13 @@ impl Engine {
         dir: &VmDir,
         record: &Record,
         client: &mut RuntimeClient,
-        name: Option<&str>,
+        (name, kind): (Option<&str>, MemoryKind),
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
         let pause = generation.pause;
         let frozen = dir.frozen_layer();
-        let written = write(store, record, generation, &frozen, name, progress);
+        let written = write(store, record, generation, &frozen, (name, kind), progress);
         let _ = std::fs::remove_file(&frozen);
         Ok(Taken {
             snapshot: written?,
@@ -284,6 +293,21 @@ impl Engine {
             let is_root = layer.disk == "root";
             layer.file.as_deref().filter(|_| is_root).map(file)
         });
+        let (memory, pager) = match snapshot.manifest.memory.kind {
+            MemoryKind::Plain => {
+                let layer = MemoryLayerConfig {
+                    path: file("memory.bin"),
+                    runs: Vec::new(),
+                };
+                (vec![layer], None)
+            }
+            MemoryKind::Chunks => {
+                let program = absolute(&self.programs().pager)?;
+                let pager = pager::of(&self.dirs().pagers(), &program, snapshot)?;
+                (Vec::new(), Some(Arc::new(pager)))
+            }
+        };
+        working_set::read_ahead(snapshot);
         let launched = launch(
             self.store(),
             &Launch {
@@ -308,11 +332,9 @@ impl Engine {
                 generation: Some(StartFrom {
                     config: GenerationConfig {
                         state: file("state.bin"),
-                        memory: vec![MemoryLayerConfig {
-                            path: file("memory.bin"),
-                            runs: Vec::new(),
-                        }],
+                        memory,
                     },
+                    pager,
                     layer: layer.ok_or_else(|| SnapshotError::NoImage(id.clone()))?,
                 }),
             },
@@ -335,7 +357,7 @@ fn write(
     record: &Record,
     generation: Generation,
     frozen_layer: &std::path::Path,
-    name: Option<&str>,
+    (name, kind): (Option<&str>, MemoryKind),
     progress: &dyn Progress,
 ) -> Result<Snapshot, SnapshotError> {
     let failed = |path: &std::path::Path| {
@@ -346,7 +368,14 @@ fn write(
     let mut writer = store.begin()?;
     let memory = Layered(generation.layers);
     let parts = regions(config.memory_mib << 20);
-    writer.memory_plain(&parts, &memory, &memory.populated()?, progress)?;
+    let populated = memory.populated()?;
+    match kind {
+        MemoryKind::Plain => writer.memory_plain(&parts, &memory, &populated, progress)?,
+        MemoryKind::Chunks => {
+            let options = ChunkOptions::default();
+            writer.memory_chunks(&parts, &memory, &populated, options, progress)?
+        }
+    };
     writer.state(generation.state.as_bytes())?;
     let layer = File::open(frozen_layer).map_err(failed(frozen_layer))?;
     writer.layer("root", "root.qcow2", &layer, progress)?;

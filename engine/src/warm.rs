@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use ratoon_protocol::ExecParams;
-use ratoon_snapshot::{Digest, Quiet, Snapshot, Store};
+use ratoon_snapshot::{Digest, MemoryKind, Quiet, Snapshot, Store};
 
 use crate::engine::{Engine, RunSpec, StartError, Started};
 use crate::image::Image;
@@ -115,7 +115,7 @@ impl Warm {
         // An image may have no `true`.
         let _ = client.exec(&params, io);
         let name = Some(self.name.as_str());
-        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, name, &Quiet);
+        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, (name, MemoryKind::Plain), &Quiet);
         let usable = match taken {
             Ok(_) => true,
             Err(SnapshotError::Freeze(error)) => {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use ratoon_vmm::clock::monotonic_ns;
 use ratoon_vmm::event_loop::EventLoop;
 use ratoon_vmm::machine::{Action, Machine};
+use ratoon_vmm::pager::PagerLink;
 use ratoon_vmm::start::Configured;
 use ratoon_vmm::{causes, control};
 use ratoon_vmm_api::{ExitReport, Outcome, VmConfig, VmState};
@@ -29,6 +30,7 @@ Usage: ratoon-vmm (--config FILE | --config-fd FD) [OPTIONS]
   --control-fd FD    Inherited listening Unix socket for control
   --lifeline-fd FD   Inherited descriptor whose hang-up ends the VM (the read end of its owner's
                      pipe); one byte on it lets the VM live on
+  --pager-fd FD      Inherited socket to the pager of its generation's memory
   --paused           Build the VM but wait for POST /v1/resume before the first guest instruction
   -v, --verbose      Log also what is normal
   --openapi          Print the OpenAPI document of the control socket and end
@@ -47,6 +49,7 @@ struct Args {
     control_fd: Option<RawFd>,
     control: Option<PathBuf>,
     lifeline_fd: Option<RawFd>,
+    pager_fd: Option<RawFd>,
     paused: bool,
     verbose: bool,
 }
@@ -65,6 +68,7 @@ impl Args {
                 Long("control") => args.control = Some(parser.value()?.into()),
                 Long("control-fd") => args.control_fd = Some(parser.value()?.parse()?),
                 Long("lifeline-fd") => args.lifeline_fd = Some(parser.value()?.parse()?),
+                Long("pager-fd") => args.pager_fd = Some(parser.value()?.parse()?),
                 Long("paused") => args.paused = true,
                 Long("verbose") | Short('v') => args.verbose = true,
                 Long("help") | Short('h') => {
@@ -105,7 +109,12 @@ fn inherited(fd: RawFd, what: &str) -> Result<OwnedFd, Failure> {
 }
 
 fn distinct(args: &Args) -> Result<(), Failure> {
-    let mut fds: Vec<RawFd> = [args.config_fd, args.control_fd, args.lifeline_fd]
+    let mut fds: Vec<RawFd> = [
+        args.config_fd,
+        args.control_fd,
+        args.lifeline_fd,
+        args.pager_fd,
+    ]
         .into_iter()
         .flatten()
         .collect();
@@ -187,8 +196,33 @@ fn leave(config: &VmConfig, outcome: &Outcome) {
     }
 }
 
-fn build(config: VmConfig, main_ns: u64) -> Result<Machine, Failure> {
+/// The pager has failed: whoever touches memory that is missing waits for ever, so nobody is waited for.
+fn give_up(config: &VmConfig, control: Option<&Path>, causes: Vec<String>) {
+    let outcome = Outcome::Failed { causes };
+    for socket in [ratoon_vmm::start::vsock_socket(config), control] {
+        if let Some(socket) = socket {
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+    leave(config, &outcome);
+    say(&outcome.to_string());
+    // SAFETY: ends the process at once: other threads may hold locks that an orderly end wants.
+    unsafe { libc::_exit(1) };
+}
+
+fn pager_link(args: &Args, config: &VmConfig) -> Result<Option<PagerLink>, Failure> {
+    let Some(fd) = args.pager_fd else {
+        return Ok(None);
+    };
+    let socket = inherited(fd, "pager-fd")?;
+    let (config, control) = (config.clone(), args.control.clone());
+    let give_up = move |causes| give_up(&config, control.as_deref(), causes);
+    Ok(Some(PagerLink::new(socket, Box::new(give_up))))
+}
+
+fn build(config: VmConfig, pager: Option<PagerLink>, main_ns: u64) -> Result<Machine, Failure> {
     Ok(Configured::new(config, main_ns)
+        .with_pager(pager)
         .with_memory()?
         .with_vcpus()?
         .loaded()?
@@ -206,7 +240,8 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
     let signals = termination()?;
     let remove_control = args.control.as_deref().map(RemoveOnDrop);
 
-    let machine = match build(config.clone(), main_ns) {
+    let pager = pager_link(args, &config)?;
+    let machine = match build(config.clone(), pager, main_ns) {
         Ok(machine) => Arc::new(machine),
         Err(error) => {
             let causes = causes(error.as_ref());

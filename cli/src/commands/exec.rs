@@ -91,6 +91,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     }
     let mut client = guest::connect(&entry)?;
     let report = exec(&mut client, &params, args.interactive)?;
+    ratoon_engine::working_set::note(&entry.dir);
     if args.usage
         && let Some(usage) = report.usage
     {

@@ -10,6 +10,7 @@ use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::LaunchError;
 use ratoon_engine::vm::life;
 use ratoon_engine::vm::store::Entry;
+use ratoon_engine::snapshot::MemoryKind;
 use ratoon_engine::{StartError, snapshot};
 use serde::Serialize;
 
@@ -35,6 +36,10 @@ pub struct Args {
     /// What to call the snapshot; default: its id alone.
     #[arg(value_name = "NAME")]
     name: Option<String>,
+    /// Compress its memory: smaller on the disk, and each part is checked when it is restored. Takes
+    /// longer to write, and userfaultfd(2) to restore.
+    #[arg(long)]
+    compress: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -66,6 +71,9 @@ pub struct SuspendArgs {
     /// What to call the snapshot; default: the VM's name, or its id.
     #[arg(value_name = "NAME")]
     name: Option<String>,
+    /// Compress its memory, as `ratoon snapshot --compress` does.
+    #[arg(long)]
+    compress: bool,
 }
 
 /// Hold a VM's processors until `resume`.
@@ -118,16 +126,25 @@ struct TakenReport<'a> {
 
 static NEVER: AtomicBool = AtomicBool::new(false);
 
-fn take(engine: &Engine, entry: &Entry, name: Option<&str>) -> Result<Taken, Failure> {
+fn take(
+    engine: &Engine,
+    entry: &Entry,
+    name: Option<&str>,
+    compress: bool,
+) -> Result<Taken, Failure> {
     let progress = ImageProgress::new(&NEVER);
-    let taken = engine.snapshot(&entry.dir, name, &progress);
+    let kind = match compress {
+        true => MemoryKind::Chunks,
+        false => MemoryKind::Plain,
+    };
+    let taken = engine.snapshot(&entry.dir, name, kind, &progress);
     drop(progress);
     Ok(taken?)
 }
 
 pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let entry = guest::find_running(engine, &args.vm)?;
-    let taken = take(engine, &entry, args.name.as_deref())?;
+    let taken = take(engine, &entry, args.name.as_deref(), args.compress)?;
     let id = taken.snapshot.id.to_string();
     if args.json {
         output::json(&TakenReport {
@@ -189,7 +206,7 @@ pub fn suspend(engine: &Engine, args: &SuspendArgs) -> Result<ExitCode, Failure>
         .ok()
         .and_then(|record| record.name.clone());
     let name = args.name.clone().or(own).unwrap_or_else(|| entry.dir.id());
-    take(engine, &entry, Some(&name))?;
+    take(engine, &entry, Some(&name), args.compress)?;
     life::kill(&entry)?;
     life::remove(engine.store(), &entry, true)?;
     output::line(&name)?;

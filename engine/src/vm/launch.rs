@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ratoon_vmm_api::{
@@ -93,6 +94,8 @@ pub struct From {
     pub config: GenerationConfig,
     /// What had been written to the root disk; copied.
     pub layer: PathBuf,
+    /// A connection to the pager of its memory, for this VM alone.
+    pub pager: Option<Arc<OwnedFd>>,
 }
 
 /// Why a VM did not start. Nothing of it is left then.
@@ -259,6 +262,7 @@ fn start(
             control,
             lifeline,
             keep_open: &launch.keep_open,
+            pager: launch.generation.as_ref().and_then(|from| from.pager.as_deref()),
         },
     )
     .map_err(|source| LaunchError::Spawn {

@@ -23,6 +23,8 @@ pub(super) struct Inherited<'a> {
     pub control: UnixListener,
     /// The read end of its owner's pipe.
     pub lifeline: OwnedFd,
+    /// A connection to the pager of its memory.
+    pub pager: Option<&'a OwnedFd>,
     /// Descriptors that only have to stay open, such as an image's lock.
     pub keep_open: &'a [OwnedFd],
 }
@@ -56,6 +58,10 @@ pub(super) fn spawn(
         inherited.control.as_raw_fd(),
         inherited.lifeline.as_raw_fd(),
     ];
+    if let Some(pager) = inherited.pager {
+        command.arg("--pager-fd").arg(pager.as_raw_fd().to_string());
+        passed.push(pager.as_raw_fd());
+    }
     passed.extend(inherited.keep_open.iter().map(AsRawFd::as_raw_fd));
     command
         .env_clear()

@@ -72,7 +72,8 @@ pub struct GenerationConfig {
     /// The file of its state.
     #[schema(value_type = String)]
     pub state: PathBuf,
-    /// Its memory's layers, the lowest first.
+    /// Its memory's layers, the lowest first; with a pager (`--pager-fd`), what lies over the memory
+    /// that comes from there.
     pub memory: Vec<MemoryLayerConfig>,
 }
 

@@ -14,5 +14,5 @@ pub use config::{
 };
 pub use control::{
     ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenLayer, FrozenMeta, HostClass,
-    MetricsReply, Outcome, Phases, StatusReply, VcpuStats, VmState,
+    MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
 };

@@ -10,7 +10,7 @@ mod freeze;
 use std::fs::File;
 use std::sync::Arc;
 
-pub use freeze::{Aside, Layer, PAGE, again, first};
+pub use freeze::{Aside, Layer, PAGE, again, first, touched};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use ratoon_vmm_api::Run;
