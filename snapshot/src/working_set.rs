@@ -96,3 +96,75 @@ impl Snapshot {
         read_working_set(&self.folder, self.manifest.memory.bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const MEMORY: u64 = 1 << 30;
+
+    fn run(page: u64, pages: u64) -> Run {
+        Run {
+            offset: page * PAGE_BYTES,
+            length: pages * PAGE_BYTES,
+        }
+    }
+
+    #[test]
+    fn what_was_recorded_reads_back_with_small_gaps_filled_and_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        assert!(!has_working_set(folder));
+        assert_eq!(read_working_set(folder, MEMORY).unwrap(), None);
+        let touched = [run(1, 1), run(3, 2), run(100, 1)];
+        record_working_set(folder, MEMORY, &touched).unwrap();
+        record_working_set(folder, MEMORY, &[run(7, 7)]).unwrap();
+        assert!(has_working_set(folder));
+        let found = read_working_set(folder, MEMORY).unwrap();
+        assert_eq!(found, Some(vec![run(1, 4), run(100, 1)]));
+        assert_eq!(fs::read_dir(folder).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_changed_bit_or_a_lost_end_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        record_working_set(folder, MEMORY, &[run(1, 1), run(100, 1)]).unwrap();
+        let path = path_in(folder);
+        let whole = fs::read(&path).unwrap();
+        let spoil = |bytes: &[u8], what: &str| {
+            fs::remove_file(&path).unwrap();
+            fs::write(&path, bytes).unwrap();
+            match read_working_set(folder, MEMORY) {
+                Err(Error::Damaged { .. } | Error::NewerFormat { .. }) => {}
+                other => panic!("{what}: {other:?}"),
+            }
+        };
+        for place in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[place] ^= 1;
+            spoil(&bytes, &format!("byte {place}"));
+            spoil(&whole[..place], &format!("{place} bytes"));
+        }
+    }
+
+    #[test]
+    fn a_set_of_other_memory_is_damage_and_too_large_a_set_is_not_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        for touched in [&[run(0, MEMORY / PAGE_BYTES)][..], &[run(1 << 18, 1)]] {
+            match record_working_set(folder, MEMORY, touched) {
+                Err(Error::BadRequest { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(!has_working_set(folder));
+        record_working_set(folder, MEMORY, &[run(1, 1)]).unwrap();
+        match read_working_set(folder, 2 * MEMORY) {
+            Err(Error::Damaged { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
