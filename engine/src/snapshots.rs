@@ -28,11 +28,14 @@ use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, Machine, launch};
+use crate::vm::launch::{From as StartFrom, Launch, Machine, Vm, launch};
 use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
 
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a VM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The labels of a snapshot by which its VM is built again.
 mod label {
@@ -341,15 +344,24 @@ impl Engine {
             cancel,
         );
         let mut vm = launched?;
-        let mut client = vm.runtime()?;
-        let machine_id = Some(freeze::machine_id()?);
-        freeze::wake(&mut client, &vm.dir().id(), &id, machine_id)?;
-        vm.keep_runtime(client);
+        if let Err(error) = wake(&mut vm, &id) {
+            // Why the VM ended says more than that it cannot be talked to.
+            return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
+        }
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
         })
     }
+}
+
+/// Tells a restored VM who it is.
+fn wake(vm: &mut Vm, generation: &str) -> Result<(), SnapshotError> {
+    let mut client = vm.runtime()?;
+    let machine_id = Some(freeze::machine_id()?);
+    freeze::wake(&mut client, &vm.dir().id(), generation, machine_id)?;
+    vm.keep_runtime(client);
+    Ok(())
 }
 
 fn write(

@@ -44,6 +44,8 @@ pub const SERIAL_LIMIT_BYTES: u64 = 4 << 20;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the wait for a VMM's socket looks: it takes a few milliseconds.
 const LOOK: Duration = Duration::from_millis(1);
+/// How long a VMM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -318,7 +320,8 @@ fn call_runtime(
                     serial: last_lines(&dir.serial_log(), SERIAL_LINES),
                 });
             }
-            Err(source) if !vmm.wait(Duration::ZERO).unwrap_or(false) => {
+            // A VMM that ends closes its sockets before it is gone.
+            Err(source) if !vmm.wait(END_PATIENCE).unwrap_or(false) => {
                 return Err(LaunchError::Runtime { source });
             }
             Err(_) => return Err(ended(dir)),
