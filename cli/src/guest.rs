@@ -63,7 +63,11 @@ struct VmFailed {
 
 /// What a broken connection to a VM's runtime becomes: why the VM ended, if it did.
 pub fn broken(entry: &Entry, error: RuntimeError) -> Failure {
-    let process = entry.record.as_ref().ok().and_then(|record| record.vmm.as_ref());
+    let process = entry
+        .record
+        .as_ref()
+        .ok()
+        .and_then(|record| record.vmm.as_ref());
     let has_ended = process
         .map(ProcessRef::open)
         .is_some_and(|process| process.is_none_or(|it| it.wait(END_PATIENCE).unwrap_or(false)));

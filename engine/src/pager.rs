@@ -84,7 +84,11 @@ fn lock(folder: &Path) -> std::io::Result<File> {
 ///
 /// # Errors
 /// [`PagerError`].
-pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Snapshot) -> Result<OwnedFd, PagerError> {
+pub(crate) fn of(
+    folder: &Path,
+    program: &Path,
+    snapshot: &Snapshot,
+) -> Result<OwnedFd, PagerError> {
     ratoon_snapshot::pager::is_permitted().map_err(PagerError::NotPermitted)?;
     let mut name = snapshot.id.to_string();
     name.truncate(NAME_LEN);

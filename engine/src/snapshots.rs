@@ -22,14 +22,14 @@ use ratoon_snapshot::{
 };
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
 
-use crate::pager::{self, PagerError};
-use crate::{cpu, working_set};
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
+use crate::pager::{self, PagerError};
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, FreezeError, Generation};
 use crate::vm::launch::{From as StartFrom, Launch, Machine, Vm, launch};
 use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
+use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);

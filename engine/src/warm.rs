@@ -115,7 +115,14 @@ impl Warm {
         // An image may have no `true`.
         let _ = client.exec(&params, io);
         let name = Some(self.name.as_str());
-        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, (name, MemoryKind::Plain), &Quiet);
+        let taken = engine.snapshot_into(
+            &self.store,
+            &dir,
+            &record,
+            &mut client,
+            (name, MemoryKind::Plain),
+            &Quiet,
+        );
         let usable = match taken {
             Ok(_) => true,
             Err(SnapshotError::Freeze(error)) => {

@@ -79,7 +79,8 @@ pub fn record_working_set(folder: &Path, memory_bytes: u64, touched: &[Run]) -> 
     let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
     let file = openat(CWD, folder, flags, Mode::from_raw_mode(0o444)).at("create", &path)?;
     let mut file = File::from(file);
-    file.write_all(&index.to_bytes_as(MAGIC)).at("write", &path)?;
+    file.write_all(&index.to_bytes_as(MAGIC))
+        .at("write", &path)?;
     let from = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     match linkat(CWD, from, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),

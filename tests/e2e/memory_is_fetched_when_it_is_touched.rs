@@ -29,7 +29,9 @@ fn snapshot(ratoon: &Ratoon) -> String {
     ratoon.run(run).ok();
     exec(ratoon, "first", "sleep 54321 >/dev/null 2>&1 &");
     let sum = exec(ratoon, "first", FILL);
-    ratoon.run(["snapshot", "first", "point", "--compress"]).ok();
+    ratoon
+        .run(["snapshot", "first", "point", "--compress"])
+        .ok();
     sum
 }
 
@@ -104,7 +106,8 @@ fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
     // A bit in each chunk: no chunk is longer than this.
     for place in (0..whole.len()).step_by(1000) {
         let byte = [whole[place] ^ 0x10];
-        file.write_all_at(&byte, place as u64).expect("another byte");
+        file.write_all_at(&byte, place as u64)
+            .expect("another byte");
     }
     let refused = ratoon.run(["restore", "point", "--name", "second"]);
     assert_eq!(refused.code(), 125, "{refused:?}");
@@ -113,7 +116,8 @@ fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
     }
     ratoon.nothing_is_left();
 
-    file.set_len(whole.len() as u64 / 2).expect("a shorter file");
+    file.set_len(whole.len() as u64 / 2)
+        .expect("a shorter file");
     let refused = ratoon.run(["restore", "point", "--name", "second"]);
     assert_eq!(refused.code(), 125, "{refused:?}");
     for word in ["memory.chunks", "is damaged: it has"] {
@@ -122,7 +126,9 @@ fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
     ratoon.nothing_is_left();
 
     file.write_all_at(&whole, 0).expect("as it was");
-    ratoon.run(["run", "--snapshot", "point", "--", "true"]).ok();
+    ratoon
+        .run(["run", "--snapshot", "point", "--", "true"])
+        .ok();
     ratoon.nothing_is_left();
 }
 
@@ -150,7 +156,9 @@ fn a_machine_whose_pager_is_killed_ends_and_says_so() {
 
     // The snapshot and the machine that it is of are as they were.
     exec(&ratoon, "first", "true");
-    ratoon.run(["run", "--snapshot", "point", "--", "true"]).ok();
+    ratoon
+        .run(["run", "--snapshot", "point", "--", "true"])
+        .ok();
     ratoon.run(["rm", "-f", "first", "second"]).ok();
     ratoon.nothing_is_left();
 }

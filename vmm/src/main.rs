@@ -115,9 +115,9 @@ fn distinct(args: &Args) -> Result<(), Failure> {
         args.lifeline_fd,
         args.pager_fd,
     ]
-        .into_iter()
-        .flatten()
-        .collect();
+    .into_iter()
+    .flatten()
+    .collect();
     fds.sort_unstable();
     if fds.windows(2).any(|pair| pair[0] == pair[1]) {
         return Err("two flags name the same descriptor".into());

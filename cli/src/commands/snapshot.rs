@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ratoon_engine::Engine;
+use ratoon_engine::snapshot::MemoryKind;
 use ratoon_engine::snapshots::{RestoreSpec, SnapshotError, Taken};
 use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::LaunchError;
 use ratoon_engine::vm::life;
 use ratoon_engine::vm::store::Entry;
-use ratoon_engine::snapshot::MemoryKind;
 use ratoon_engine::{StartError, snapshot};
 use serde::Serialize;
 

@@ -10,7 +10,9 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
-use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply};
+use ratoon_vmm_api::{
+    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+};
 use serde::de::DeserializeOwned;
 
 /// A longer reply is none.

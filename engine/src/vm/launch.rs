@@ -264,7 +264,10 @@ fn start(
             control,
             lifeline,
             keep_open: &launch.keep_open,
-            pager: launch.generation.as_ref().and_then(|from| from.pager.as_deref()),
+            pager: launch
+                .generation
+                .as_ref()
+                .and_then(|from| from.pager.as_deref()),
         },
     )
     .map_err(|source| LaunchError::Spawn {

@@ -95,9 +95,9 @@ impl Link {
                     "speaks version {version}, not {VERSION}: end the VMs of its snapshot first"
                 ))),
             },
-            (Some((b'F', reason)), _) => {
-                Err(io::Error::other(String::from_utf8_lossy(reason).into_owned()))
-            }
+            (Some((b'F', reason)), _) => Err(io::Error::other(
+                String::from_utf8_lossy(reason).into_owned(),
+            )),
             (None, _) => Err(broken("has gone")),
             _ => Err(broken("says what it should not")),
         }

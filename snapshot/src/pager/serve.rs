@@ -27,6 +27,9 @@ use crate::pages::Run;
 /// The most threads that fetch a working set.
 const MOST_THREADS: usize = 4;
 
+/// How long one that has refused a clone waits for another.
+const LAST_LOOK: Duration = Duration::from_millis(10);
+
 /// A pager's place in the world.
 #[derive(Debug)]
 pub struct Pager {
@@ -67,10 +70,7 @@ impl Pager {
         loop {
             let left = self.linger.saturating_sub(idle_since.elapsed());
             let is_idle = shared.clones.load(Ordering::Acquire) == 0;
-            let timeout = Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            };
+            let timeout = timespec(left);
             let mut fds = [
                 PollFd::new(&self.listener, PollFlags::IN),
                 PollFd::new(&shared.gone, PollFlags::IN),
@@ -95,23 +95,23 @@ impl Pager {
         }
     }
 
-    /// Tells clones that come why there is no memory for them, then ends.
+    /// Tells clones that wait why there is no memory for them, then ends: what is wrong may be put
+    /// right before the next one comes.
     ///
     /// # Errors
     /// As [`Pager::run`].
     pub fn refuse(self, error: &dyn std::error::Error) -> Result<()> {
         let reason = clone::chain(error);
-        let timeout = Timespec {
-            tv_sec: self.linger.as_secs().cast_signed(),
-            tv_nsec: self.linger.subsec_nanos().into(),
-        };
+        let mut patience = self.linger;
         loop {
+            let timeout = timespec(patience);
             let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
             let ready = poll(&mut fds, Some(&timeout)).at("wait for", &self.path)?;
             if ready > 0 {
                 let socket = accept_with(&self.listener, SocketFlags::CLOEXEC)
                     .at("accept a clone on", &self.path)?;
                 let _ = link::send_failed(socket.as_fd(), &reason);
+                patience = LAST_LOOK;
             } else if self.ends().at("lock the folder of", &self.path)? {
                 return Ok(());
             }
@@ -166,9 +166,7 @@ impl Shared {
         let chunks: Vec<u64> = self
             .working_set
             .iter()
-            .flat_map(|run| {
-                self.filler.chunk_at(run.offset)..=self.filler.chunk_at(run.end() - 1)
-            })
+            .flat_map(|run| self.filler.chunk_at(run.offset)..=self.filler.chunk_at(run.end() - 1))
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let (chunks, next) = (Arc::new(chunks), Arc::new(AtomicU64::new(0)));
@@ -183,6 +181,13 @@ impl Shared {
             // Without such a thread the clones' own threads fetch.
             let _ = std::thread::Builder::new().name("fetch".into()).spawn(work);
         }
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs().cast_signed(),
+        tv_nsec: duration.subsec_nanos().into(),
     }
 }
 

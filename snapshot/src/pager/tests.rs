@@ -225,7 +225,11 @@ fn the_kernels_own_accesses_wait_for_the_page_too_as_root() {
     out.write_all_at(memory, 0).unwrap();
     let mut copy = vec![0; BYTES];
     out.read_exact_at(&mut copy, 0).unwrap();
-    assert!(copy.iter().enumerate().all(|(at, byte)| *byte == byte_at(at)));
+    assert!(
+        copy.iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == byte_at(at))
+    );
     drop(clone);
     lab.end();
 }
@@ -244,10 +248,8 @@ fn a_clones_writes_are_its_own_and_pages_given_back_are_the_generations_again_as
         clone.file.read_exact_at(&mut byte, at as u64).unwrap();
         assert_eq!(byte[0], byte_at(at));
         // SAFETY: the page lies within the mapping; no reference to it exists.
-        unsafe {
-            rustix::mm::madvise((clone.mapping + at) as *mut _, PAGE, Advice::LinuxDontNeed)
-        }
-        .unwrap();
+        unsafe { rustix::mm::madvise((clone.mapping + at) as *mut _, PAGE, Advice::LinuxDontNeed) }
+            .unwrap();
         assert_eq!(clone.read(at), byte_at(at));
     }
     // Nobody can change what others will read.
@@ -291,7 +293,11 @@ fn all_of_the_memory_is_in_the_file_once_it_was_asked_for_as_root() {
     assert_eq!(clone.link.wait(), Word::Complete);
     let mut copy = vec![0; BYTES];
     clone.file.read_exact_at(&mut copy, 0).unwrap();
-    assert!(copy.iter().enumerate().all(|(at, byte)| *byte == byte_at(at)));
+    assert!(
+        copy.iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == byte_at(at))
+    );
     drop(clone);
     lab.end();
 }

@@ -213,12 +213,8 @@ impl Userfaultfd {
             // memory of a process that has registered it for that.
             let result = unsafe {
                 match with {
-                    With::Memory => {
-                        ioctl(&self.0, Updater::<UFFDIO_CONTINUE, _>::new(&mut arg))
-                    }
-                    With::Zeroes => {
-                        ioctl(&self.0, Updater::<UFFDIO_ZEROPAGE, _>::new(&mut arg))
-                    }
+                    With::Memory => ioctl(&self.0, Updater::<UFFDIO_CONTINUE, _>::new(&mut arg)),
+                    With::Zeroes => ioctl(&self.0, Updater::<UFFDIO_ZEROPAGE, _>::new(&mut arg)),
                 }
             };
             match result {

@@ -11,7 +11,9 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply};
+use ratoon_vmm_api::{
+    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+};
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 

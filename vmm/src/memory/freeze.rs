@@ -260,11 +260,7 @@ fn scan(address: usize, len: usize) -> Result<Vec<(usize, usize)>, MemoryError> 
 }
 
 /// Pages that are there and none of `without`.
-fn scan_for(
-    address: usize,
-    len: usize,
-    without: u64,
-) -> Result<Vec<(usize, usize)>, MemoryError> {
+fn scan_for(address: usize, len: usize, without: u64) -> Result<Vec<(usize, usize)>, MemoryError> {
     let file = pagemap_file()?;
     let mut found = Vec::new();
     let mut regions = vec![PageRegion::default(); 1024];
