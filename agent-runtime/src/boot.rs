@@ -289,6 +289,9 @@ fn finish(options: &Options) {
     let _ = rustix::process::setrlimit(Resource::Nofile, files);
     if !options.read_only {
         write_hosts(&options.hostname);
+        if let Err(error) = crate::system::name_files(&options.hostname) {
+            eprintln!("ratoon-runtime: {error}");
+        }
     }
 }
 

@@ -148,10 +148,14 @@ impl Server {
             Call::Wake(params) => {
                 let awake = self.identity.wake(&params)?;
                 self.contexts.reseed();
-                self.sessions.reply(at, &awake);
-                for (session, action) in std::mem::take(&mut self.waiting) {
-                    self.act(session, action);
+                if params.thaw
+                    && let Err(error) = system::thaw_at_once(self.identity.switch())
+                {
+                    // It is not awake before its processes are.
+                    self.identity.wait_on();
+                    return Err(error);
                 }
+                self.sessions.reply(at, &awake);
             }
             Call::Whoami => {
                 let awake = self.identity.whoami();

@@ -131,6 +131,7 @@ impl Server {
                 return Ok(());
             }
             let deadline = self.settle(now);
+            self.identity.put_away();
             let backlog = self.prepare_poll(now);
             let timeout = match backlog {
                 true => Some(Duration::ZERO),
@@ -203,6 +204,17 @@ impl Server {
         }
         if died {
             self.reap();
+        }
+        self.release();
+    }
+
+    /// After a `wake`: what waited for it goes on. Not at once but at the round's end: connections that
+    /// did not survive the freeze were reset before the wake came, and their calls are not a child's.
+    fn release(&mut self) {
+        if !self.identity.is_waiting() && !self.waiting.is_empty() {
+            for (session, action) in std::mem::take(&mut self.waiting) {
+                self.act(session, action);
+            }
         }
     }
 
@@ -302,7 +314,8 @@ impl Server {
 
     /// Whether it has to wait for `wake`: a call, or what follows one that waits.
     fn waits(&self, session: u64, action: &Action) -> bool {
-        if !self.identity.is_waiting() {
+        // What waits already goes first.
+        if !self.identity.is_waiting() && self.waiting.is_empty() {
             return false;
         }
         match action {

@@ -134,3 +134,41 @@ async fn a_resumable_clients_processes_end_with_its_last_handle() {
         tokio::time::sleep(std::time::Duration::from_millis(2)).await;
     }
 }
+
+/// A restored machine's other connections are reset before its wake comes; the runtime may see both at once.
+#[test]
+fn a_call_whose_connection_is_lost_before_the_wake_is_not_run_as_root() {
+    let runtime = Runtime::start();
+    let dir = tempfile::tempdir().unwrap();
+    let (lost, kept) = (dir.path().join("lost"), dir.path().join("kept"));
+    // The older connection is served first.
+    let mut waker = runtime.raw();
+    let mut other = runtime.raw();
+    let mut third = runtime.raw();
+    waker.call(1, r#"{"method":"expect_wake"}"#);
+    waker.frame_of(Kind::Reply, 1);
+    let mkdir = |raw: &mut Raw, path: &std::path::Path| {
+        let path = path.display();
+        raw.call(
+            1,
+            &format!(r#"{{"method":"file.mkdir","params":{{"path":"{path}"}}}}"#),
+        );
+        raw.call(2, r#"{"method":"ping"}"#);
+        raw.frame_of(Kind::Reply, 2);
+    };
+    mkdir(&mut other, &lost);
+    mkdir(&mut third, &kept);
+    let pid = rustix::process::Pid::from_raw(runtime.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    drop(other);
+    let entropy = "5a".repeat(32);
+    let wake = format!(
+        r#"{{"method":"wake","params":{{"generation":"g","id":"i","entropy":"{entropy}","thaw":true}}}}"#
+    );
+    waker.call(2, &wake);
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    waker.frame_of(Kind::Reply, 2);
+    third.frame_of(Kind::Reply, 1);
+    assert!(kept.exists());
+    assert!(!lost.exists());
+}

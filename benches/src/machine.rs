@@ -175,6 +175,7 @@ impl Ratoon {
             id: id.into(),
             path: parts.disk.clone(),
             read_only: !layer,
+            frozen: Vec::new(),
             layer: layer.then(|| at(&format!("{id}.qcow2"))),
         };
         let mut disks = vec![disk("root", true)];
@@ -198,6 +199,7 @@ impl Ratoon {
                 socket: at("vsock"),
             }),
             networks: Vec::new(),
+            balloon: true,
             serial: Some(SerialConfig {
                 log: at("serial.log"),
                 limit_bytes: 1 << 20,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use ratoon_engine::dirs::Dirs;
 use ratoon_engine::runtime::{CallIo, RuntimeClient};
-use ratoon_engine::snapshot::{MemoryKind, Quiet};
-use ratoon_engine::snapshots::RestoreSpec;
+use ratoon_engine::snapshot::Quiet;
+use ratoon_engine::snapshots::{Keep, RestoreSpec};
 use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::Vm;
 use ratoon_engine::{Engine, RunSpec};
@@ -79,8 +79,11 @@ impl Sandboxes {
     /// # Errors
     /// The engine's.
     pub fn snapshot(&self, vm: &Vm, name: &str) -> Result<()> {
-        self.engine
-            .snapshot(vm.dir(), Some(name), MemoryKind::Plain, &Quiet)?;
+        let keep = Keep {
+            name: Some(name),
+            ..Keep::default()
+        };
+        self.engine.snapshot(vm.dir(), keep, &Quiet)?;
         Ok(())
     }
 

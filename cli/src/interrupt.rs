@@ -7,6 +7,7 @@
 //! ```
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +15,21 @@ use ratoon_engine::runtime::Controller;
 use rustix::pipe::{PipeFlags, pipe_with};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
+
+/// Set by ^C and its like: long work then cleans up and ends.
+static CANCELLED: AtomicBool = AtomicBool::new(false);
+
+/// From now on signals set the flag that is given, and do nothing else.
+pub fn cancel_on_signals() -> std::io::Result<&'static AtomicBool> {
+    // The flag alone wakes nobody, but the work asks often.
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            CANCELLED.store(true, Ordering::Relaxed);
+        }
+    });
+    Ok(&CANCELLED)
+}
 
 /// How long a command may take to heed a signal.
 const PATIENCE: Duration = Duration::from_secs(10);

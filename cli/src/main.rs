@@ -19,7 +19,9 @@ use clap::{Parser, Subcommand};
 use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
-use commands::{code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, stop, top};
+use commands::{
+    code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top,
+};
 use failure::Failure;
 
 /// Run commands in micro virtual machines.
@@ -66,7 +68,7 @@ enum Command {
     Snapshot(snapshot::Args),
     Restore(snapshot::RestoreArgs),
     Suspend(snapshot::SuspendArgs),
-    Snapshots(snapshot::SnapshotsArgs),
+    Snapshots(snapshots::Args),
     Rm(rm::Args),
     #[command(subcommand)]
     Image(image::Command),
@@ -104,7 +106,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Snapshot(args) => snapshot::run(&engine, &args),
         Command::Restore(args) => snapshot::restore(&engine, &args),
         Command::Suspend(args) => snapshot::suspend(&engine, &args),
-        Command::Snapshots(args) => snapshot::snapshots(&engine, &args),
+        Command::Snapshots(args) => snapshots::run(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),
         Command::Image(command) => image::run(&engine, command),
         Command::Doctor(args) => doctor::run(&args, engine.dirs()),

@@ -177,7 +177,8 @@ fn openings(base: &Path, folder: &Path) -> Outcome<()> {
         let layer = folder.join(format!("new-{index}"));
         for (list, layer) in times.iter_mut().zip([Some(&layer), Some(&layer), None]) {
             let start = Instant::now();
-            let backend = block::open(base, layer.is_none(), layer.map(|path| path.as_path()))?;
+            let backend =
+                block::open(base, layer.is_none(), &[], layer.map(|path| path.as_path()))?;
             list.push(start.elapsed().as_nanos() as f64 / 1000.0);
             drop(backend);
         }
@@ -206,13 +207,13 @@ fn main() -> Outcome<()> {
     openings(&base, folder)?;
 
     let before = anonymous_bytes()?;
-    let empty = block::open(&base, false, Some(&folder.join("empty")))?;
+    let empty = block::open(&base, false, &[], Some(&folder.join("empty")))?;
     println!(
         "memory of an open, empty layer: {} KiB",
         (anonymous_bytes()? - before) >> 10
     );
     let before = anonymous_bytes()?;
-    let mut full = block::open(&base, false, Some(&folder.join("full")))?;
+    let mut full = block::open(&base, false, &[], Some(&folder.join("full")))?;
     fill_backend(full.as_mut())?;
     println!(
         "memory of a layer of 1 GiB, all written: {} KiB",
@@ -221,9 +222,9 @@ fn main() -> Outcome<()> {
     // The page cache may hold one file in larger pieces than another; a layer's file that is read
     // as a raw one shows what is due to that.
     let control = folder.join("control");
-    fill_backend(block::open(&base, false, Some(&control))?.as_mut())?;
-    let raw = block::open(&raw, false, None)?;
-    let control = block::open(&control, true, None)?;
+    fill_backend(block::open(&base, false, &[], Some(&control))?.as_mut())?;
+    let raw = block::open(&raw, false, &[], None)?;
+    let control = block::open(&control, true, &[], None)?;
     let mut backends = [
         ("raw", raw),
         ("raw, layer's file", control),
@@ -240,7 +241,7 @@ fn main() -> Outcome<()> {
         compare(work, &mut backends)?;
     }
     // The first write of a cluster: what is not written of it is copied from the base.
-    let mut fresh = block::open(&base, false, Some(&folder.join("fresh")))?;
+    let mut fresh = block::open(&base, false, &[], Some(&folder.join("fresh")))?;
     for work in WORKS.iter().filter(|work| work.write) {
         let mut memory = vec![9; work.request_bytes];
         let [cpu, wall] = round(fresh.as_mut(), work, 0, &mut memory)?;

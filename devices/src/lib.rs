@@ -4,6 +4,7 @@
 //! names. Every byte that a device reads from the guest is hostile: a device answers with a
 //! [`virtio::DeviceError`], its transport then sets DEVICE_NEEDS_RESET, and the VMM lives on.
 
+pub mod balloon;
 pub mod block;
 pub mod legacy;
 pub mod net;

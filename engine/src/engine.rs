@@ -7,14 +7,14 @@ use std::time::Duration;
 use ratoon_vmm_api::NetConfig;
 
 use crate::dirs::Dirs;
-use crate::image::{self, ContainerConfig, ImageStore};
+use crate::image::{self, ContainerConfig, Image, ImageStore};
 use crate::initramfs::{self, InitramfsError};
 use crate::vm::command::ImageCommand;
 use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
 use crate::vm::life::{self, LifeError, VmInfo};
 use crate::vm::record::ImageRef;
 use crate::vm::store::{Store, StoreError};
-use crate::warm::Warm;
+use crate::warm::{Made, Warm};
 
 /// Guest memory when none is asked for, in MiB. Debian with Python and a package manager at work
 /// needs about 300; what a guest does not touch costs the host nothing.
@@ -107,6 +107,8 @@ pub struct Started {
     pub vm: Vm,
     /// The image's own command and settings.
     pub command: ImageCommand,
+    /// It was booted, and left a warm generation: later VMs of its kind start from that.
+    pub made_warm: bool,
 }
 
 /// The engine. See the crate's example. Any number of engines, in any number of processes, may use
@@ -215,6 +217,29 @@ impl Engine {
         spec: &RunSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, StartError> {
+        let (image, plan) = self.plan(spec)?;
+        let warm = Warm::of(self, spec, &image, &plan);
+        if let Some(started) = warm
+            .as_ref()
+            .and_then(|warm| warm.start(self, spec, cancel))
+        {
+            return started;
+        }
+        let mut vm = launch(&self.store, &plan, cancel)?;
+        let made = warm.map_or(Made::Nothing, |warm| warm.make(self, &mut vm));
+        if matches!(made, Made::Lost) {
+            vm.end().map_err(LaunchError::from)?;
+            vm = launch(&self.store, &plan, cancel)?;
+        }
+        Ok(Started {
+            vm,
+            command: image_command(&image.config.container),
+            made_warm: matches!(made, Made::Kept),
+        })
+    }
+
+    /// How a VM of this kind is booted, and its image.
+    pub(crate) fn plan(&self, spec: &RunSpec) -> Result<(Image, Launch), StartError> {
         let image = self.images()?.get(&spec.image)?;
         let lock = OwnedFd::from(image.open_locked()?);
         let runtime = absolute(&self.programs.runtime)?;
@@ -240,24 +265,7 @@ impl Engine {
             },
             generation: None,
         };
-        let warm = Warm::of(self, spec, &image, &plan);
-        if let Some(started) = warm
-            .as_ref()
-            .and_then(|warm| warm.start(self, spec, cancel))
-        {
-            return started;
-        }
-        let mut vm = launch(&self.store, &plan, cancel)?;
-        if let Some(warm) = warm
-            && !warm.make(self, &mut vm)
-        {
-            vm.end().map_err(LaunchError::from)?;
-            vm = launch(&self.store, &plan, cancel)?;
-        }
-        Ok(Started {
-            vm,
-            command: image_command(&image.config.container),
-        })
+        Ok((image, plan))
     }
 }
 

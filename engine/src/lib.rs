@@ -30,6 +30,7 @@ pub mod dirs;
 mod engine;
 pub mod image;
 pub mod initramfs;
+mod lineage;
 mod pager;
 pub mod snapshots;
 /// The runtime in a guest.
@@ -48,3 +49,4 @@ pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,
     image_command,
 };
+pub use warm::{WarmError, WarmGeneration, Warming};

@@ -10,7 +10,6 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ratoon_snapshot::Snapshot;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
@@ -79,19 +78,16 @@ fn lock(folder: &Path) -> std::io::Result<File> {
     Ok(lock)
 }
 
-/// A connection to the snapshot's pager, started if there is none, for one VM. `program` is
-/// `ratoon-pager`.
+/// A connection to the pager of the snapshot in this folder, started if there is none, for one VM.
+/// `program` is `ratoon-pager`; sockets are in `folder`.
 ///
 /// # Errors
 /// [`PagerError`].
-pub(crate) fn of(
-    folder: &Path,
-    program: &Path,
-    snapshot: &Snapshot,
-) -> Result<OwnedFd, PagerError> {
+pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<OwnedFd, PagerError> {
     ratoon_snapshot::pager::is_permitted().map_err(PagerError::NotPermitted)?;
-    let mut name = snapshot.id.to_string();
-    name.truncate(NAME_LEN);
+    // The folder is called as the snapshot's id.
+    let id = snapshot.file_name().unwrap_or_default().to_string_lossy();
+    let name: String = id.chars().take(NAME_LEN).collect();
     let path = folder.join(name).with_extension("sock");
     let failed = |source: std::io::Error| PagerError::Socket {
         path: path.clone(),
@@ -104,7 +100,7 @@ pub(crate) fn of(
     let listener = listen_at(&path).map_err(failed)?;
     let spawned = Command::new(program)
         .arg(&path)
-        .arg(&snapshot.folder)
+        .arg(snapshot)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(listener))

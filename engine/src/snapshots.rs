@@ -5,30 +5,32 @@
 //!   store --map, wake--> VM
 //! ```
 //!
-//! A snapshot holds memory, state and what was written to the disk; the image it stands on is named
-//! by its digest and has to be there. A VM that cannot be woken is ended: it never runs half-woken.
+//! A snapshot holds memory, state and what was written to the disk, or what of these is not in the
+//! snapshot that it builds on ([`crate::lineage`]); the image it stands on is named by its digest
+//! and has to be there. A VM that cannot be woken is ended: it never runs half-woken.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ratoon_snapshot::{
-    About, ChunkOptions, MemoryKind, Pages, Progress, Region, Run, Snapshot, Store, hash_file,
-    populated,
+    About, ChunkOptions, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file,
 };
-use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
+use ratoon_vmm_api::{GenerationConfig, NetConfig};
 
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
+use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, FreezeError, Generation};
-use crate::vm::launch::{From as StartFrom, Launch, Machine, Vm, launch};
-use crate::vm::record::{ImageRef, Record, RecordError, VmDir};
+use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::launch::{
+    From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
+};
+use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
 use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
@@ -42,6 +44,13 @@ mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
+    pub const CONTROL_PORT: &str = "ratoon.control-port";
+}
+
+/// The digest of the image that a snapshot stands on.
+pub fn image_digest_of(snapshot: &Snapshot) -> Option<&str> {
+    let labels = &snapshot.manifest.about.labels;
+    labels.get(label::IMAGE_DIGEST).map(String::as_str)
 }
 
 /// The name of the image that a snapshot stands on.
@@ -96,10 +105,21 @@ pub enum SnapshotError {
     },
 }
 
-impl std::convert::From<crate::vm::launch::LaunchError> for SnapshotError {
-    fn from(error: crate::vm::launch::LaunchError) -> Self {
+impl std::convert::From<LaunchError> for SnapshotError {
+    fn from(error: LaunchError) -> Self {
         Self::Start(error.into())
     }
+}
+
+/// How a snapshot is kept.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Keep<'k> {
+    /// What it is called beside its id.
+    pub name: Option<&'k str>,
+    /// Who vouches for it.
+    pub key: Option<&'k SigningKey>,
+    /// Its memory is written whole, in compressed chunks that a pager serves.
+    pub compressed: bool,
 }
 
 /// A snapshot that was taken.
@@ -124,64 +144,22 @@ pub struct RestoreSpec {
     pub detached: bool,
     /// How long it may take.
     pub timeout: Duration,
+    /// Unless empty, one of these has to have signed it, and every byte is read again to see that
+    /// it is what was signed.
+    pub trusted: Vec<PublicKey>,
 }
 
-/// Memory of several layers: the topmost that has a page counts.
-struct Layered(Vec<(File, Vec<ratoon_vmm_api::Run>)>);
+/// Work that ends when a descriptor becomes readable.
+struct Until<'u>(Option<BorrowedFd<'u>>);
 
-impl Layered {
-    /// The layer that counts at `offset`, and up to where.
-    fn at(&self, offset: u64, end: u64) -> (&File, u64) {
-        let mut end = end;
-        for (file, runs) in self.0.iter().rev() {
-            for run in runs {
-                let run_end = run.offset + run.len;
-                if (run.offset..run_end).contains(&offset) {
-                    return (file, end.min(run_end));
-                }
-                if run.offset > offset {
-                    end = end.min(run.offset);
-                }
-            }
-        }
-        // The first layer is the whole.
-        (&self.0[0].0, end)
-    }
-
-    /// Where there is anything.
-    fn populated(&self) -> Result<Vec<Run>, ratoon_snapshot::Error> {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for (index, (file, own)) in self.0.iter().enumerate() {
-            match index {
-                0 => runs.extend(populated(file)?.iter().map(|run| (run.offset, run.length))),
-                _ => runs.extend(own.iter().map(|run| (run.offset, run.len))),
-            }
-        }
-        runs.sort_unstable();
-        let mut merged: Vec<Run> = Vec::new();
-        for (offset, length) in runs {
-            match merged.last_mut() {
-                Some(last) if offset <= last.offset + last.length => {
-                    last.length = last.length.max(offset + length - last.offset);
-                }
-                _ => merged.push(Run { offset, length }),
-            }
-        }
-        Ok(merged)
-    }
-}
-
-impl Pages for Layered {
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
-        let mut done = 0;
-        while done < into.len() {
-            let at = offset + done as u64;
-            let (file, end) = self.at(at, offset + into.len() as u64);
-            let len = (end - at) as usize;
-            file.read_exact_at(&mut into[done..done + len], at)?;
-            done += len;
-        }
-        Ok(())
+impl Progress for Until<'_> {
+    fn cancelled(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let Some(fd) = self.0 else {
+            return false;
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 }
 
@@ -220,8 +198,7 @@ impl Engine {
     pub fn snapshot(
         &self,
         dir: &VmDir,
-        name: Option<&str>,
-        kind: MemoryKind,
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let record = dir.read_record()?;
@@ -231,7 +208,7 @@ impl Engine {
             dir,
             &record,
             &mut client,
-            (name, kind),
+            keep,
             progress,
         )
     }
@@ -243,14 +220,33 @@ impl Engine {
         dir: &VmDir,
         record: &Record,
         client: &mut RuntimeClient,
-        (name, kind): (Option<&str>, MemoryKind),
+        keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
         let pause = generation.pause;
-        let frozen = dir.frozen_layer();
-        let written = write(store, record, generation, &frozen, (name, kind), progress);
-        let _ = std::fs::remove_file(&frozen);
+        let taken = Ancestor {
+            snapshot: String::new(),
+            memory_layers: generation.layers.len(),
+            disk_layers: generation.frozen(ROOT).len(),
+        };
+        let disks = generation.disks.clone();
+        let written = write(store, record, generation, keep, progress);
+        // A VM that has gone meanwhile has no use for it.
+        let _ = self.store().update(dir, |record| {
+            for disk in &mut record.config.disks {
+                if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
+                    disk.frozen.clone_from(&frozen.frozen);
+                    disk.layer = Some(frozen.layer.clone());
+                }
+            }
+            record
+                .ancestors
+                .extend(written.as_ref().ok().map(|snapshot| Ancestor {
+                    snapshot: snapshot.id.to_string(),
+                    ..taken
+                }));
+        });
         Ok(Taken {
             snapshot: written?,
             pause,
@@ -266,13 +262,19 @@ impl Engine {
         spec: &RestoreSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, SnapshotError> {
-        let snapshot = self.snapshots()?.get(&spec.snapshot)?;
-        self.restore_from(&snapshot, spec, cancel)
+        let store = self.snapshots()?;
+        let snapshot = store.get(&spec.snapshot)?;
+        if !spec.trusted.is_empty() {
+            snapshot.check_signature(&spec.trusted)?;
+            store.verify(&snapshot.id.to_string(), &Until(cancel))?;
+        }
+        self.restore_from(&store, &snapshot, spec, cancel)
     }
 
-    /// Starts a VM from this snapshot and wakes it.
+    /// Starts a VM from this snapshot of `store` and wakes it.
     pub(crate) fn restore_from(
         &self,
+        store: &Store,
         snapshot: &Snapshot,
         spec: &RestoreSpec,
         cancel: Option<BorrowedFd<'_>>,
@@ -291,23 +293,20 @@ impl Engine {
         ];
         // Checks its hash.
         drop(snapshot.state()?);
-        let file = |name: &str| snapshot.folder.join(name);
-        let layer = snapshot.manifest.layers.iter().find_map(|layer| {
-            let is_root = layer.disk == "root";
-            layer.file.as_deref().filter(|_| is_root).map(file)
-        });
-        let (memory, pager) = match snapshot.manifest.memory.kind {
-            MemoryKind::Plain => {
-                let layer = MemoryLayerConfig {
-                    path: file("memory.bin"),
-                    runs: Vec::new(),
-                };
-                (vec![layer], None)
-            }
-            MemoryKind::Chunks => {
+        // In place, and only read. Held by name: what they build on stays while the snapshot does.
+        let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
+        let frozen = store.layer_files(snapshot, ROOT)?;
+        let ancestor = Ancestor {
+            snapshot: id.clone(),
+            memory_layers: memory.len() + usize::from(chunks.is_some()),
+            disk_layers: frozen.len(),
+        };
+        let pager = match &chunks {
+            None => None,
+            Some(folder) => {
                 let program = absolute(&self.programs().pager)?;
-                let pager = pager::of(&self.dirs().pagers(), &program, snapshot)?;
-                (Vec::new(), Some(Arc::new(pager)))
+                let pager = pager::of(&self.dirs().pagers(), &program, folder)?;
+                Some(Arc::new(pager))
             }
         };
         working_set::read_ahead(snapshot);
@@ -334,32 +333,53 @@ impl Engine {
                 },
                 generation: Some(StartFrom {
                     config: GenerationConfig {
-                        state: file("state.bin"),
+                        state: snapshot.folder.join("state.bin"),
                         memory,
+                        paged: pager.is_some(),
                     },
                     pager,
-                    layer: layer.ok_or_else(|| SnapshotError::NoImage(id.clone()))?,
+                    frozen,
+                    ancestor,
+                    control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
                 }),
             },
             cancel,
         );
         let mut vm = launched?;
-        if let Err(error) = wake(&mut vm, &id) {
+        if let Err(error) = wake(&mut vm, id) {
             // Why the VM ended says more than that it cannot be talked to.
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
         }
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
+            made_warm: false,
         })
     }
 }
 
+/// What a VM is to have of its own.
+fn child(vm: &Vm) -> Child {
+    let config = &vm.record().config;
+    let networks = config.networks.iter().enumerate();
+    Child {
+        hostname: Some(vm.record().hostname()),
+        macs: networks
+            .map(|(index, net)| net.mac_of(&config.id, index))
+            .collect(),
+    }
+}
+
 /// Tells a restored VM who it is.
-fn wake(vm: &mut Vm, generation: &str) -> Result<(), SnapshotError> {
+fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
-    let machine_id = Some(freeze::machine_id()?);
-    freeze::wake(&mut client, &vm.dir().id(), generation, machine_id)?;
+    let waking = Waking {
+        id: vm.dir().id(),
+        generation,
+        child: Some(child(vm)),
+    };
+    freeze::wake(&mut client, &waking)?;
+    vm.awake().map_err(LaunchError::from)?;
     vm.keep_runtime(client);
     Ok(())
 }
@@ -368,8 +388,7 @@ fn write(
     store: &Store,
     record: &Record,
     generation: Generation,
-    frozen_layer: &std::path::Path,
-    (name, kind): (Option<&str>, MemoryKind),
+    keep: Keep<'_>,
     progress: &dyn Progress,
 ) -> Result<Snapshot, SnapshotError> {
     let failed = |path: &std::path::Path| {
@@ -378,26 +397,50 @@ fn write(
     };
     let config = &record.config;
     let mut writer = store.begin()?;
-    let memory = Layered(generation.layers);
+    let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
-    let populated = memory.populated()?;
-    match kind {
-        MemoryKind::Plain => writer.memory_plain(&parts, &memory, &populated, progress)?,
-        MemoryKind::Chunks => {
-            let options = ChunkOptions::default();
-            writer.memory_chunks(&parts, &memory, &populated, options, progress)?
-        }
-    };
     writer.state(generation.state.as_bytes())?;
-    let layer = File::open(frozen_layer).map_err(failed(frozen_layer))?;
-    writer.layer("root", "root.qcow2", &layer, progress)?;
+    let known = base.as_ref().map_or(0, Base::disk_layers);
+    if let Some(base) = &base {
+        let layers = base.snapshot.manifest.layers.iter();
+        for layer in layers.filter(|layer| layer.disk == ROOT) {
+            writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
+        }
+    }
+    for (number, path) in generation.frozen(ROOT).iter().enumerate().skip(known) {
+        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    }
+    let memory = Layered::new(generation.layers);
+    let difference = match &base {
+        Some(base) if !keep.compressed => base.difference(store, &memory)?,
+        _ => None,
+    };
+    match difference {
+        Some((runs, base)) => {
+            writer.memory_difference(&parts, &memory, &runs, base, progress)?;
+        }
+        None if keep.compressed => {
+            let (runs, options) = (memory.populated()?, ChunkOptions::default());
+            writer.memory_chunks(&parts, &memory, &runs, options, progress)?;
+        }
+        None => {
+            writer.memory_plain(&parts, &memory, &memory.populated()?, progress)?;
+        }
+    }
     let kernel = File::open(&config.kernel).map_err(failed(&config.kernel))?;
     let mut labels = BTreeMap::new();
     if let Some(image) = &record.image {
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
-    labels.insert(label::KERNEL_ARGS.to_owned(), config.kernel_args.clone());
+    let words = config.kernel_args.split_whitespace();
+    // Its name is its own.
+    let words: Vec<&str> = words
+        .filter(|word| !word.starts_with(HOSTNAME_WORD))
+        .collect();
+    labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
+    let port = generation.control_port.to_string();
+    labels.insert(label::CONTROL_PORT.to_owned(), port);
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,
@@ -405,8 +448,8 @@ fn write(
         runtime: None,
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
-        parent: None,
+        parent: base.as_ref().map(|base| base.snapshot.id),
         labels,
     };
-    Ok(writer.finish(about, name, None)?)
+    Ok(writer.finish(about, keep.name, keep.key)?)
 }

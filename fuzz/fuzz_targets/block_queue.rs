@@ -264,7 +264,7 @@ fn drive(driver: &mut MockDriver, input: &mut Unstructured<'_>, features: u64) -
 
 fn open_layer(folder: &Path) -> Box<dyn Backend> {
     let layer = folder.join("layer");
-    block::open(&folder.join("base"), false, Some(&layer)).expect("a layer")
+    block::open(&folder.join("base"), false, &[], Some(&layer)).expect("a layer")
 }
 
 fn run(mut input: Unstructured<'_>) -> Result<()> {

@@ -9,9 +9,11 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
+use ratoon_devices::balloon::{Balloon, Reclaim};
 use ratoon_devices::block::{Block, RawFile};
 use ratoon_devices::legacy::{Serial, SerialState};
 use ratoon_devices::net::{self, Net};
@@ -24,6 +26,7 @@ use ratoon_devices::vsock::{CONTROL_PORT, Vsock};
 use ratoon_fuzz::{address, kick_or_else, rarely, send_chain};
 use serde_json::Value;
 use tempfile::TempDir;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// Checksums and segmentation, joined buffers, event-idx: what a driver may want.
 const WANTED: u64 = u64::MAX;
@@ -34,6 +37,15 @@ struct Wire(UnixDatagram);
 impl net::Backend for Wire {
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Takes no memory back.
+struct Nobody;
+
+impl Reclaim for Nobody {
+    fn reclaim(&self, _: &GuestMemoryMmap, _: GuestAddress, len: u64) -> std::io::Result<u64> {
+        Ok(len)
     }
 }
 
@@ -68,6 +80,7 @@ impl Place {
                 let backend = RawFile::open(&disk, false).expect("a disk in memory");
                 Box::new(Block::new("disk", Box::new(backend), false))
             }
+            4 => Box::new(Balloon::new(Arc::new(Nobody))),
             _ => Box::new(Vsock::new(CID, &self.socket()).expect("a socket in memory")),
         }
     }
@@ -112,12 +125,12 @@ fn work(driver: &mut MockDriver, input: &mut Unstructured<'_>, kind: u8) -> Resu
     for queue in 0..queues {
         for _ in 0..input.int_in_range(0..=2u8)? {
             match (kind, queue) {
-                (4, 1) => {
+                (5, 1) => {
                     let op = input.int_in_range(1..=7u16)?;
                     let packet = packet(input, op)?;
                     ratoon_fuzz::send_bytes(driver, input, queue, &[&packet], &[])?;
                 }
-                (1, _) | (2, 0) | (4, _) => {
+                (1, _) | (2, 0) | (4 | 5, _) => {
                     ratoon_fuzz::send_bytes(driver, input, queue, &[], &[4096])?;
                 }
                 (2, _) => send_chain(driver, input, queue, &[12, 60], &[])?,
@@ -219,8 +232,8 @@ fn speak(mut program: &UnixStream) {
 }
 
 fn run(mut input: Unstructured<'_>) -> Result<()> {
-    let kind = input.int_in_range(0..=5u8)?;
-    if kind == 5 {
+    let kind = input.int_in_range(0..=6u8)?;
+    if kind == 6 {
         return serial(&mut input);
     }
     let mut place = Place::new();
@@ -258,7 +271,7 @@ fuzz_target!(|data: &[u8]| {
     // As it is, mostly for corpora of real states.
     if let Ok(state) = serde_json::from_slice::<TransportState>(data) {
         let mut place = Place::new();
-        for kind in 0..=4 {
+        for kind in 0..=5 {
             let device = place.device(kind);
             let mut driver = MockDriver::new_boxed(device);
             restore(&mut place, kind, &mut driver, &state);

@@ -12,9 +12,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
 use tar::{Archive, Builder, EntryType, Header};
 
 use crate::content::CUT_BYTES;
@@ -77,8 +79,9 @@ fn parts(manifest: &Manifest) -> Vec<Part> {
 }
 
 impl Store {
-    /// Writes a snapshot into one file at `to`, which appears when it is complete. What the
-    /// snapshot builds on is not in it. The hashes are checked by whoever imports it.
+    /// Writes a snapshot into one file at `to`, which appears, or takes the place of what was there,
+    /// when it is complete: killed before, nothing is left. What the snapshot builds on is not in
+    /// it. The hashes are checked by whoever imports it.
     ///
     /// # Errors
     /// As [`Store::get`]; [`Error::Damaged`], [`Error::Io`], [`Error::DiskFull`],
@@ -90,26 +93,31 @@ impl Store {
             Some(parent) => parent,
             None => return Err(Error::request("a file is needed to export to")),
         };
-        let unfinished = Unfinished(folder.join(files::temporary_name()?));
-        let file = files::create(&unfinished.0)?;
-        let mut out = Export {
-            tar: Builder::new(BufWriter::with_capacity(1 << 20, file)),
-            path: to,
-            progress,
-        };
-        out.bytes(files::MANIFEST, &snapshot.bytes.0)?;
-        out.bytes(files::STATE, &snapshot.state()?)?;
-        for part in parts(&snapshot.manifest) {
-            progress.step("exporting");
-            out.part(&snapshot.folder, &part)?;
+        if to.is_dir() {
+            let reason = format!("{} is a folder: name a file in it", to.display());
+            return Err(Error::request(reason));
         }
-        let buffered = out.tar.into_inner().at("write", to)?;
-        let file = buffered
-            .into_inner()
-            .map_err(|error| Error::io("write", to, error.into_error()))?;
+        let (file, unfinished) = Unfinished::create(folder)?;
+        let file = write_bundle(&snapshot, file, to, progress)?;
         file.sync_all().at("flush", to)?;
-        fs::rename(&unfinished.0, to).at("write", to)?;
+        unfinished.place(&file, to)?;
         files::sync_folder(folder)?;
+        Ok(snapshot)
+    }
+
+    /// As [`Store::export`], into an open file or pipe, which is called `label` in errors.
+    ///
+    /// # Errors
+    /// As [`Store::export`].
+    pub fn export_into(
+        &self,
+        wanted: &str,
+        to: File,
+        label: &Path,
+        progress: &dyn Progress,
+    ) -> Result<Snapshot> {
+        let snapshot = self.get(wanted)?;
+        write_bundle(&snapshot, to, label, progress)?;
         Ok(snapshot)
     }
 
@@ -126,7 +134,21 @@ impl Store {
         name: Option<&str>,
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
-        let file = BufReader::with_capacity(1 << 20, files::open(from)?);
+        self.import_from(files::open(from)?, from, name, progress)
+    }
+
+    /// As [`Store::import`], from an open file or pipe, which is called `from` in errors.
+    ///
+    /// # Errors
+    /// As [`Store::import`].
+    pub fn import_from(
+        &self,
+        file: File,
+        from: &Path,
+        name: Option<&str>,
+        progress: &dyn Progress,
+    ) -> Result<Snapshot> {
+        let file = BufReader::with_capacity(1 << 20, file);
         let mut archive = Archive::new(file);
         // Raw: long names, links and other extensions are entries that nobody asked for.
         let entries = archive.entries().at("read", from)?.raw(true);
@@ -186,11 +208,59 @@ fn in_bundle(error: Error, from: &Path) -> Error {
     }
 }
 
-/// A file that goes unless it is renamed.
+/// Writes all entries; gives the file back.
+fn write_bundle(
+    snapshot: &Snapshot,
+    file: File,
+    path: &Path,
+    progress: &dyn Progress,
+) -> Result<File> {
+    let mut out = Export {
+        tar: Builder::new(BufWriter::with_capacity(1 << 20, file)),
+        path,
+        progress,
+    };
+    out.bytes(files::MANIFEST, &snapshot.bytes.0)?;
+    out.bytes(files::STATE, &snapshot.state()?)?;
+    for part in parts(&snapshot.manifest) {
+        progress.step("exporting");
+        out.part(&snapshot.folder, &part)?;
+    }
+    let buffered = out.tar.into_inner().at("write", path)?;
+    buffered
+        .into_inner()
+        .map_err(|error| Error::io("write", path, error.into_error()))
+}
+
+/// A file without its name yet: it goes by itself, even after a kill, or, where the file system has
+/// no nameless files, when this is dropped.
 struct Unfinished(PathBuf);
+
+impl Unfinished {
+    fn create(folder: &Path) -> Result<(File, Self)> {
+        let own = Self(folder.join(files::temporary_name()?));
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o644);
+        let file = match rustix::fs::open(folder, flags, mode) {
+            Ok(fd) => File::from(fd),
+            Err(_) => files::create(&own.0)?,
+        };
+        Ok((file, own))
+    }
+
+    /// Gives the file its name.
+    fn place(self, file: &File, to: &Path) -> Result<()> {
+        if !self.0.exists() {
+            let nameless = format!("/proc/self/fd/{}", file.as_raw_fd());
+            linkat(CWD, nameless, CWD, &self.0, AtFlags::SYMLINK_FOLLOW).at("name", to)?;
+        }
+        fs::rename(&self.0, to).at("write", to)
+    }
+}
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
+        // There is nothing once it has its place.
         let _ = fs::remove_file(&self.0);
     }
 }

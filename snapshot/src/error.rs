@@ -170,6 +170,14 @@ pub enum Error {
         /// The manifest.
         path: PathBuf,
     },
+    /// A file that should hold a key.
+    #[error("{} is no key: {reason}", path.display())]
+    BadKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
     /// The caller asked for what no snapshot can hold.
     #[error("this snapshot cannot be written: {reason}")]
     BadRequest {

@@ -35,6 +35,7 @@ mod content;
 mod digest;
 mod error;
 mod files;
+mod keys;
 mod manifest;
 mod memory;
 mod names;
@@ -59,7 +60,7 @@ pub use manifest::{
     About, Blob, Cpu, FORMAT_VERSION, Layer, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_REGIONS, Manifest,
     Memory, MemoryKind, Region,
 };
-pub use memory::{Base, Mapping, MemoryImage, Overlay, RunIndex};
+pub use memory::{Base, Mapping, MemoryFile, MemoryImage, Overlay, RunIndex};
 pub use pages::{PAGE_BYTES, Pages, Run, populated};
 pub use signature::{PublicKey, Signature, SigningKey};
 pub use snapshot::{Sizes, Snapshot};

@@ -150,6 +150,41 @@ pub struct Overlay {
     pub mappings: Vec<Mapping>,
 }
 
+/// One file of a snapshot's memory, for whoever opens it by its path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryFile {
+    /// `memory.bin` or `memory.chunks`.
+    pub path: PathBuf,
+    /// Which of them it is.
+    pub kind: MemoryKind,
+    /// A difference: where in memory the file's content, end to end, belongs. Empty for whole
+    /// memory and for a difference of nothing.
+    pub runs: Vec<Run>,
+    /// It is a difference.
+    pub is_difference: bool,
+}
+
+impl MemoryFile {
+    pub(crate) fn of(folder: &Path, memory: &Memory) -> Result<Self> {
+        let name = match memory.kind {
+            MemoryKind::Plain => files::MEMORY_PLAIN,
+            MemoryKind::Chunks => files::MEMORY_CHUNKS,
+        };
+        let path = folder.join(name);
+        drop(files::open_sized(&path, memory.file_length)?);
+        let runs = match memory.base {
+            Some(_) => read_runs_index(folder, memory)?.runs,
+            None => Vec::new(),
+        };
+        Ok(Self {
+            path,
+            kind: memory.kind,
+            runs,
+            is_difference: memory.base.is_some(),
+        })
+    }
+}
+
 /// Memory of a snapshot, its files open and their lengths checked, indexes verified.
 ///
 /// The pages of plain files are *not* hashed on opening, so that they can be mapped at once:

@@ -50,7 +50,7 @@ pub struct Run {
 
 impl Run {
     /// The offset after its last byte; its makers checked that there is one.
-    pub(crate) const fn end(&self) -> u64 {
+    pub const fn end(&self) -> u64 {
         self.offset + self.length
     }
 }

@@ -20,7 +20,7 @@ const CONTEXT: &[u8] = b"ratoon snapshot manifest\0";
 /// The half of a key that checks signatures.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct PublicKey([u8; 32]);
+pub struct PublicKey(pub(crate) [u8; 32]);
 
 impl PublicKey {
     /// The 32 bytes of RFC 8032, section 5.1.5.
@@ -61,7 +61,7 @@ impl From<PublicKey> for String {
 }
 
 /// The half of a key that signs. Wiped when dropped; its debug form shows the public half only.
-pub struct SigningKey(ed25519_dalek::SigningKey);
+pub struct SigningKey(pub(crate) ed25519_dalek::SigningKey);
 
 impl SigningKey {
     /// The key of a 32-byte secret (RFC 8032's seed).

@@ -14,7 +14,7 @@ use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result};
 use crate::files;
 use crate::manifest::{Layer, MAX_MANIFEST_BYTES, Manifest, Memory};
-use crate::memory::{MAX_DEPTH, MemoryImage};
+use crate::memory::{MAX_DEPTH, MemoryFile, MemoryImage};
 use crate::names::NAMES;
 use crate::snapshot::{ManifestBytes, Snapshot};
 use crate::writer::Writer;
@@ -170,6 +170,61 @@ impl Store {
             }
         }
         Ok(None)
+    }
+
+    /// The files of a disk's layers, the lowest first, their lengths checked; those of other
+    /// snapshots here among them. A layer that is in no snapshot is missing.
+    ///
+    /// # Errors
+    /// [`Error::MissingBase`], [`Error::Damaged`], [`Error::Io`].
+    pub fn layer_files(&self, snapshot: &Snapshot, disk: &str) -> Result<Vec<PathBuf>> {
+        let mut known = Vec::new();
+        let mut files = Vec::new();
+        for layer in snapshot.manifest.layers.iter().filter(|it| it.disk == disk) {
+            let Some(external) = layer.external else {
+                files.push(checked_layer(snapshot, layer)?);
+                continue;
+            };
+            if known.is_empty() {
+                known = self.list()?.snapshots;
+            }
+            let own = |it: &&Layer| it.file.is_some() && it.blake3 == external;
+            let found = known.iter().find_map(|other| {
+                let found = other.manifest.layers.iter().find(own)?;
+                Some((other, found))
+            });
+            let Some((other, found)) = found else {
+                return Err(Error::MissingBase {
+                    path: snapshot.folder.clone(),
+                    what: "disk layer",
+                    digest: external.to_string(),
+                });
+            };
+            files.push(checked_layer(other, found)?);
+        }
+        Ok(files)
+    }
+
+    /// The files of a snapshot's memory, the lowest first, their lengths checked and indexes
+    /// verified, with those of the snapshots that it lies over.
+    ///
+    /// # Errors
+    /// As [`Store::memory`].
+    pub fn memory_files(&self, snapshot: &Snapshot) -> Result<Vec<MemoryFile>> {
+        let chain = self.chain(snapshot)?;
+        chain
+            .iter()
+            .rev()
+            .map(|layer| MemoryFile::of(&layer.folder, &layer.manifest.memory))
+            .collect()
+    }
+
+    /// How many differences a snapshot's memory consists of, over the one that is whole.
+    ///
+    /// # Errors
+    /// [`Error::MissingBase`], [`Error::Damaged`], [`Error::Io`].
+    pub fn depth(&self, snapshot: &Snapshot) -> Result<usize> {
+        Ok(self.chain(snapshot)?.len() - 1)
     }
 
     /// Removes a snapshot with all its names; given one of several names, removes that name alone.
@@ -337,8 +392,12 @@ impl Store {
         }
     }
 
-    /// Whether others name the snapshot as parent, or build on what only it has.
-    fn check_unneeded(&self, id: Digest) -> Result<()> {
+    /// The snapshots that name this one as parent, or build on what only it has: while there are
+    /// any it cannot be removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn needed_by(&self, id: Digest) -> Result<Vec<Snapshot>> {
         let mut others = self.list()?.snapshots;
         let only_here: Vec<Digest> = match others.iter().position(|it| it.id == id) {
             Some(place) => {
@@ -352,17 +411,21 @@ impl Store {
             }
             None => Vec::new(),
         };
-        let needs = |it: &&Snapshot| {
+        others.retain(|it| {
             let manifest = &it.manifest;
             let externals = manifest.layers.iter().filter_map(|layer| layer.external);
             manifest.about.parent == Some(id)
                 || externals
                     .chain(manifest.memory.base)
                     .any(|content| only_here.contains(&content))
-        };
-        let by: Vec<String> = others
+        });
+        Ok(others)
+    }
+
+    fn check_unneeded(&self, id: Digest) -> Result<()> {
+        let by: Vec<String> = self
+            .needed_by(id)?
             .iter()
-            .filter(needs)
             .map(|it| match it.names.first() {
                 Some(name) => format!("{name} ({})", it.id),
                 None => it.id.to_string(),
@@ -376,6 +439,12 @@ impl Store {
             by: by.join(", "),
         })
     }
+}
+
+fn checked_layer(snapshot: &Snapshot, layer: &Layer) -> Result<PathBuf> {
+    drop(snapshot.layer(layer)?);
+    let file = layer.file.as_deref().unwrap_or_default();
+    Ok(snapshot.folder.join(file))
 }
 
 fn names_of(id: Digest, names: &[(String, Digest)]) -> Vec<String> {

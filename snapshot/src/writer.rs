@@ -191,6 +191,37 @@ impl Writer {
         }))
     }
 
+    /// As [`Writer::layer`], for a file that nobody writes any more: the snapshot gets a hard link to
+    /// it, where it is on the same file system, and costs no space of its own.
+    ///
+    /// # Errors
+    /// As [`Writer::layer`].
+    pub fn layer_linked(
+        &mut self,
+        disk: &str,
+        name: &str,
+        source: &Path,
+        progress: &dyn Progress,
+    ) -> Result<&Layer> {
+        check_layer_file(name).map_err(Error::request)?;
+        let path = self.folder.join(name);
+        let file = files::open(source)?;
+        if fs::hard_link(source, &path).is_err() {
+            return self.layer(disk, name, &file, progress);
+        }
+        progress.step("hashing a disk layer");
+        let length = file.metadata().at("stat", &path)?.len();
+        let blake3 = hash_file(&file, &path, progress)?;
+        files::seal(&file, &path)?;
+        Ok(self.push(Layer {
+            disk: disk.to_owned(),
+            file: Some(name.to_owned()),
+            external: None,
+            length,
+            blake3,
+        }))
+    }
+
     /// Names a layer of `disk` that is kept elsewhere: an image, or a layer of another snapshot
     /// (then `external` is its content hash, and that snapshot cannot be removed).
     pub fn external_layer(&mut self, disk: &str, external: Digest, length: u64, blake3: Digest) {

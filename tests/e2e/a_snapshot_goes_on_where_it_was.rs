@@ -7,6 +7,7 @@ use ratoon_tests::Ratoon;
 
 crate::promises![
     a_restored_machine_has_its_memory_its_processes_and_its_disk,
+    a_clone_is_somebody_else_with_the_right_time,
     a_snapshot_that_is_not_there_is_named,
     an_image_that_was_booted_once_is_not_booted_again,
 ];
@@ -103,6 +104,86 @@ fn a_restored_machine_has_its_memory_its_processes_and_its_disk() {
     assert!(refused.stderr.contains("is in use"), "{}", refused.stderr);
     ratoon.run(["rm", "-f", "first", "third"]).ok();
     ratoon.run(["snapshots", "rm", "later", "point"]).ok();
+    ratoon.nothing_is_left();
+}
+
+/// What `ratoon-vmm` has counted for a VM, by name.
+fn counter(ratoon: &Ratoon, vm: &str, name: &str) -> u64 {
+    let list = ratoon.run(["ps", "--json"]).ok().stdout;
+    let list: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+    let vms = list.as_array().expect("a list").iter();
+    let found = vms
+        .clone()
+        .find(|info| info["name"] == vm)
+        .expect("it runs");
+    let id = found["id"].as_str().expect("an id");
+    let socket = ratoon.vms_dir().join(id).join("control.sock");
+    let control = ratoon_engine::vm::control::Control::new(socket, ratoon_tests::PATIENCE);
+    let metrics = control.metrics().expect("metrics");
+    metrics.devices[name]
+}
+
+fn a_clone_is_somebody_else_with_the_right_time() {
+    let ratoon = Ratoon::new();
+    ratoon
+        .run(["run", "-d", "--name", "parent", "--memory", "256M"])
+        .ok();
+    // As a snapshot that is restored a month later.
+    const MONTH: u64 = 30 * 24 * 3600;
+    let past = now() - MONTH;
+    exec(&ratoon, "parent", &format!("date -s @{past}"));
+    code(&ratoon, "parent", "import random");
+    ratoon.run(["snapshot", "parent", "month"]).ok();
+    // Its own clock never stopped, so nobody sets it.
+    let own: u64 = exec(&ratoon, "parent", "date +%s")
+        .trim()
+        .parse()
+        .expect("seconds");
+    assert!((past..=past + 900).contains(&own), "{past} {own}");
+
+    let mut seen = Vec::new();
+    for vm in ["child-a", "child-b"] {
+        let before = now();
+        ratoon.run(["restore", "month", "--name", vm]).ok();
+        // The connection over which it was frozen was joined, none was made, none was lost.
+        assert_eq!(counter(&ratoon, vm, "vsock.control_lost"), 0);
+        assert_eq!(counter(&ratoon, vm, "vsock.connections"), 1);
+        let time: u64 = exec(&ratoon, vm, "date +%s")
+            .trim()
+            .parse()
+            .expect("seconds");
+        assert!(
+            (before - 1..=now() + 1).contains(&time),
+            "{vm}: {before} {time}"
+        );
+        let names = exec(
+            &ratoon,
+            vm,
+            "hostname; cat /etc/hostname; getent hosts $(hostname) | wc -l",
+        );
+        assert_eq!(names, format!("{vm}\n{vm}\n1\n"));
+        let line = "cat /etc/machine-id /run/ratoon/id /proc/sys/kernel/random/uuid; \
+                    head -c 16 /dev/urandom | od -An -tx1";
+        seen.extend(exec(&ratoon, vm, line).lines().map(str::to_owned));
+        seen.push(code(&ratoon, vm, "print(random.random())"));
+    }
+    let mut distinct = seen.clone();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!((distinct.len(), seen.len()), (10, 10), "{seen:?}");
+
+    // A child is frozen over a connection of its own, and wakes again.
+    ratoon.run(["snapshot", "child-a", "next"]).ok();
+    ratoon
+        .run(["rm", "-f", "parent", "child-a", "child-b"])
+        .ok();
+    ratoon.run(["restore", "next", "--name", "grandchild"]).ok();
+    assert_eq!(counter(&ratoon, "grandchild", "vsock.connections"), 1);
+    let words = "cat /etc/machine-id /run/ratoon/wakes";
+    let words = exec(&ratoon, "grandchild", words);
+    assert!(!seen.iter().any(|old| words.starts_with(old)), "{words}");
+    ratoon.run(["rm", "-f", "grandchild"]).ok();
+    ratoon.run(["snapshots", "rm", "month", "next"]).ok();
     ratoon.nothing_is_left();
 }
 

@@ -7,12 +7,17 @@ mod a_command_runs_in_a_real_guest;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
+mod a_restored_machine_is_the_same_machine;
 mod a_snapshot_goes_on_where_it_was;
+mod a_snapshot_holds_only_what_is_new;
+mod a_snapshot_travels_as_one_file;
+mod a_warm_image_starts_where_its_warm_up_ended;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
 mod commands_run_in_a_running_machine;
 mod memory_is_fetched_when_it_is_touched;
+mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
 mod shared;
 
@@ -38,11 +43,16 @@ fn main() {
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
+        a_restored_machine_is_the_same_machine::trials(),
         a_snapshot_goes_on_where_it_was::trials(),
+        a_snapshot_holds_only_what_is_new::trials(),
+        a_snapshot_travels_as_one_file::trials(),
+        a_warm_image_starts_where_its_warm_up_ended::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
         commands_run_in_a_running_machine::trials(),
         memory_is_fetched_when_it_is_touched::trials(),
+        memory_that_a_guest_frees_goes_back::trials(),
         nothing_is_left_behind::trials(),
     ];
     let kvm = ratoon_tests::kvm();

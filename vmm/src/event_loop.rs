@@ -15,6 +15,9 @@ use crate::ending::Ending;
 /// `data` of the event of a device's host descriptor; queues have their index.
 const HOST_EVENT: u32 = u32::MAX;
 
+/// Milliseconds without any event after which the loop counts as idle.
+const IDLE_MS: i32 = 20;
+
 /// Why the event loop cannot be set up or go on.
 #[derive(Debug, thiserror::Error)]
 #[error("the VMM's event loop")]
@@ -136,16 +139,23 @@ impl EventLoop {
         Ok(Self { manager, ending })
     }
 
-    /// Serves events until the VM is over.
+    /// Serves events until the VM is over. `when_idle` runs once, the first time that nothing has
+    /// happened for [`IDLE_MS`]: what it does is in no guest's way.
     ///
     /// # Errors
     /// [`LoopError`] when the system refuses to wait for events.
-    pub fn run(&mut self) -> Result<Outcome, LoopError> {
+    pub fn run(&mut self, when_idle: impl FnOnce()) -> Result<Outcome, LoopError> {
+        let mut when_idle = Some(when_idle);
         loop {
             if let Some(outcome) = self.ending.outcome() {
                 return Ok(outcome);
             }
-            self.manager.run()?;
+            let timeout = if when_idle.is_some() { IDLE_MS } else { -1 };
+            if self.manager.run_with_timeout(timeout)? == 0
+                && let Some(when_idle) = when_idle.take()
+            {
+                when_idle();
+            }
         }
     }
 }

@@ -1,12 +1,14 @@
 //! Freeze: a running machine becomes a generation, and goes on as its first child.
 //!
 //! ```text
-//!   vCPUs held -> devices locked, disks flushed -> state read -> memory mapped privately -> vCPUs run
-//!   |------------------------------- the pause ------------------------------------------|  then
+//!   empty disk layers made, then
+//!   vCPUs held -> devices locked, disks' tables written back -> state read -> the empty layers are
+//!   |             the tops now -> memory mapped privately -> vCPUs run
+//!   |---------------------------------- the pause -----------------------------------------| then
 //!   the requester gets the files; the old mapping is torn down; the generation's file is sealed
 //! ```
 //!
-//! Whatever fails before memory is touched leaves the machine as it was. A failure after that (no
+//! Whatever fails before memory is touched leaves the machine as it was, maybe with a disk layer more. A failure after that (no
 //! address space, no memory) may leave holes in it: the machine ends, and says so.
 
 use std::collections::BTreeMap;
@@ -14,12 +16,15 @@ use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
-use ratoon_vmm_api::{FreezeReply, FreezeRequest, FrozenLayer, FrozenMeta, Outcome, VmState};
+use ratoon_devices::virtio::mmio::MmioTransport;
+use ratoon_vmm_api::{
+    FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta, Outcome, VmState,
+};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
@@ -56,15 +61,18 @@ pub enum FreezeError {
         #[source]
         source: ratoon_devices::virtio::DeviceError,
     },
-    /// A disk.
-    #[error("disk {disk}")]
-    Disk {
-        /// Which.
-        disk: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
+    /// The connection that is to go on.
+    #[error(
+        "no open connection has the host's vsock port {0}, so children could not be woken; connect \
+         to the runtime again"
+    )]
+    NoControl(u32),
+    /// A disk whose layer would not be frozen.
+    #[error("disk {0} has a writable layer: say where its next one is to be made")]
+    NoNextLayer(String),
+    /// No such disk.
+    #[error("there is no disk {0} to make a layer for")]
+    NoDisk(String),
     /// The requester's socket.
     #[error("the socket {} for the generation", path.display())]
     Socket {
@@ -111,6 +119,7 @@ impl Machine {
             VmState::Paused => false,
             state => return Err(Refused::new("freeze", state).into()),
         };
+        self.prepare_disks(request)?;
         let from = Instant::now();
         lock(&self.vcpus).hold();
         let frozen = self.freeze_held(request, msrs, &mut layers);
@@ -124,6 +133,9 @@ impl Machine {
             false => 0,
         };
         drop(state);
+        if frozen.is_err() {
+            self.drop_prepared();
+        }
         if let Err(FreezeError::Memory(error)) = &frozen {
             let causes = crate::causes(error);
             self.ending.end(Outcome::Failed { causes });
@@ -135,7 +147,8 @@ impl Machine {
             let _ = rustix::fs::fcntl_add_seals(&*first.file, SealFlags::WRITE);
         }
         let json = state.to_json()?;
-        send(&socket, json, &layers).map_err(|source| FreezeError::Socket {
+        let disks = self.frozen_disks();
+        send(&socket, json, &layers, disks).map_err(|source| FreezeError::Socket {
             path: request.socket.clone(),
             source,
         })?;
@@ -164,17 +177,27 @@ impl Machine {
                     source,
                 })?;
         }
-        copy_layers(&self.config.disks, &request.copy_layers)?;
         let vcpus = self.save_vcpus(msrs)?;
         let vm = crate::state::VmState::save(&self.vm)?;
-        let devices = slots
+        if let Some(port) = request.control_port {
+            for (_, transport) in &mut slots {
+                transport.keep_connection(port);
+            }
+        }
+        let devices: Vec<DeviceState> = slots
             .iter()
             .map(|(name, transport)| DeviceState {
                 name: (*name).to_owned(),
                 transport: transport.save(),
             })
             .collect();
+        if let Some(port) = request.control_port
+            && !devices.iter().any(DeviceState::has_control)
+        {
+            return Err(FreezeError::NoControl(port));
+        }
         let serial = lock(self.bus.serial()).save();
+        self.push_layers(request, &mut slots)?;
         let state = MachineState::new(
             self.class,
             self.config.memory_mib,
@@ -185,12 +208,13 @@ impl Machine {
         );
         let aside = match layers.is_empty() {
             true => {
+                self.free.take();
                 let (layer, aside) = memory::first(&self.memory, &memory::file_of(&self.memory))?;
                 layers.push(layer);
                 Some(aside)
             }
             false => {
-                let layer = memory::again(&self.memory)?;
+                let layer = memory::again(&self.memory, &self.free.take())?;
                 if !layer.runs.is_empty() {
                     layers.push(layer);
                 }
@@ -198,6 +222,69 @@ impl Machine {
             }
         };
         Ok((state, aside))
+    }
+
+    /// Makes the layers that take the disks' writes after the freeze.
+    fn prepare_disks(&self, request: &FreezeRequest) -> Result<(), FreezeError> {
+        for disk in lock(&self.disks).iter() {
+            if disk.layer.is_some() && !request.next_layers.contains_key(&disk.id) {
+                return Err(FreezeError::NoNextLayer(disk.id.clone()));
+            }
+        }
+        for (id, path) in &request.next_layers {
+            let name = disk_name(id);
+            let slot = self.bus.virtio().iter().find(|slot| slot.name == name);
+            let slot = slot.ok_or_else(|| FreezeError::NoDisk(id.clone()))?;
+            let prepared = lock(&slot.transport).prepare_layer(path);
+            if let Err(source) = prepared {
+                self.drop_prepared();
+                return Err(FreezeError::Device { name, source });
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_prepared(&self) {
+        for slot in self.bus.virtio() {
+            lock(&slot.transport).drop_prepared();
+        }
+    }
+
+    /// Freezes the disks' layers, which have been written back.
+    fn push_layers(
+        &self,
+        request: &FreezeRequest,
+        slots: &mut [(&str, MutexGuard<'_, MmioTransport>)],
+    ) -> Result<(), FreezeError> {
+        for disk in lock(&self.disks).iter_mut() {
+            let Some(next) = request.next_layers.get(&disk.id) else {
+                continue;
+            };
+            let name = disk_name(&disk.id);
+            for (_, transport) in slots.iter_mut().filter(|(slot, _)| *slot == name) {
+                let pushed = transport.push_layer();
+                let pushed = pushed.map_err(|source| FreezeError::Device {
+                    name: name.clone(),
+                    source,
+                })?;
+                if pushed {
+                    disk.frozen.extend(disk.layer.replace(next.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn frozen_disks(&self) -> Vec<FrozenDisk> {
+        let disks = lock(&self.disks);
+        let layered = disks.iter().filter_map(|disk| {
+            Some(FrozenDisk {
+                id: disk.id.clone(),
+                frozen: disk.frozen.clone(),
+                layer: disk.layer.clone()?,
+            })
+        });
+        layered.collect()
     }
 
     fn save_vcpus(&self, msrs: Vec<u32>) -> Result<Vec<VcpuState>, StateError> {
@@ -215,63 +302,28 @@ impl Machine {
     }
 }
 
-/// Copies the writable layers of disks; they have been flushed.
-fn copy_layers(
-    disks: &[ratoon_vmm_api::DiskConfig],
-    copies: &BTreeMap<String, PathBuf>,
-) -> Result<(), FreezeError> {
-    for (id, to) in copies {
-        let layer = disks.iter().find(|disk| disk.id == *id);
-        let layer = layer.and_then(|disk| disk.layer.as_deref());
-        let copied = match layer {
-            Some(layer) => copy_sparse(layer, to),
-            None => Err(std::io::Error::other("it has no writable layer")),
-        };
-        copied.map_err(|source| FreezeError::Disk {
-            disk: id.clone(),
-            source,
-        })?;
-    }
-    Ok(())
-}
-
-/// Copies what there is of a file, and leaves its holes.
-fn copy_sparse(from: &Path, to: &Path) -> std::io::Result<()> {
-    use rustix::fs::{SeekFrom, copy_file_range, ftruncate, seek};
-    let source = File::open(from)?;
-    let target = File::create_new(to)?;
-    let len = source.metadata()?.len();
-    ftruncate(&target, len)?;
-    let mut at = 0;
-    while at < len {
-        let start = match seek(&source, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(&source, SeekFrom::Hole(start))?;
-        let (mut read, mut write) = (start, start);
-        while read < end {
-            let most = (end - read) as usize;
-            if copy_file_range(&source, Some(&mut read), &target, Some(&mut write), most)? == 0 {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-        at = end;
-    }
-    Ok(())
+/// A disk's name on the bus.
+fn disk_name(id: &str) -> String {
+    format!("block.{id}")
 }
 
 /// One byte, with the state and the layers.
-fn send(socket: &UnixStream, state: String, layers: &[Layer]) -> std::io::Result<()> {
+fn send(
+    socket: &UnixStream,
+    state: String,
+    layers: &[Layer],
+    disks: Vec<FrozenDisk>,
+) -> std::io::Result<()> {
     let meta = FrozenMeta {
         state,
         layers: layers
             .iter()
             .map(|layer| FrozenLayer {
                 runs: layer.runs.clone(),
+                packed: layer.packed,
             })
             .collect(),
+        disks,
     };
     let fd = rustix::fs::memfd_create("ratoon-state", MemfdFlags::CLOEXEC)?;
     let mut file = File::from(fd);

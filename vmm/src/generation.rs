@@ -23,6 +23,7 @@ pub(crate) fn whole(file: File, len: u64) -> Layer {
     Layer {
         file: Arc::new(file),
         runs: vec![Run { offset: 0, len }],
+        packed: false,
     }
 }
 
@@ -38,6 +39,7 @@ pub(crate) fn layers(generation: &GenerationConfig) -> Result<Vec<Layer>, StartE
         Ok(Layer {
             file: Arc::new(file),
             runs,
+            packed: layer.packed,
         })
     };
     generation.memory.iter().map(open).collect()

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use ratoon_vmm_api::{
-    HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VmConfig, VmState,
+    DiskConfig, HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VmConfig,
+    VmState,
 };
 
 use crate::bus::{Bus, lock};
 use crate::ending::Ending;
-use crate::memory::{self, Layer};
+use crate::memory::{self, FreeMemory, Layer};
 use crate::pager::Pager;
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
@@ -98,6 +99,10 @@ pub struct Machine {
     pub(crate) layers: Mutex<Vec<Layer>>,
     /// Where the lowest layer comes from as it is touched.
     pub(crate) pager: Option<Pager>,
+    /// What the balloon takes back of it.
+    pub(crate) free: Arc<FreeMemory>,
+    /// Its disks: freezes add layers to what the configuration says.
+    pub(crate) disks: Mutex<Vec<DiskConfig>>,
     // Last, and in this order: KVM's slots point into the memory.
     pub(crate) vm: kvm_ioctls::VmFd,
     pub(crate) memory: vm_memory::GuestMemoryMmap,

@@ -14,7 +14,7 @@ use ratoon_vmm::machine::{Action, Machine};
 use ratoon_vmm::pager::PagerLink;
 use ratoon_vmm::start::Configured;
 use ratoon_vmm::{causes, control};
-use ratoon_vmm_api::{ExitReport, Outcome, VmConfig, VmState};
+use ratoon_vmm_api::{ExitReport, Inherited, Outcome, VmConfig, VmState};
 
 /// A configuration longer than this is none.
 const MAX_CONFIG_LEN: u64 = 1 << 20;
@@ -22,15 +22,14 @@ const MAX_CONFIG_LEN: u64 = 1 << 20;
 const HELP: &str = "\
 Runs one virtual machine until it ends.
 
-Usage: ratoon-vmm (--config FILE | --config-fd FD) [OPTIONS]
+Usage: ratoon-vmm (--config FILE | --owned) [OPTIONS]
 
   --config FILE      File with the VM's configuration (JSON)
-  --config-fd FD     Inherited descriptor from which the configuration is read
   --control PATH     Unix socket to make for control
-  --control-fd FD    Inherited listening Unix socket for control
   --lifeline-fd FD   Inherited descriptor whose hang-up ends the VM (the read end of its owner's
                      pipe); one byte on it lets the VM live on
-  --pager-fd FD      Inherited socket to the pager of its generation's memory
+  --owned            These three come as descriptors from the owner, in one message on the Unix socket
+                     that is standard input; the VMM leaves the owner's session and directory
   --paused           Build the VM but wait for POST /v1/resume before the first guest instruction
   -v, --verbose      Log also what is normal
   --openapi          Print the OpenAPI document of the control socket and end
@@ -45,11 +44,9 @@ Exit status: 0 when the VM stopped as it or its owner wished, 1 when it failed, 
 struct Args {
     openapi: bool,
     config: Option<PathBuf>,
-    config_fd: Option<RawFd>,
-    control_fd: Option<RawFd>,
     control: Option<PathBuf>,
     lifeline_fd: Option<RawFd>,
-    pager_fd: Option<RawFd>,
+    owned: bool,
     paused: bool,
     verbose: bool,
 }
@@ -64,11 +61,9 @@ impl Args {
             match argument {
                 Long("openapi") => args.openapi = true,
                 Long("config") => args.config = Some(parser.value()?.into()),
-                Long("config-fd") => args.config_fd = Some(parser.value()?.parse()?),
                 Long("control") => args.control = Some(parser.value()?.into()),
-                Long("control-fd") => args.control_fd = Some(parser.value()?.parse()?),
                 Long("lifeline-fd") => args.lifeline_fd = Some(parser.value()?.parse()?),
-                Long("pager-fd") => args.pager_fd = Some(parser.value()?.parse()?),
+                Long("owned") => args.owned = true,
                 Long("paused") => args.paused = true,
                 Long("verbose") | Short('v') => args.verbose = true,
                 Long("help") | Short('h') => {
@@ -82,11 +77,9 @@ impl Args {
                 other => return Err(other.unexpected()),
             }
         }
-        if args.config.is_some() && args.config_fd.is_some() {
-            return Err("--config and --config-fd exclude each other".into());
-        }
-        if args.control.is_some() && args.control_fd.is_some() {
-            return Err("--control and --control-fd exclude each other".into());
+        let named = args.config.is_some() || args.control.is_some() || args.lifeline_fd.is_some();
+        if args.owned && named {
+            return Err("--owned excludes --config, --control and --lifeline-fd".into());
         }
         Ok(Some(args))
     }
@@ -101,43 +94,59 @@ fn inherited(fd: RawFd, what: &str) -> Result<OwnedFd, Failure> {
     if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
         return Err(format!("--{what} {fd}: no such open descriptor").into());
     }
-    // SAFETY: it is open, it is above the standard streams, and each flag's number is taken once:
-    // `distinct` has refused equal ones.
+    // SAFETY: it is open, it is above the standard streams, and nobody else takes it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd)
 }
 
-fn distinct(args: &Args) -> Result<(), Failure> {
-    let mut fds: Vec<RawFd> = [
-        args.config_fd,
-        args.control_fd,
-        args.lifeline_fd,
-        args.pager_fd,
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    fds.sort_unstable();
-    if fds.windows(2).any(|pair| pair[0] == pair[1]) {
-        return Err("two flags name the same descriptor".into());
-    }
-    Ok(())
+/// What a VMM works with.
+struct Given {
+    config: VmConfig,
+    control: Option<UnixListener>,
+    lifeline: Option<OwnedFd>,
+    /// The pager's socket, if there is a pager; the rest only has to stay open.
+    kept: Vec<OwnedFd>,
 }
 
-fn read_config(args: &Args) -> Result<VmConfig, Failure> {
-    let (file, name) = match (&args.config, args.config_fd) {
-        (Some(path), _) => (
-            File::open(path)
-                .map_err(|error| format!("configuration {}: {error}", path.display()))?,
-            path.display().to_string(),
-        ),
-        (None, Some(fd)) => (
-            inherited(fd, "config-fd")?.into(),
-            format!("descriptor {fd}"),
-        ),
-        (None, None) => return Err("give a configuration: --config FILE or --config-fd FD".into()),
-    };
+fn given(args: &Args) -> Result<Given, Failure> {
+    if args.owned {
+        let given = Inherited::take()
+            .map_err(|error| format!("--owned: standard input is not the owner's: {error}"))?;
+        // It fails for the leader of a group, which then has a session or group of its own.
+        let _ = rustix::process::setsid();
+        rustix::process::chdir("/")?;
+        return Ok(Given {
+            config: read_config(given.config, "of the owner")?,
+            control: Some(given.control),
+            lifeline: Some(given.lifeline),
+            kept: given.kept,
+        });
+    }
+    let path = args
+        .config
+        .as_deref()
+        .ok_or("give a configuration: --config FILE, or --owned")?;
+    let name = path.display().to_string();
+    let file = File::open(path).map_err(|error| format!("configuration {name}: {error}"))?;
+    Ok(Given {
+        config: read_config(file, &name)?,
+        control: match &args.control {
+            Some(path) => Some(
+                UnixListener::bind(path)
+                    .map_err(|error| format!("control socket {}: {error}", path.display()))?,
+            ),
+            None => None,
+        },
+        lifeline: match args.lifeline_fd {
+            Some(fd) => Some(inherited(fd, "lifeline-fd")?),
+            None => None,
+        },
+        kept: Vec::new(),
+    })
+}
+
+fn read_config(file: File, name: &str) -> Result<VmConfig, Failure> {
     let mut json = Vec::new();
     file.take(MAX_CONFIG_LEN + 1)
         .read_to_end(&mut json)
@@ -146,18 +155,6 @@ fn read_config(args: &Args) -> Result<VmConfig, Failure> {
         return Err(format!("configuration {name} is longer than {MAX_CONFIG_LEN} bytes").into());
     }
     Ok(VmConfig::from_json(&json)?)
-}
-
-fn control_listener(args: &Args) -> Result<Option<UnixListener>, Failure> {
-    match (&args.control, args.control_fd) {
-        (Some(path), _) => {
-            Ok(Some(UnixListener::bind(path).map_err(|error| {
-                format!("control socket {}: {error}", path.display())
-            })?))
-        }
-        (None, Some(fd)) => Ok(Some(inherited(fd, "control-fd")?.into())),
-        (None, None) => Ok(None),
-    }
 }
 
 /// A socket that becomes readable when SIGTERM or SIGINT comes.
@@ -199,10 +196,9 @@ fn leave(config: &VmConfig, outcome: &Outcome) {
 /// The pager has failed: whoever touches memory that is missing waits for ever, so nobody is waited for.
 fn give_up(config: &VmConfig, control: Option<&Path>, causes: Vec<String>) {
     let outcome = Outcome::Failed { causes };
-    for socket in [ratoon_vmm::start::vsock_socket(config), control] {
-        if let Some(socket) = socket {
-            let _ = std::fs::remove_file(socket);
-        }
+    let sockets = [ratoon_vmm::start::vsock_socket(config), control];
+    for socket in sockets.into_iter().flatten() {
+        let _ = std::fs::remove_file(socket);
     }
     leave(config, &outcome);
     say(&outcome.to_string());
@@ -210,11 +206,17 @@ fn give_up(config: &VmConfig, control: Option<&Path>, causes: Vec<String>) {
     unsafe { libc::_exit(1) };
 }
 
-fn pager_link(args: &Args, config: &VmConfig) -> Result<Option<PagerLink>, Failure> {
-    let Some(fd) = args.pager_fd else {
+fn pager_link(
+    args: &Args,
+    config: &VmConfig,
+    mut sent: impl Iterator<Item = OwnedFd>,
+) -> Result<Option<PagerLink>, Failure> {
+    if !config.generation.as_ref().is_some_and(|it| it.paged) {
         return Ok(None);
-    };
-    let socket = inherited(fd, "pager-fd")?;
+    }
+    let socket = sent
+        .next()
+        .ok_or("the owner has sent no socket of a pager")?;
     let (config, control) = (config.clone(), args.control.clone());
     let give_up = move |causes| give_up(&config, control.as_deref(), causes);
     Ok(Some(PagerLink::new(socket, Box::new(give_up))))
@@ -230,17 +232,18 @@ fn build(config: VmConfig, pager: Option<PagerLink>, main_ns: u64) -> Result<Mac
 }
 
 fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
-    distinct(args)?;
-    let config = read_config(args)?;
-    let listener = control_listener(args)?;
-    let lifeline = match args.lifeline_fd {
-        Some(fd) => Some(inherited(fd, "lifeline-fd")?),
-        None => None,
-    };
+    let Given {
+        config,
+        control,
+        lifeline,
+        kept,
+    } = given(args)?;
     let signals = termination()?;
     let remove_control = args.control.as_deref().map(RemoveOnDrop);
 
-    let pager = pager_link(args, &config)?;
+    let mut kept = kept.into_iter();
+    let pager = pager_link(args, &config, &mut kept)?;
+    let _kept: Vec<OwnedFd> = kept.collect();
     let machine = match build(config.clone(), pager, main_ns) {
         Ok(machine) => Arc::new(machine),
         Err(error) => {
@@ -258,12 +261,13 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
     if !args.paused {
         machine.perform(Action::Resume)?;
     }
-    if let Some(listener) = listener {
+    if let Some(listener) = control {
         control::start(listener, machine.clone())?;
     }
-    trim_heap();
-    forget_code();
-    let outcome = events.run()?;
+    let outcome = events.run(|| {
+        trim_heap();
+        forget_code();
+    })?;
     machine.wind_down(&outcome);
     drop(events);
     if let Some(path) = ratoon_vmm::start::vsock_socket(&config) {

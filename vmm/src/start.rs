@@ -30,7 +30,7 @@ use crate::bus::{Bus, MMIO_DEVICES, SERIAL_IRQ, VirtioSlot};
 use crate::clock::monotonic_ns;
 use crate::ending::Ending;
 use crate::machine::Machine;
-use crate::memory::{self, Layer, MemoryError};
+use crate::memory::{self, FreeMemory, Layer, MemoryError};
 use crate::pager::{Pager, PagerError, PagerLink};
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
@@ -205,6 +205,7 @@ impl Configured {
                 if let Some(link) = self.pager {
                     pager = Some(link.attach(&memory)?);
                 }
+                memory::lay_over(&memory, &layers)?;
                 let state = generation::state(generation, &self.config, self.class)?;
                 (memory, Source::Generation(Box::new(state), layers))
             }
@@ -407,7 +408,16 @@ impl Loaded {
         };
         vm.register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .map_err(kvm_step("the serial port's interrupt"))?;
-        let devices = wiring::devices(&self.config)?;
+        let free = FreeMemory::new(saved.is_some());
+        if let Some(saved) = &saved {
+            // A machine that was frozen before there was a balloon goes on without one.
+            let had_one = saved
+                .as_slice()
+                .iter()
+                .any(|state| state.name == wiring::BALLOON);
+            self.config.balloon &= had_one;
+        }
+        let devices = wiring::devices(&self.config, &free)?;
         if devices.len() > MMIO_DEVICES {
             return Err(StartError::TooManyDevices(devices.len()));
         }
@@ -444,6 +454,7 @@ impl Loaded {
             Vcpus::start(self.vcpus, &bus, &ending).map_err(system("a thread for a vCPU"))?;
         self.phases.devices_ns = monotonic_ns();
         Ok(Machine {
+            disks: Mutex::new(self.config.disks.clone()),
             config: self.config,
             class: self.class,
             started: self.started,
@@ -455,6 +466,7 @@ impl Loaded {
             vm_stats,
             vcpu_stats,
             layers: Mutex::new(self.layers),
+            free,
             pager: self.pager,
             vm: self.vm,
             memory: self.memory,

@@ -1,6 +1,9 @@
 //! What a machine's configuration becomes: the kernel's command line, and devices on the bus.
 
+use std::sync::Arc;
+
 use kvm_ioctls::{IoEventAddress, VmFd};
+use ratoon_devices::balloon::Balloon;
 use ratoon_devices::block::{self, Block};
 use ratoon_devices::legacy::Serial;
 use ratoon_devices::net::Net;
@@ -12,6 +15,7 @@ use ratoon_vmm_api::{HostClass, NetConfig, VmConfig};
 
 use crate::bus::{MMIO_BASE, MMIO_IRQ, MMIO_SIZE};
 use crate::host;
+use crate::memory::FreeMemory;
 use crate::start::{StartError, kvm_step, system};
 
 /// The register by which a driver kicks a queue (virtio 1.2, 4.2.2: QueueNotify).
@@ -55,12 +59,20 @@ pub(crate) fn serial(config: &VmConfig) -> Result<Serial, StartError> {
 /// A device and its name in metrics.
 pub(crate) type Named = (String, Box<dyn Device>);
 
+/// The balloon's name.
+pub(crate) const BALLOON: &str = "balloon";
+
 /// All virtio devices, in the order of their addresses: disks first, so that they are vda, vdb, …
-pub(crate) fn devices(config: &VmConfig) -> Result<Vec<Named>, StartError> {
+pub(crate) fn devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Vec<Named>, StartError> {
     let mut devices: Vec<Named> = Vec::new();
     for disk in &config.disks {
-        let backend = block::open(&disk.path, disk.read_only, disk.layer.as_deref())
-            .map_err(device_error(format!("disk {:?}", disk.id)))?;
+        let backend = block::open(
+            &disk.path,
+            disk.read_only,
+            &disk.frozen,
+            disk.layer.as_deref(),
+        )
+        .map_err(device_error(format!("disk {:?}", disk.id)))?;
         let device = Block::new(&disk.id, backend, disk.read_only);
         devices.push((format!("block.{}", disk.id), Box::new(device)));
     }
@@ -77,18 +89,16 @@ pub(crate) fn devices(config: &VmConfig) -> Result<Vec<Named>, StartError> {
         devices.push((format!("net.{index}"), Box::new(device)));
     }
     devices.push(("rng".into(), Box::new(Rng::new())));
+    if config.balloon {
+        let device = Balloon::new(free.clone());
+        devices.push((BALLOON.into(), Box::new(device)));
+    }
     Ok(devices)
 }
 
-/// A locally administered address: the one given, or one made from the VM's id (FNV-1a).
+/// See [`NetConfig::mac_of`].
 fn mac(net: &NetConfig, id: &str, index: usize) -> Result<[u8; 6], StartError> {
-    let Some(text) = &net.mac else {
-        let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        let [a, b, c, d, ..] = hash.to_be_bytes();
-        return Ok([2, a, b, c, d, index as u8]);
-    };
+    let text = net.mac_of(id, index);
     let bytes: Option<Vec<u8>> = text
         .split(':')
         .map(|part| {
@@ -115,8 +125,11 @@ pub(crate) fn command_line(config: &VmConfig, class: HostClass) -> String {
         "clocksource=kvm-clock swiotlb=noforce".to_owned(),
         host::boot_args(class).to_owned(),
     ];
-    let devices =
-        config.disks.len() + usize::from(config.vsock.is_some()) + config.networks.len() + 1;
+    let devices = config.disks.len()
+        + usize::from(config.vsock.is_some())
+        + config.networks.len()
+        + usize::from(config.balloon)
+        + 1;
     for index in 0..devices {
         words.push(format!(
             "virtio_mmio.device={}K@{:#x}:{}",
@@ -147,7 +160,13 @@ mod tests {
         let line = command_line(&config(), HostClass::Hardware);
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5 "));
         assert!(line.contains("virtio_mmio.device=4K@0xd0002000:7 "));
-        assert!(!line.contains("0xd0003000"));
+        assert!(line.contains("virtio_mmio.device=4K@0xd0003000:8 "));
+        assert!(!line.contains("0xd0004000"));
+        let without = VmConfig {
+            balloon: false,
+            ..config()
+        };
+        assert!(!command_line(&without, HostClass::Hardware).contains("0xd0003000"));
         assert!(line.ends_with(" x=1"), "{line}");
         assert!(!line.contains("noxsave"));
         assert!(command_line(&config(), HostClass::Emulated).contains("noxsave"));

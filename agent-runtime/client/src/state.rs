@@ -157,6 +157,14 @@ impl State {
         Self::default()
     }
 
+    /// A connection that another client has had from its HELLO on, and on which no call is open.
+    pub fn adopted() -> Self {
+        Self {
+            greeted: true,
+            ..Self::default()
+        }
+    }
+
     /// Begins a call; its frame waits in [`State::unsent`]. Returns the call's id.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The runtime's first frame on a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The runtime's own version, e.g. `0.1.0`.
     pub runtime: String,

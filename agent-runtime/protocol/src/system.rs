@@ -175,6 +175,12 @@ pub struct Wake {
     /// As for `network.set`; default: stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkSet>,
+    /// Further network devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkSet>,
+    /// As the last step, let all processes go on, as by `thaw`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub thaw: bool,
     /// A secret for this machine alone, handed to programs that ask; never written to disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,

@@ -4,17 +4,20 @@
 //!   --expect_wake--> waiting --wake--> awake        a wake that fails leaves it waiting
 //! ```
 //!
-//! The steps of a wake: entropy, time, thaw (the next ones write to `/`; processes stay frozen until
-//! `thaw`), hostname, machine-id, network, files of `/run/ratoon`. All parameters are checked before
-//! the first. How it fails: the message names the step; those before it are done, and a second wake
+//! The steps of a wake: entropy, time, thaw of file systems (the next ones write to `/`), hostname,
+//! machine-id, network, files of `/run/ratoon`; interpreters get new random numbers; processes go on
+//! last, here with `thaw` in the parameters and else by a call of its own. All parameters are checked
+//! before the first. What `expect_wake` could open ahead makes them cheap: see `prepared.rs`. How it fails: the message names the step; those before it are done, and a second wake
 //! does them again.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use ratoon_protocol::{Awake, ErrorCode, ErrorReply, Wake};
 use rustix::io::Errno;
 
 use super::network::Plan;
+use super::prepared::{Directory, Etc, Prepared};
 use super::settings::{self, ETC};
 use super::{bad_request, failed, files, quiet, shown};
 
@@ -33,6 +36,17 @@ const MAX_TEXT: usize = 16 * 1024;
 /// TMPFS_MAGIC and RAMFS_MAGIC (linux/magic.h).
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
+/// The files, in the order in which they are written, and whether they are there after any wake. The token is the
+/// first, so that nobody finds another machine's secret beside this one's name.
+pub(super) const FILES: [(&str, bool); 6] = [
+    ("token", false),
+    ("generation", true),
+    ("id", true),
+    ("index", true),
+    ("message", false),
+    ("wakes", true),
+];
+
 /// The state. See the module.
 #[derive(Debug)]
 pub struct Identity {
@@ -41,6 +55,9 @@ pub struct Identity {
     token: Option<String>,
     /// `None` on somebody's host.
     dir: Option<PathBuf>,
+    prepared: Option<Prepared>,
+    /// What a wake has used: not to be used again, and closed when there is time.
+    spent: Option<Prepared>,
 }
 
 impl Default for Identity {
@@ -57,11 +74,33 @@ impl Identity {
             awake: Awake::default(),
             token: None,
             dir,
+            prepared: None,
+            spent: None,
         }
     }
 
     /// From now on calls wait for [`Identity::wake`].
     pub fn expect_wake(&mut self) {
+        self.waiting = true;
+        self.spent = None;
+        self.prepared = self.dir.as_deref().and_then(Prepared::open);
+    }
+
+    /// After a wake: the switch by which processes go on, if it was opened ahead.
+    pub fn switch(&self) -> Option<BorrowedFd<'_>> {
+        let switch = self.spent.as_ref()?.switch.as_ref()?;
+        Some(switch.as_fd())
+    }
+
+    /// The wake has been answered: what is open on the disk is closed.
+    pub fn put_away(&mut self) {
+        if let Some(spent) = &mut self.spent {
+            spent.etc = Etc::default();
+        }
+    }
+
+    /// A wake came to nothing after all: calls wait on.
+    pub fn wait_on(&mut self) {
         self.waiting = true;
     }
 
@@ -103,21 +142,35 @@ impl Identity {
             .map_err(step("hostname"))?;
         let machine_id = wake.machine_id.as_deref().map(settings::machine_id);
         let machine_id = machine_id.transpose().map_err(step("machine-id"))?;
-        let network = wake.network.as_ref().map(Plan::new);
-        let network = network.transpose().map_err(step("network"))?;
+        let networks = wake.network.iter().chain(&wake.networks).map(Plan::new);
+        let networks: Vec<Plan> = networks
+            .collect::<Result<_, _>>()
+            .map_err(step("network"))?;
 
-        settings::apply_entropy(&entropy).map_err(step("entropy"))?;
+        // What was opened ahead is as it was then only while nobody else has run.
+        let mut ahead = self
+            .prepared
+            .take()
+            .filter(|_| quiet::are_processes_frozen());
+        match ahead.as_ref().and_then(Prepared::random) {
+            Some(device) => settings::apply_entropy(device, &entropy),
+            None => settings::open_random()
+                .and_then(|device| settings::apply_entropy(device.as_fd(), &entropy)),
+        }
+        .map_err(step("entropy"))?;
         if let Some(time) = time {
             settings::apply_time(time).map_err(step("time"))?;
         }
         quiet::thaw_for_wake().map_err(step("thaw"))?;
+        let mut none = Etc::default();
+        let etc = ahead.as_mut().map_or(&mut none, |ahead| &mut ahead.etc);
         if let Some(hostname) = hostname {
-            settings::apply_hostname(hostname).map_err(step("hostname"))?;
+            settings::apply_hostname(hostname, etc).map_err(step("hostname"))?;
         }
         if let Some(id) = machine_id {
-            settings::apply_machine_id(&id).map_err(step("machine-id"))?;
+            settings::apply_machine_id(&id, etc).map_err(step("machine-id"))?;
         }
-        if let Some(plan) = network {
+        for plan in networks {
             super::only_init("the network").map_err(step("network"))?;
             plan.apply(Path::new(ETC)).map_err(step("network"))?;
         }
@@ -129,11 +182,13 @@ impl Identity {
             message: wake.message.clone(),
         };
         if let Some(dir) = &self.dir {
-            write_files(dir, &awake, wake.token.as_deref()).map_err(step("files"))?;
+            let directory = ahead.as_mut().and_then(|ahead| ahead.directory.as_mut());
+            write_files(dir, directory, &awake, wake.token.as_deref()).map_err(step("files"))?;
         }
         self.awake = awake;
         self.token.clone_from(&wake.token);
         self.waiting = false;
+        self.spent = ahead;
         Ok(self.whoami())
     }
 }
@@ -158,16 +213,14 @@ fn check_names(wake: &Wake) -> Result<(), ErrorReply> {
     Ok(())
 }
 
-fn write_files(dir: &Path, awake: &Awake, token: Option<&str>) -> Result<(), ErrorReply> {
-    let refused = |path: &Path| {
-        let path = path.display().to_string();
-        move |error| failed(path, error)
-    };
+/// Makes the directory, which must be in memory.
+pub(super) fn is_secret(dir: &Path) -> Result<(), ErrorReply> {
+    let refused = |error| failed(dir.display(), error);
     match rustix::fs::mkdir(dir, rustix::fs::Mode::from_raw_mode(0o755)) {
         Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(refused(dir)(error)),
+        Err(error) => return Err(refused(error)),
     }
-    let kind = rustix::fs::statfs(dir).map_err(refused(dir))?.f_type;
+    let kind = rustix::fs::statfs(dir).map_err(refused)?.f_type;
     if !IN_MEMORY.contains(&kind) {
         let message = format!(
             "{} is not in memory, and a token must not get to a disk",
@@ -175,23 +228,37 @@ fn write_files(dir: &Path, awake: &Awake, token: Option<&str>) -> Result<(), Err
         );
         return Err(ErrorReply::new(ErrorCode::Unsupported, message));
     }
+    Ok(())
+}
+
+/// `ahead`: the directory as `expect_wake` has opened it.
+fn write_files(
+    dir: &Path,
+    mut ahead: Option<&mut Directory>,
+    awake: &Awake,
+    token: Option<&str>,
+) -> Result<(), ErrorReply> {
+    if ahead.is_none() {
+        is_secret(dir)?;
+    }
     let line = |text: &dyn std::fmt::Display| Some(format!("{text}\n"));
-    let message = awake.message.as_ref();
-    for (name, text, mode) in [
-        // First, so that nobody finds another machine's secret beside this one's name.
-        ("token", token.map(str::to_owned), 0o400),
-        ("generation", line(&awake.generation), 0o644),
-        ("id", line(&awake.id), 0o644),
-        ("index", line(&awake.index), 0o644),
-        ("message", message.and_then(|text| line(text)), 0o644),
-        ("wakes", line(&awake.wakes), 0o644),
-    ] {
+    for (name, _) in FILES {
+        let text = match name {
+            "token" => token.map(str::to_owned),
+            "generation" => line(&awake.generation),
+            "id" => line(&awake.id),
+            "index" => line(&awake.index),
+            "message" => awake.message.as_ref().and_then(|text| line(text)),
+            _ => line(&awake.wakes),
+        };
+        let mode = if name == "token" { 0o400 } else { 0o644 };
         let path = dir.join(name);
-        match text {
-            Some(text) => files::replace(&path, text.as_bytes(), mode),
-            None => files::remove(&path),
+        match (&mut ahead, text) {
+            (Some(ahead), text) => ahead.put(name, text.as_deref(), mode),
+            (None, Some(text)) => files::replace(&path, text.as_bytes(), mode),
+            (None, None) => files::remove(&path),
         }
-        .map_err(refused(&path))?;
+        .map_err(|error| failed(path.display(), error))?;
     }
     Ok(())
 }
@@ -295,7 +362,8 @@ mod tests {
     #[test]
     fn a_token_does_not_get_to_a_disk() {
         // /proc is no memory file system; making the directory there fails already below it.
-        let error = write_files(Path::new("/proc"), &Awake::default(), Some("x")).unwrap_err();
+        let error =
+            write_files(Path::new("/proc"), None, &Awake::default(), Some("x")).unwrap_err();
         assert_eq!(error.code, ErrorCode::Unsupported);
     }
 }

@@ -25,6 +25,7 @@ mod metrics;
 mod netlink;
 mod network;
 mod ports;
+mod prepared;
 mod procfs;
 mod quiet;
 mod settings;
@@ -37,8 +38,8 @@ pub use identity::Identity;
 pub use metrics::metrics;
 pub use network::set_network;
 pub use ports::ports;
-pub use quiet::{are_file_systems_frozen, are_processes_frozen, freeze, sync, thaw};
-pub use settings::{add_entropy, set_hostname, set_time};
+pub use quiet::{are_file_systems_frozen, are_processes_frozen, freeze, sync, thaw, thaw_at_once};
+pub use settings::{add_entropy, name_files, set_hostname, set_time};
 
 /// The system's refusal of `what`, as the client is to hear it.
 fn failed(what: impl std::fmt::Display, error: Errno) -> ErrorReply {

@@ -13,10 +13,10 @@
 //! How it fails: `busy` when processes do not stop in time (one waits for a disk); `unsupported`
 //! without the cgroup freezer; the system's reason otherwise. Nothing is frozen then that was not.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use ratoon_protocol::{ErrorCode, ErrorReply, FreezeParams};
@@ -108,14 +108,41 @@ pub fn thaw(params: FreezeParams) -> Work {
 /// Thaws `/` for a `wake` that has to write to it; processes stay as they are, so that none sees
 /// the old identity.
 pub(super) fn thaw_for_wake() -> Result<(), ErrorReply> {
-    let _guard = match ONE_AT_A_TIME.try_lock() {
-        Ok(guard) => guard,
-        Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
-        Err(TryLockError::WouldBlock) => {
-            return Err(failed("a freeze or thaw is under way", Errno::BUSY));
-        }
-    };
+    let _guard = alone()?;
     thaw_root()
+}
+
+/// The switch of [`thaw_at_once`], opened ahead.
+pub(super) fn open_switch() -> Result<OwnedFd, ErrorReply> {
+    open_file(Path::new(BASE), "cgroup.freeze", OFlags::WRONLY)
+}
+
+/// Lets processes go on, without a thread: the last step of a `wake`. `switch` is from `expect_wake`.
+///
+/// # Errors
+/// `busy` while a freeze or thaw is under way; the system's reason.
+pub fn thaw_at_once(switch: Option<BorrowedFd<'_>>) -> Result<(), ErrorReply> {
+    let _guard = alone()?;
+    if !are_processes_frozen() {
+        return Ok(());
+    }
+    match switch {
+        Some(switch) => {
+            rustix::io::write(switch, b"0").map_err(|error| failed("cgroup.freeze", error))?;
+        }
+        None => go_on(Path::new(BASE))?,
+    }
+    PROCESSES.store(false, Ordering::SeqCst);
+    Ok(())
+}
+
+/// Nobody else freezes or thaws; never waits.
+fn alone() -> Result<MutexGuard<'static, ()>, ErrorReply> {
+    match ONE_AT_A_TIME.try_lock() {
+        Ok(guard) => Ok(guard),
+        Err(TryLockError::Poisoned(guard)) => Ok(guard.into_inner()),
+        Err(TryLockError::WouldBlock) => Err(failed("a freeze or thaw is under way", Errno::BUSY)),
+    }
 }
 
 fn freeze_root() -> Result<(), ErrorReply> {
@@ -311,5 +338,6 @@ mod tests {
     #[test]
     fn a_wake_with_nothing_frozen_has_nothing_to_thaw() {
         assert_eq!(thaw_for_wake(), Ok(()));
+        assert_eq!(thaw_at_once(None), Ok(()));
     }
 }

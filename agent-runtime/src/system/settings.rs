@@ -4,7 +4,7 @@
 //! How it fails: `bad_request` names what is wrong with the parameter; otherwise the system's
 //! reason. `/etc/hostname` and `/etc/hosts` follow the hostname where the root can be written to.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use ratoon_protocol::{EntropyAdd, ErrorReply, HostnameSet, TimeSet};
@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
+use super::prepared::{Etc, Slot};
 use super::{are_file_systems_frozen, bad_request, failed, files, only_init, shown};
 
 /// The system's configuration.
@@ -58,7 +59,15 @@ pub(super) fn apply_time(time: Timespec) -> Result<(), ErrorReply> {
 /// # Errors
 /// See the module.
 pub fn add_entropy(params: &EntropyAdd) -> Result<(), ErrorReply> {
-    apply_entropy(&entropy(&params.hex, 1)?)
+    let bytes = entropy(&params.hex, 1)?;
+    apply_entropy(open_random()?.as_fd(), &bytes)
+}
+
+/// The kernel's random numbers.
+pub(super) fn open_random() -> Result<OwnedFd, ErrorReply> {
+    const DEVICE: &str = "/dev/urandom";
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::open(DEVICE, flags, Mode::empty()).map_err(|error| failed(DEVICE, error))
 }
 
 /// The bytes of hexadecimal digits, at least `least` of them.
@@ -81,14 +90,11 @@ pub(super) fn entropy(hex: &str, least: usize) -> Result<Vec<u8>, ErrorReply> {
         .ok_or_else(|| bad_request("entropy is not hexadecimal digits alone"))
 }
 
-pub(super) fn apply_entropy(bytes: &[u8]) -> Result<(), ErrorReply> {
+/// `device` is from [`open_random`].
+pub(super) fn apply_entropy(device: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), ErrorReply> {
     /// _IOW('R', 0x03, int [2]) and _IO('R', 0x07), linux/random.h.
     const RNDADDENTROPY: u32 = 0x4008_5203;
     const RNDRESEEDCRNG: u32 = 0x5207;
-    const DEVICE: &str = "/dev/urandom";
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let device =
-        rustix::fs::open(DEVICE, flags, Mode::empty()).map_err(|error| failed(DEVICE, error))?;
     // struct rand_pool_info: bits to credit, bytes that follow, the bytes.
     let mut info = vec![bytes.len() as u32 * 8, bytes.len() as u32];
     info.extend(bytes.chunks(4).map(|chunk| {
@@ -127,7 +133,7 @@ pub(super) fn last_error() -> Errno {
 /// See the module.
 pub fn set_hostname(params: &HostnameSet) -> Result<(), ErrorReply> {
     check_hostname(&params.hostname)?;
-    apply_hostname(&params.hostname)
+    apply_hostname(&params.hostname, &mut Etc::default())
 }
 
 /// Letters, digits, `-` and `.`, as in RFC 1123: each part begins and ends with a letter or digit.
@@ -148,14 +154,18 @@ pub(super) fn check_hostname(hostname: &str) -> Result<(), ErrorReply> {
     )))
 }
 
-pub(super) fn apply_hostname(hostname: &str) -> Result<(), ErrorReply> {
+/// `open`: files that are written in place.
+pub(super) fn apply_hostname(hostname: &str, open: &mut Etc) -> Result<(), ErrorReply> {
     only_init("the hostname")?;
     writable_root()?;
     let old = rustix::system::uname();
     let old = old.nodename().to_string_lossy();
     rustix::system::sethostname(hostname.as_bytes())
         .map_err(|error| failed("cannot set the hostname", error))?;
-    write_hostname(Path::new(ETC), &old, hostname)
+    if old == hostname {
+        return Ok(());
+    }
+    write_hostname(Path::new(ETC), &old, hostname, open)
 }
 
 /// A frozen file system would hold the loop for ever, and with it the call that thaws.
@@ -169,24 +179,47 @@ pub(super) fn writable_root() -> Result<(), ErrorReply> {
     Ok(())
 }
 
-fn write_hostname(etc: &Path, old: &str, new: &str) -> Result<(), ErrorReply> {
-    let write = |name: &str, text: String| {
+/// At boot: the files of an image say what the machine is called.
+///
+/// # Errors
+/// See the module.
+pub fn name_files(hostname: &str) -> Result<(), ErrorReply> {
+    let path = Path::new(ETC).join("hostname");
+    match files::read(&path, 256) {
+        // An image that says nothing is left so.
+        Ok(Some(old)) if !old.is_empty() && old.trim() != hostname => {
+            write_hostname(Path::new(ETC), old.trim(), hostname, &mut Etc::default())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_hostname(etc: &Path, old: &str, new: &str, open: &mut Etc) -> Result<(), ErrorReply> {
+    let write = |name: &str, text: String, slot: Option<&mut Slot>| {
         let path = etc.join(name);
-        match files::replace(&path, text.as_bytes(), 0o644) {
+        let written = match slot {
+            Some(slot) => slot.put(text.as_bytes()),
+            None => files::replace(&path, text.as_bytes(), 0o644),
+        };
+        match written {
             // The machine has the name all the same.
             Ok(()) | Err(Errno::ROFS | Errno::NOENT) => Ok(()),
             Err(error) => Err(failed(path.display(), error)),
         }
     };
-    write("hostname", format!("{new}\n"))?;
+    write("hostname", format!("{new}\n"), open.hostname.as_mut())?;
     let path = etc.join("hosts");
-    match files::read(&path, MAX_HOSTS) {
+    let text = match &open.hosts {
+        Some(slot) => Ok(String::from_utf8(slot.text().to_vec()).ok()),
+        None => files::read(&path, MAX_HOSTS),
+    };
+    match text {
         Ok(Some(text)) => {
             let renamed = renamed(&text, old, new);
             if renamed == text {
                 Ok(())
             } else {
-                write("hosts", renamed)
+                write("hosts", renamed, open.hosts.as_mut())
             }
         }
         Ok(None) => Ok(()),
@@ -242,12 +275,17 @@ pub(super) fn machine_id(text: &str) -> Result<String, ErrorReply> {
     Ok(text.to_ascii_lowercase())
 }
 
-pub(super) fn apply_machine_id(id: &str) -> Result<(), ErrorReply> {
+/// `open`: the file, to be written in place.
+pub(super) fn apply_machine_id(id: &str, open: &mut Etc) -> Result<(), ErrorReply> {
     only_init("the machine id")?;
     writable_root()?;
     let path = Path::new(ETC).join("machine-id");
-    files::replace(&path, format!("{id}\n").as_bytes(), 0o444)
-        .map_err(|error| failed(path.display(), error))
+    let text = format!("{id}\n");
+    let written = match &mut open.machine_id {
+        Some(slot) => slot.put(text.as_bytes()),
+        None => files::replace(&path, text.as_bytes(), 0o444),
+    };
+    written.map_err(|error| failed(path.display(), error))
 }
 
 #[cfg(test)]

@@ -41,7 +41,11 @@ fn entropy_is_whole_bytes_of_hexadecimal_digits() {
 #[test]
 fn the_kernel_takes_entropy_of_any_length_as_root() {
     for len in [1, 3, 4, 5, 512] {
-        assert_eq!(apply_entropy(&vec![7; len]), Ok(()), "{len}");
+        assert_eq!(
+            apply_entropy(open_random().unwrap().as_fd(), &vec![7; len]),
+            Ok(()),
+            "{len}"
+        );
     }
 }
 
@@ -88,11 +92,11 @@ fn hostname_and_hosts_follow_the_name() {
     let etc = tempfile::tempdir().unwrap();
     let read = |name: &str| std::fs::read_to_string(etc.path().join(name)).unwrap();
     std::fs::write(etc.path().join("hosts"), "127.0.1.1 old\n").unwrap();
-    write_hostname(etc.path(), "old", "new").unwrap();
+    write_hostname(etc.path(), "old", "new", &mut Etc::default()).unwrap();
     assert_eq!(read("hostname"), "new\n");
     assert_eq!(read("hosts"), "127.0.1.1 new\n");
     // A root without /etc is as good as a read-only one.
-    write_hostname(&etc.path().join("none"), "old", "new").unwrap();
+    write_hostname(&etc.path().join("none"), "old", "new", &mut Etc::default()).unwrap();
 }
 
 #[test]
@@ -120,7 +124,7 @@ fn a_runtime_that_is_not_init_leaves_its_host_alone() {
     for result in [
         set_time(&TimeSet { time_us }),
         set_hostname(&HostnameSet { hostname }),
-        apply_machine_id("0123456789abcdef0123456789abcdef"),
+        apply_machine_id("0123456789abcdef0123456789abcdef", &mut Etc::default()),
     ] {
         assert_eq!(result.unwrap_err().code, ErrorCode::Unsupported);
     }

@@ -56,10 +56,11 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             };
             add("gap without a freeze", gap(&mut client)?)?;
             let dir = vm.dir();
+            let port = client.host_port();
             let (seen, frozen) = std::thread::scope(|scope| {
                 let frozen = scope.spawn(|| {
                     std::thread::sleep(Duration::from_secs_f64(SPIN_SECONDS));
-                    freeze::take(dir)
+                    freeze::take(dir, port)
                 });
                 (gap(&mut client), frozen.join())
             });

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use ratoon_engine::runtime::RuntimeClient;
-use ratoon_engine::vm::freeze;
+use ratoon_engine::vm::freeze::{self, Child, Waking};
 use ratoon_protocol::{Call, FreezeParams};
 use rustix::fs::{Advice, fadvise};
 
@@ -114,9 +114,16 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     };
     client.call::<()>(&Call::Freeze(still), "stopped its processes", patience)?;
     client.call::<()>(&Call::ExpectWake, "expected its wake", patience)?;
-    let machine_id = freeze::machine_id()?;
+    let waking = Waking {
+        id: "steady".into(),
+        generation: "bench".into(),
+        child: Some(Child {
+            hostname: Some("steady".into()),
+            macs: Vec::new(),
+        }),
+    };
     let from = Instant::now();
-    freeze::wake(client, "steady", "bench", Some(machine_id))?;
+    freeze::wake(client, &waking)?;
     Ok((command, from.elapsed().as_secs_f64() * 1e3))
 }
 

@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, UNIX_EPOCH};
 
-use ratoon_engine::Engine;
-use ratoon_engine::image::{BuildOptions, Image, ImportKind, RECIPES};
+use ratoon_engine::image::{BuildOptions, Image, ImageStore, ImportKind, RECIPES};
+use ratoon_engine::{Engine, WarmGeneration};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::failure::{FAILED, Failure};
+use crate::interrupt::cancel_on_signals;
 use crate::progress::ImageProgress;
 use crate::{output, units};
 
@@ -20,6 +21,7 @@ pub enum Command {
     Import(Import),
     Ls(Ls),
     Inspect(Inspect),
+    Warm(Box<super::warm::Args>),
     Rm(Rm),
 }
 
@@ -71,7 +73,7 @@ pub struct Ls {
     json: bool,
 }
 
-/// Show an image's record as JSON.
+/// Show an image's record and its warm generations as JSON.
 #[derive(clap::Args)]
 pub struct Inspect {
     /// Also read its whole disk and check it against the digest.
@@ -81,7 +83,7 @@ pub struct Inspect {
     image: String,
 }
 
-/// Remove images. One that a VM uses is refused.
+/// Remove images, with their warm generations. One that a VM uses is refused.
 #[derive(clap::Args)]
 pub struct Rm {
     /// All names of an image that is named by its digest.
@@ -101,23 +103,6 @@ fn kind(text: &str) -> Result<ImportKind, String> {
             let names: Vec<_> = ImportKind::ALL.iter().map(|(name, _)| *name).collect();
             format!("choose one of {}", names.join(", "))
         })
-}
-
-/// Set by ^C: long work then cleans up and ends.
-static CANCELLED: AtomicBool = AtomicBool::new(false);
-
-fn cancel_on_signals() -> Result<&'static AtomicBool, Failure> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // The flag alone wakes nobody, but the work asks often.
-        let mut signals = signal_hook::iterator::Signals::new([signal])?;
-        std::thread::spawn(move || {
-            if signals.forever().next().is_some() {
-                CANCELLED.store(true, std::sync::atomic::Ordering::Relaxed);
-            }
-        });
-    }
-    Ok(&CANCELLED)
 }
 
 pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
@@ -140,7 +125,7 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
             drop(progress);
             made(&imported?, args.json)?;
         }
-        Command::Ls(args) => list(&store.list()?, args.json)?,
+        Command::Ls(args) => list(engine, &store.list()?, args.json)?,
         Command::Inspect(args) => {
             let image = if args.verify {
                 let progress = ImageProgress::new(cancel_on_signals()?);
@@ -148,9 +133,11 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
             } else {
                 store.get(&args.image)?
             };
-            output::json(&image)?;
+            let warm = engine.warm_generations()?;
+            output::json(&Shown::of(&image, &warm))?;
         }
-        Command::Rm(args) => return remove(&store, &args),
+        Command::Warm(args) => return super::warm::run(engine, &args),
+        Command::Rm(args) => return remove(engine, &store, &args),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -168,9 +155,46 @@ fn made(image: &Image, as_json: bool) -> Result<(), Failure> {
     ))
 }
 
-fn list(images: &[Image], as_json: bool) -> Result<(), Failure> {
+/// An image, and what its VMs start from.
+#[derive(Serialize)]
+struct Shown<'s> {
+    #[serde(flatten)]
+    image: &'s Image,
+    warm: Vec<ShownWarm>,
+}
+
+#[derive(Serialize)]
+struct ShownWarm {
+    cpus: u32,
+    memory_mib: u64,
+    disk_bytes: u64,
+    used_unix_seconds: u64,
+}
+
+impl<'s> Shown<'s> {
+    fn of(image: &'s Image, warm: &[WarmGeneration]) -> Self {
+        let own = warm.iter().filter(|it| it.image_digest == image.digest());
+        let shown = own.map(|it| ShownWarm {
+            cpus: it.cpus,
+            memory_mib: it.memory_mib,
+            disk_bytes: it.disk_bytes,
+            used_unix_seconds: it
+                .used
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |d| d.as_secs()),
+        });
+        Self {
+            image,
+            warm: shown.collect(),
+        }
+    }
+}
+
+fn list(engine: &Engine, images: &[Image], as_json: bool) -> Result<(), Failure> {
+    let warm = engine.warm_generations()?;
+    let shown = |image| Shown::of(image, &warm);
     if as_json {
-        return output::json(&images);
+        return output::json(&images.iter().map(shown).collect::<Vec<_>>());
     }
     let rows: Vec<_> = images
         .iter()
@@ -185,24 +209,31 @@ fn list(images: &[Image], as_json: bool) -> Result<(), Failure> {
                 short(image.digest()).to_owned(),
                 units::bytes(image.config.stored_bytes),
                 units::bytes(image.config.size_bytes),
+                match shown(image).warm.iter().map(|it| it.disk_bytes).sum() {
+                    0 => "-".to_owned(),
+                    bytes => units::bytes(bytes),
+                },
                 units::age(created.elapsed().unwrap_or_default()),
                 image.config.source.clone(),
             ]
         })
         .collect();
-    let head = ["NAME", "DIGEST", "STORED", "DISK", "AGE", "SOURCE"];
+    let head = ["NAME", "DIGEST", "STORED", "DISK", "WARM", "AGE", "SOURCE"];
     output::write(output::table(&head, &rows).as_bytes())
 }
 
-fn short(digest: &str) -> &str {
+pub fn short(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
 }
 
-fn remove(store: &ratoon_engine::image::ImageStore, args: &Rm) -> Result<ExitCode, Failure> {
+fn remove(engine: &Engine, store: &ImageStore, args: &Rm) -> Result<ExitCode, Failure> {
     let mut code = ExitCode::SUCCESS;
     for image in &args.images {
         match store.remove(image, args.force) {
-            Ok(removed) if removed.disk => output::line(&format!("{image}: removed"))?,
+            Ok(removed) if removed.disk => {
+                engine.forget_warm(&removed.digest)?;
+                output::line(&format!("{image}: removed"))?;
+            }
             Ok(_) => output::line(&format!("{image}: name removed, the image has others"))?,
             Err(error) => {
                 Failure::from(error).report();

@@ -11,8 +11,10 @@ pub mod ps;
 pub mod rm;
 pub mod run;
 pub mod snapshot;
+pub mod snapshots;
 pub mod stop;
 pub mod top;
+pub mod warm;
 
 use std::process::ExitCode;
 

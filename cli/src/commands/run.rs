@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ratoon_engine::runtime::{ExecIo, RuntimeClient, RuntimeError};
+use ratoon_engine::snapshot::PublicKey;
 use ratoon_engine::snapshots::RestoreSpec;
 use ratoon_engine::vm::command::{self, CommandSpec, ImageCommand};
 use ratoon_engine::vm::{LaunchError, Vm};
@@ -47,6 +48,9 @@ pub struct Args {
     /// Start from a snapshot, in place of an image.
     #[arg(long, conflicts_with_all = ["image", "cpus", "memory", "kernel", "kernel_arg"])]
     pub snapshot: Option<String>,
+    /// With --snapshot: refuse one that none of these keys signed, as `ratoon restore` does.
+    #[arg(long, value_name = "KEY", requires = "snapshot", value_parser = super::snapshot::trusted_key)]
+    pub require_signature: Vec<PublicKey>,
     /// A name for the VM.
     #[arg(long)]
     pub name: Option<String>,
@@ -218,6 +222,7 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
             networks: args.net.clone(),
             detached: args.detach,
             timeout: args.boot_timeout,
+            trusted: args.require_signature.clone(),
         };
         let started = engine.restore(&spec, Some(interrupts.cancel()));
         drop(spinner);
@@ -245,7 +250,20 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
     };
     let started = engine.start(&spec, Some(interrupts.cancel()));
     drop(spinner);
-    started.map_err(|error| match error {
+    let started = started.map_err(|error| not_started(error, interrupts))?;
+    if started.made_warm {
+        eprintln!(
+            "note: {} was booted; later machines of this size start where its boot ended \
+             (--cold boots)",
+            args.image
+        );
+    }
+    Ok(started)
+}
+
+/// A VM that did not start.
+pub fn not_started(error: StartError, interrupts: &Interrupts) -> Failure {
+    match error {
         StartError::Launch(LaunchError::Cancelled) => {
             let code = interrupts.ended().map_or(FAILED, Ended::code);
             Failure::silent(code)
@@ -256,7 +274,7 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
             Failure::from(error).console(&console)
         }
         error => Failure::from(error),
-    })
+    }
 }
 
 fn detach(vm: Vm, args: &Args) -> Result<ExitCode, Failure> {

@@ -1,12 +1,12 @@
-//! `ratoon snapshot`, `restore`, `suspend`, `snapshots`, `pause`, `resume`.
+//! `ratoon snapshot`, `restore`, `suspend`, `pause`, `resume`.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ratoon_engine::Engine;
-use ratoon_engine::snapshot::MemoryKind;
-use ratoon_engine::snapshots::{RestoreSpec, SnapshotError, Taken};
+use ratoon_engine::snapshot::{PublicKey, SigningKey};
+use ratoon_engine::snapshots::{Keep, RestoreSpec, SnapshotError, Taken};
 use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::LaunchError;
 use ratoon_engine::vm::life;
@@ -15,11 +15,11 @@ use ratoon_engine::{StartError, snapshot};
 use serde::Serialize;
 
 use super::for_each;
-use crate::failure::Failure;
+use crate::failure::{FAILED, Failure};
 use crate::guest;
-use crate::interrupt::Interrupts;
+use crate::interrupt::{Ended, Interrupts, cancel_on_signals};
+use crate::output;
 use crate::progress::{ImageProgress, Spinner};
-use crate::{output, units};
 
 /// How long a VMM may take to hold its vCPUs.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,6 +40,9 @@ pub struct Args {
     /// longer to write, and userfaultfd(2) to restore.
     #[arg(long)]
     compress: bool,
+    /// Sign it with this key; `ratoon snapshots key new` makes one.
+    #[arg(long, value_name = "FILE")]
+    sign_key: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -57,9 +60,25 @@ pub struct RestoreArgs {
     /// A name for the VM.
     #[arg(long)]
     name: Option<String>,
+    /// Refuse a snapshot that none of these keys signed, or that is not what was signed: a public
+    /// key's file, or its 64 hexadecimal digits. May be given several times.
+    #[arg(long, value_name = "KEY", value_parser = trusted_key)]
+    require_signature: Vec<PublicKey>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// A public key, itself or in a file.
+pub fn trusted_key(text: &str) -> Result<PublicKey, String> {
+    match PublicKey::try_from(text.to_owned()) {
+        Ok(key) => Ok(key),
+        Err(_) => PublicKey::read(Path::new(text)).map_err(|error| {
+            let cause = std::error::Error::source(&error);
+            let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+            format!("{error}{cause}")
+        }),
+    }
 }
 
 /// Take a snapshot of a running VM, then end it.
@@ -87,36 +106,6 @@ pub struct VmsArgs {
     json: bool,
 }
 
-/// List, check and remove snapshots.
-#[derive(clap::Args)]
-pub struct SnapshotsArgs {
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(subcommand)]
-    command: Option<SnapshotsCommand>,
-}
-
-#[derive(clap::Subcommand)]
-enum SnapshotsCommand {
-    /// Print a snapshot's manifest.
-    Inspect {
-        /// Name or id.
-        snapshot: String,
-    },
-    /// Read all of a snapshot and check it against its hashes.
-    Verify {
-        /// Name or id.
-        snapshot: String,
-    },
-    /// Remove snapshots.
-    Rm {
-        /// Names or ids.
-        #[arg(required = true)]
-        snapshots: Vec<String>,
-    },
-}
-
 #[derive(Serialize)]
 struct TakenReport<'a> {
     id: String,
@@ -124,27 +113,35 @@ struct TakenReport<'a> {
     pause_us: u64,
 }
 
-static NEVER: AtomicBool = AtomicBool::new(false);
-
-fn take(
-    engine: &Engine,
-    entry: &Entry,
-    name: Option<&str>,
-    compress: bool,
-) -> Result<Taken, Failure> {
-    let progress = ImageProgress::new(&NEVER);
-    let kind = match compress {
-        true => MemoryKind::Chunks,
-        false => MemoryKind::Plain,
-    };
-    let taken = engine.snapshot(&entry.dir, name, kind, &progress);
+fn take(engine: &Engine, entry: &Entry, keep: Keep<'_>) -> Result<Taken, Failure> {
+    let progress = ImageProgress::new(cancel_on_signals()?);
+    let taken = engine.snapshot(&entry.dir, keep, &progress);
     drop(progress);
-    Ok(taken?)
+    taken.map_err(|error| match error {
+        SnapshotError::Store(error) => stored(error),
+        error => error.into(),
+    })
+}
+
+/// Work on the store of snapshots that failed, or was ended by a signal.
+pub fn stored(error: snapshot::Error) -> Failure {
+    let code = match error {
+        snapshot::Error::Cancelled => 130,
+        _ => FAILED,
+    };
+    Failure::from(error).code(code)
 }
 
 pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let entry = guest::find_running(engine, &args.vm)?;
-    let taken = take(engine, &entry, args.name.as_deref(), args.compress)?;
+    // A key that cannot be read is told before the VM is frozen.
+    let key = args.sign_key.as_deref().map(SigningKey::read).transpose()?;
+    let keep = Keep {
+        name: args.name.as_deref(),
+        key: key.as_ref(),
+        compressed: args.compress,
+    };
+    let taken = take(engine, &entry, keep)?;
     let id = taken.snapshot.id.to_string();
     if args.json {
         output::json(&TakenReport {
@@ -166,6 +163,7 @@ pub fn restore(engine: &Engine, args: &RestoreArgs) -> Result<ExitCode, Failure>
         name: args.name.clone(),
         detached: true,
         timeout: Duration::from_secs(180),
+        trusted: args.require_signature.clone(),
         ..RestoreSpec::default()
     };
     let started = engine.restore(&spec, Some(interrupts.cancel()));
@@ -194,6 +192,9 @@ pub fn failed(error: SnapshotError, interrupts: &Interrupts) -> Failure {
             let console = error.serial().to_vec();
             Failure::from(error).console(&console)
         }
+        SnapshotError::Store(snapshot::Error::Cancelled) => {
+            Failure::silent(interrupts.ended().map_or(FAILED, Ended::code))
+        }
         error => Failure::from(error),
     }
 }
@@ -206,7 +207,12 @@ pub fn suspend(engine: &Engine, args: &SuspendArgs) -> Result<ExitCode, Failure>
         .ok()
         .and_then(|record| record.name.clone());
     let name = args.name.clone().or(own).unwrap_or_else(|| entry.dir.id());
-    take(engine, &entry, Some(&name), args.compress)?;
+    let keep = Keep {
+        name: Some(&name),
+        key: None,
+        compressed: args.compress,
+    };
+    take(engine, &entry, keep)?;
     life::kill(&entry)?;
     life::remove(engine.store(), &entry, true)?;
     output::line(&name)?;
@@ -227,84 +233,4 @@ pub fn resume(engine: &Engine, args: &VmsArgs) -> Result<ExitCode, Failure> {
             .resume()?
             .state)
     })
-}
-
-/// `snapshots --json`.
-#[derive(Serialize)]
-struct Row {
-    id: String,
-    names: Vec<String>,
-    image: Option<String>,
-    vcpus: u32,
-    memory_mib: u64,
-    created: u64,
-    disk_bytes: u64,
-}
-
-pub fn snapshots(engine: &Engine, args: &SnapshotsArgs) -> Result<ExitCode, Failure> {
-    let store = engine.snapshots()?;
-    match &args.command {
-        Some(SnapshotsCommand::Inspect { snapshot }) => {
-            output::json(&store.get(snapshot)?.manifest)?;
-        }
-        Some(SnapshotsCommand::Verify { snapshot }) => {
-            let progress = ImageProgress::new(&NEVER);
-            let verified = store.verify(snapshot, &progress);
-            drop(progress);
-            verified?;
-            output::line(&format!("{snapshot}: every byte is as it was written"))?;
-        }
-        Some(SnapshotsCommand::Rm { snapshots }) => {
-            for snapshot in snapshots {
-                store.remove(snapshot)?;
-                output::line(snapshot)?;
-            }
-        }
-        None => list(&store, args.json)?,
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn list(store: &snapshot::Store, json: bool) -> Result<(), Failure> {
-    let listing = store.list()?;
-    let mut rows = Vec::new();
-    for snapshot in &listing.snapshots {
-        let manifest = &snapshot.manifest;
-        rows.push(Row {
-            id: snapshot.id.to_string(),
-            names: snapshot.names.clone(),
-            image: ratoon_engine::snapshots::image_of(snapshot).map(str::to_owned),
-            vcpus: manifest.about.vcpus,
-            memory_mib: manifest.about.memory_mib,
-            created: manifest.created_unix_seconds,
-            disk_bytes: snapshot.sizes()?.disk_bytes,
-        });
-    }
-    for damaged in &listing.damaged {
-        eprintln!("{}: {}", damaged.id, damaged.error);
-    }
-    if json {
-        output::json(&rows)?;
-        return Ok(());
-    }
-    let head = ["ID", "NAME", "IMAGE", "CPUS", "MEMORY", "AGE", "SIZE"];
-    let rows: Vec<Vec<String>> = rows
-        .iter()
-        .map(|row| {
-            vec![
-                row.id.chars().take(12).collect(),
-                match row.names.is_empty() {
-                    true => "-".into(),
-                    false => row.names.join(","),
-                },
-                row.image.clone().unwrap_or_else(|| "-".into()),
-                row.vcpus.to_string(),
-                units::bytes(row.memory_mib << 20),
-                units::age_of(row.created * 1000),
-                units::bytes(row.disk_bytes),
-            ]
-        })
-        .collect();
-    output::write(output::table(&head, &rows).as_bytes())?;
-    Ok(())
 }

@@ -1,8 +1,11 @@
 //! What a block device needs of its disk, whatever the disk is made of.
 
 use std::io;
+use std::path::Path;
 
 use vm_memory::VolatileSlice;
+
+use super::file::OpenError;
 
 /// The unit of virtio-blk's addresses, in bytes, whatever the block size (virtio 1.2, 5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
@@ -53,6 +56,28 @@ pub trait Backend: Send {
     fn write_back(&mut self) -> io::Result<()> {
         Ok(())
     }
+
+    /// Makes an empty layer at `path`, to be the top after [`Backend::push_layer`].
+    ///
+    /// # Errors
+    /// See [`OpenError`]; a disk that has no layers refuses.
+    fn prepare_layer(&mut self, path: &Path) -> Result<(), OpenError> {
+        Err(OpenError::NoLayers {
+            path: path.to_owned(),
+        })
+    }
+
+    /// Freezes the top, which has been written back, and goes on in the prepared layer. False: the
+    /// top is empty and stays; the prepared layer is gone.
+    ///
+    /// # Errors
+    /// The operating system's; the disk goes on as it was.
+    fn push_layer(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Removes a prepared layer that is not wanted any more.
+    fn drop_prepared(&mut self) {}
 
     /// Gives the range's space back where the storage can; it may then read as anything that the
     /// guest wrote there before, or as zeroes.

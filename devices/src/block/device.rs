@@ -1,6 +1,7 @@
 //! The device between the queue and a [`Backend`].
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -259,6 +260,28 @@ impl Device for Block {
                 what: format!("writing the tables of disk {} back", self.backend.name()),
                 source,
             })
+    }
+
+    fn prepare_layer(&mut self, path: &Path) -> Result<(), DeviceError> {
+        self.backend
+            .prepare_layer(path)
+            .map_err(|error| DeviceError::Host {
+                what: format!("making the next layer of disk {}", self.backend.name()),
+                source: io::Error::other(error),
+            })
+    }
+
+    fn push_layer(&mut self) -> Result<bool, DeviceError> {
+        self.backend
+            .push_layer()
+            .map_err(|source| DeviceError::Host {
+                what: format!("freezing the layer of disk {}", self.backend.name()),
+                source,
+            })
+    }
+
+    fn drop_prepared(&mut self) {
+        self.backend.drop_prepared();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -7,10 +7,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+use rustix::fs::{
+    FallocateFlags, FlockOperation, OFlags, SeekFrom, fallocate, fcntl_getfl, flock, seek,
+};
 use rustix::io::Errno;
 
 use super::backend::SECTOR_BYTES;
@@ -69,6 +72,27 @@ pub enum OpenError {
     #[error("layer {path:?} is the base image itself; give the layer a file of its own")]
     LayerIsBase {
         /// The layer's path.
+        path: PathBuf,
+    },
+    /// The writable layer is one of the frozen ones below it.
+    #[error("layer {path:?} is frozen: it cannot be the writable one too; give a new path")]
+    LayerIsFrozen {
+        /// The layer's path.
+        path: PathBuf,
+    },
+    /// More layers than can be told apart.
+    #[error(
+        "the disk of layer {path:?} has more than {} frozen layers; start from an older snapshot",
+        super::layered::MAX_FROZEN
+    )]
+    TooManyLayers {
+        /// The path of the layer that would be the next.
+        path: PathBuf,
+    },
+    /// A disk without layers has none to freeze.
+    #[error("the disk has no layers, so {path:?} cannot be its next one; give it a layer first")]
+    NoLayers {
+        /// The path of the layer that was asked for.
         path: PathBuf,
     },
     /// A layer cannot be used read-only: it would be no layer.
@@ -135,15 +159,42 @@ pub(super) fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError
 
 /// As [`open`], without the lock.
 pub(super) fn open_unlocked(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(writable)
-        // Opening a pipe must not wait for its other end. Files do not heed the flag.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|source| open_error(path, writable, source))?;
+    let file = match inherited(path) {
+        Some(fd) => duplicate(fd, writable),
+        None => OpenOptions::new()
+            .read(true)
+            .write(writable)
+            // Opening a pipe must not wait for its other end. Files do not heed the flag.
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path),
+    };
+    let file = file.map_err(|source| open_error(path, writable, source))?;
     let len_bytes = check_kind(&file, path)?;
     Ok((file, len_bytes))
+}
+
+/// The descriptor that a path of the form `/dev/fd/N` names: one that this process inherited. It is
+/// used as it is, so that a jail needs neither the file's name nor a `/proc`.
+pub(super) fn inherited(path: &Path) -> Option<RawFd> {
+    let number = path.to_str()?.strip_prefix("/dev/fd/")?;
+    number.parse().ok().filter(|fd| *fd > 2)
+}
+
+/// A descriptor of our own for the same open file.
+fn duplicate(fd: RawFd, writable: bool) -> io::Result<File> {
+    // SAFETY: the call takes a number and gives a new one; a number that is no open descriptor is
+    // an error.
+    let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if own < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was made a moment ago, and nobody else knows of it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(own) });
+    let mode = fcntl_getfl(&file)? & OFlags::RWMODE;
+    if writable && mode != OFlags::RDWR {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    Ok(file)
 }
 
 /// The size in bytes of a regular file or block device; everything else is refused.

@@ -1,27 +1,29 @@
-//! A disk that is a writable qcow2 layer over a read-only raw base.
+//! A disk of layers: a writable qcow2 file over frozen ones over a read-only raw base.
 //!
-//! The guest's writes go to the layer, what it has not written is read from the base. The base is
-//! opened read-only and locked shared, the layer exclusively. The layer's header names the base for
-//! other tools; Ratoon never follows that name, but takes the base that it is given.
+//! The guest's writes go to the top; what it has not written there is read from the layer below
+//! that has it, at last from the base. All but the top are opened read-only and locked shared, the
+//! top exclusively. A layer's header names what is below it for other tools; Ratoon never follows
+//! that name, but takes what it is given.
+//!
+//! Freezing moves nothing: an empty layer is made ahead (`prepare_layer`), and when the tables are
+//! written back it becomes the top (`push_layer`), with the old top, whose lock becomes a shared
+//! one, below it. An untouched top stays the top.
 //!
 //! qcow2 comes from imago, built synchronous: no threads, no runtime. Its table caches are written
 //! back on a flush and when the [`Layer`] is dropped: a VMM that is killed loses what the guest had
 //! not flushed, as in a power cut, and no more.
 //!
 //! ```text
-//!  request --known, in one piece--------> preadv, pwritev on the base's or the layer's file
-//!          `-new cluster, zeroes, pieces-> imago: tables, copy on write
+//!  read  --pieces of known clusters--> preadv on their files, whichever layer's
+//!  write --known, in one piece, top--> pwritev on its file
+//!        `-all else--> imago: tables, copy on write, zeroes
 //! ```
 //!
-//! A request whose clusters are known to lie in one piece (`Places`) goes to the file itself:
-//! imago's lookups and lists would cost a 4 KiB read from the layer a third more. A cluster that is
+//! Where a cluster is, is asked once (`Places`): then the depth of the layers costs a read nothing,
+//! and imago's lookups and lists would cost a 4 KiB read a third more. A cluster that is
 //! discarded, or zeroed with leave to unmap, is freed in the tables and punched out of the file.
 //! imago frees and never punches; the order is safe, since whatever table survives a crash says
 //! either "zeroes" or points at the hole.
-//!
-//! A new layer is not synced: there is nothing in it, and the fsync took 8 ms of a VM's start. A
-//! host that crashes before the guest's first flush may leave an empty file, which is refused; the
-//! flush makes file and name durable on ext4, XFS and Btrfs.
 //!
 //! What it costs (`examples/block_backends.rs`: CPU of a request in microseconds, medians of 15
 //! rounds by turns; 2 CPUs, busy with other work; ext4, 1 GiB, all in the page cache):
@@ -39,165 +41,220 @@
 //! from the base), 461 for 1 MiB. Making and opening a layer takes 130 (p50), opening one 44. Open
 //! and empty it has less memory than the page that shows; all written, 0.7 MiB a GiB of disk.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::file::File as ImagoFile;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{
-    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping,
-    ShallowMapping, StorageOpenOptions,
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, ShallowMapping,
+    StorageOpenOptions,
 };
-use rustix::fs::{CWD, FallocateFlags, RenameFlags, fdatasync, renameat_with};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, fdatasync};
 use vm_memory::VolatileSlice;
 
 use super::backend::Backend;
 use super::file::{self, OpenError};
-use super::places::{Piece, Place, Places};
+use super::make::{self, Below};
+use super::places::{Place, Places};
 use super::vectored::Vectored;
 
-/// A qcow2 cluster in bytes: what the layer allocates at a time.
-const CLUSTER_BYTES: u32 = 64 << 10;
+/// A qcow2 cluster in bytes: what a layer allocates at a time.
+pub(super) const CLUSTER_BYTES: u32 = 64 << 10;
+/// The most frozen layers between base and top.
+pub const MAX_FROZEN: usize = 60;
 
-/// A writable layer over a base.
+type Access = FormatAccess<ImagoFile>;
+/// A layer, which shares what is below it with those that look at it by itself.
+type Format = Qcow2<ImagoFile, Arc<Access>>;
+
+/// A disk of layers, the topmost writable.
 pub struct Layer {
-    disk: FormatAccess<ImagoFile>,
-    /// The same open files that `disk` has.
-    layer: File,
-    base: File,
+    /// The top, over all the others. Nobody shares it.
+    disk: Arc<Access>,
+    /// The same open files that `disk` has: the base, the frozen layers, the top.
+    files: Vec<File>,
+    /// What was written to layers that are frozen now is not on stable storage yet.
+    unsynced: Vec<File>,
+    /// The next top, made ahead.
+    next: Option<Next>,
+    /// Something was asked to be written since the top was made or opened.
+    is_touched: bool,
     places: Places,
     vectored: Vectored,
     can_punch: bool,
     name: String,
+    path: PathBuf,
     len_bytes: u64,
 }
 
+/// An empty top that waits for [`Backend::push_layer`].
+struct Next {
+    format: Format,
+    file: File,
+    path: PathBuf,
+}
+
 impl Layer {
-    /// Opens the layer at `layer_path` over the raw image at `base_path`. A layer that does not
-    /// exist is made, whole or not at all, with the base's size.
+    /// Opens the layer at `layer_path` over `frozen` ones, the lowest first, over the raw image at
+    /// `base_path`. Only the topmost is ever written. If it does not exist it is made, whole or not
+    /// at all, with the base's size.
     ///
     /// # Errors
     /// See [`OpenError`].
-    pub fn open_or_create(layer_path: &Path, base_path: &Path) -> Result<Self, OpenError> {
+    pub fn open(
+        layer_path: &Path,
+        frozen: &[PathBuf],
+        base_path: &Path,
+    ) -> Result<Self, OpenError> {
+        check_depth(frozen.len(), layer_path)?;
         let (base, base_bytes) = file::open(base_path, false)?;
         file::check_size(base_bytes, base_path)?;
-        let layer = match file::open_unlocked(layer_path, true) {
-            Err(OpenError::Missing { .. }) => create(layer_path, base_path, base_bytes)?,
-            other => other?.0,
+        let mut files = vec![base];
+        let mut disk = raw(&files[0]).map_err(io_error(base_path))?;
+        let mut below = Below {
+            path: base_path,
+            format: "raw",
+            len_bytes: base_bytes,
         };
-        let io_error = |source| OpenError::Io {
-            path: layer_path.to_owned(),
-            source,
-        };
-        if file::same_file(&layer, &base).map_err(io_error)? {
-            return Err(OpenError::LayerIsBase {
-                path: layer_path.to_owned(),
-            });
+        for path in frozen {
+            let (file, _) = file::open(path, false)?;
+            disk = open_over(&file, path, disk, below, false)?;
+            files.push(file);
+            below.path = path;
+            below.format = "qcow2";
         }
-        file::lock(&layer, layer_path, true)?;
-        let twin = |file: &File| file.try_clone().map_err(io_error);
-        let disk =
-            assemble(twin(&layer)?, twin(&base)?).map_err(|source| OpenError::LayerFormat {
-                path: layer_path.to_owned(),
-                source,
-            })?;
-        let len_bytes = disk.size();
-        if len_bytes != base_bytes {
-            return Err(OpenError::LayerMismatch {
-                path: layer_path.to_owned(),
-                base: base_path.to_owned(),
-                layer_bytes: len_bytes,
-                base_bytes,
-            });
+        let top = open_top(layer_path, below)?;
+        for (file, path) in files
+            .iter()
+            .zip(std::iter::once(base_path).chain(frozen.iter().map(PathBuf::as_path)))
+        {
+            if file::same_file(&top, file).map_err(io_error(layer_path))? {
+                return Err(match path == base_path {
+                    true => OpenError::LayerIsBase {
+                        path: layer_path.to_owned(),
+                    },
+                    false => OpenError::LayerIsFrozen {
+                        path: layer_path.to_owned(),
+                    },
+                });
+            }
         }
+        file::lock(&top, layer_path, true)?;
+        let disk = open_over(&top, layer_path, disk, below, true)?;
+        files.push(top);
         Ok(Self {
             disk,
-            layer,
-            base,
-            places: Places::new(len_bytes, CLUSTER_BYTES),
+            files,
+            unsynced: Vec::new(),
+            next: None,
+            is_touched: false,
+            places: Places::new(base_bytes, CLUSTER_BYTES),
             vectored: Vectored::default(),
             can_punch: true,
             name: layer_path.display().to_string(),
-            len_bytes,
+            path: layer_path.to_owned(),
+            len_bytes: base_bytes,
         })
+    }
+
+    fn top(&self) -> usize {
+        self.files.len() - 1
     }
 }
 
-fn storage(file: File, writable: bool) -> io::Result<ImagoFile> {
+fn check_depth(frozen: usize, path: &Path) -> Result<(), OpenError> {
+    if frozen > MAX_FROZEN {
+        return Err(OpenError::TooManyLayers {
+            path: path.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn io_error(path: &Path) -> impl Fn(io::Error) -> OpenError {
+    move |source| OpenError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+pub(super) fn storage(file: File, writable: bool) -> io::Result<ImagoFile> {
     ImagoFile::from_open_file(file, StorageOpenOptions::new().write(writable))
 }
 
-fn assemble(layer: File, base: File) -> io::Result<FormatAccess<ImagoFile>> {
-    let base = Raw::builder(storage(base, false)?).open(DenyImplicitOpenGate::default())?;
-    let layer = Qcow2::<ImagoFile>::builder(storage(layer, true)?)
-        .backing(Some(FormatAccess::new(base)))
-        .write(true)
-        .open(DenyImplicitOpenGate::default())?;
-    Ok(FormatAccess::new(layer))
+fn raw(base: &File) -> io::Result<Arc<Access>> {
+    let base = storage(base.try_clone()?, false)?;
+    let base = Raw::builder(base).open(DenyImplicitOpenGate::default())?;
+    Ok(Arc::new(FormatAccess::new(base)))
 }
 
-/// Makes the layer beside its place and moves it there, unless another was faster: then that one.
-fn create(layer_path: &Path, base_path: &Path, base_bytes: u64) -> Result<File, OpenError> {
-    let failed = |source| OpenError::LayerCreate {
-        path: layer_path.to_owned(),
-        source,
+/// The top's file, not locked; made if there is none, or if an empty one was inherited.
+fn open_top(path: &Path, below: Below<'_>) -> Result<File, OpenError> {
+    let (file, len_bytes) = match file::open_unlocked(path, true) {
+        Err(OpenError::Missing { .. }) => return make::create(path, below),
+        other => other?,
     };
-    let temporary = temporary_path(layer_path).map_err(failed)?;
-    let made = write_new(&temporary, base_path, base_bytes).and_then(|file| {
-        match renameat_with(CWD, &temporary, CWD, layer_path, RenameFlags::NOREPLACE) {
-            Ok(()) => Ok(Some(file)),
-            Err(Errno::EXIST) => {
-                std::fs::remove_file(&temporary)?;
-                Ok(None)
-            }
-            Err(errno) => Err(errno.into()),
-        }
-    });
-    match made {
-        Ok(Some(file)) => Ok(file),
-        Ok(None) => Ok(file::open_unlocked(layer_path, true)?.0),
-        Err(source) => {
-            // It may not exist; the first error is the one to tell.
-            let _ = std::fs::remove_file(&temporary);
-            Err(failed(source))
-        }
+    if len_bytes == 0 && file::inherited(path).is_some() {
+        make::format(&file, below).map_err(|source| OpenError::LayerCreate {
+            path: path.to_owned(),
+            source,
+        })?;
     }
-}
-
-/// A name of our own in the layer's directory.
-fn temporary_path(layer_path: &Path) -> io::Result<PathBuf> {
-    let name = layer_path
-        .file_name()
-        .ok_or(io::ErrorKind::InvalidFilename)?;
-    let mut temporary = std::ffi::OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}.new", std::process::id()));
-    Ok(layer_path.with_file_name(temporary))
-}
-
-fn write_new(path: &Path, base_path: &Path, base_bytes: u64) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        // What lies there under our process id was left by a process that died.
-        .create(true)
-        .truncate(true)
-        .open(path)?;
-    let base = std::fs::canonicalize(base_path)?;
-    Qcow2::<ImagoFile>::create_builder(storage(file.try_clone()?, true)?)
-        .size(base_bytes)
-        .cluster_size(CLUSTER_BYTES as usize)
-        .backing(base.display().to_string(), "raw".into())
-        .create()?;
     Ok(file)
 }
 
+/// Reads a layer's header and refuses one that is not for a disk of this size.
+fn open_format(
+    file: &File,
+    path: &Path,
+    backing: Option<Arc<Access>>,
+    writable: bool,
+) -> Result<Format, OpenError> {
+    file.try_clone()
+        .and_then(|file| storage(file, writable))
+        .and_then(|file| {
+            Format::builder(file)
+                .backing(backing)
+                .write(writable)
+                .open(DenyImplicitOpenGate::default())
+        })
+        .map_err(|source| OpenError::LayerFormat {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn open_over(
+    file: &File,
+    path: &Path,
+    backing: Arc<Access>,
+    below: Below<'_>,
+    writable: bool,
+) -> Result<Arc<Access>, OpenError> {
+    let disk = Arc::new(FormatAccess::new(open_format(
+        file,
+        path,
+        Some(backing),
+        writable,
+    )?));
+    if disk.size() != below.len_bytes {
+        return Err(OpenError::LayerMismatch {
+            path: path.to_owned(),
+            base: below.path.to_owned(),
+            layer_bytes: disk.size(),
+            base_bytes: below.len_bytes,
+        });
+    }
+    Ok(disk)
+}
+
 impl Layer {
-    /// Asks where the clusters of a range are, for the next request.
+    /// Asks where the clusters of a range are.
     ///
     /// A layer that another tool made may have clusters of another size: what does not look like
     /// one of ours stays unknown.
@@ -209,22 +266,41 @@ impl Layer {
             }
             let start = cluster as u64 * cluster_bytes;
             let whole = cluster_bytes.min(self.len_bytes - start);
-            let (mapping, length) = self.disk.get_shallow_mapping(start, whole)?;
-            let place = match mapping {
-                _ if length < whole => Place::Unknown,
-                ShallowMapping::Indirect { offset, .. } if offset == start => Place::Base,
-                ShallowMapping::Raw {
-                    offset,
-                    writable: true,
-                    ..
-                } if offset.is_multiple_of(cluster_bytes) => {
-                    u32::try_from(offset / cluster_bytes).map_or(Place::Unknown, Place::Layer)
-                }
-                _ => Place::Unknown,
-            };
+            let place = self.locate(start, whole)?;
             self.places.set(cluster, place);
         }
         Ok(())
+    }
+
+    /// Where the cluster from `start` on is: looked for from the top downwards.
+    fn locate(&self, start: u64, whole: u64) -> io::Result<Place> {
+        let cluster_bytes = u64::from(CLUSTER_BYTES);
+        let mut level: &Access = &self.disk;
+        for file in (1..self.files.len()).rev() {
+            let (mapping, length) = level.get_shallow_mapping(start, whole)?;
+            match mapping {
+                _ if length < whole => return Ok(Place::Unknown),
+                ShallowMapping::Indirect { layer, offset, .. } if offset == start => level = layer,
+                ShallowMapping::Raw {
+                    offset, writable, ..
+                } if offset.is_multiple_of(cluster_bytes) && (writable || file < self.top()) => {
+                    return Ok(Place::In {
+                        file,
+                        cluster: offset / cluster_bytes,
+                    });
+                }
+                _ => return Ok(Place::Unknown),
+            }
+        }
+        Ok(Place::In {
+            file: 0,
+            cluster: start / cluster_bytes,
+        })
+    }
+
+    /// imago's methods that free ask for it. Nobody shares the top until it is frozen.
+    fn own(disk: &mut Arc<Access>) -> io::Result<&mut Access> {
+        Arc::get_mut(disk).ok_or_else(|| io::Error::other("the top layer is shared"))
     }
 
     /// Frees the layer's own clusters in a range of whole clusters, and punches them out of the
@@ -245,11 +321,12 @@ impl Layer {
                 _ => None,
             };
             if all || own.is_some() {
-                self.disk.discard_to_zero(offset, length)?;
+                Self::own(&mut self.disk)?.discard_to_zero(offset, length)?;
             }
             if let (Some(host), true) = (own, self.can_punch) {
                 let hole = FallocateFlags::PUNCH_HOLE;
-                self.can_punch = file::allocate(&self.layer, hole, host, length)?;
+                let top = self.top();
+                self.can_punch = file::allocate(&self.files[top], hole, host, length)?;
             }
             offset += length;
         }
@@ -266,6 +343,27 @@ impl Layer {
         }
         (start < end).then_some((start, end))
     }
+}
+
+/// `len_bytes` of `buffers`, from byte `skip` on.
+fn part<'m>(
+    buffers: &[VolatileSlice<'m>],
+    mut skip: u64,
+    mut len_bytes: u64,
+) -> io::Result<Vec<VolatileSlice<'m>>> {
+    let mut parts = Vec::with_capacity(buffers.len());
+    for buffer in buffers {
+        let have = buffer.len() as u64;
+        let skipped = skip.min(have);
+        let take = len_bytes.min(have - skipped);
+        if take > 0 {
+            let slice = buffer.subslice(skipped as usize, take as usize);
+            parts.push(slice.map_err(io::Error::other)?);
+        }
+        skip -= skipped;
+        len_bytes -= take;
+    }
+    Ok(parts)
 }
 
 fn sum(buffers: &[VolatileSlice<'_>]) -> u64 {
@@ -291,16 +389,29 @@ impl Backend for Layer {
             // imago takes buffers without a byte for a mistake of ours, and panics.
             return Ok(());
         }
-        let (file, at) = match self.places.piece(offset, len_bytes) {
-            Some(Piece::Base) => (&self.base, offset),
-            Some(Piece::Layer(host)) => (&self.layer, host),
-            None => {
-                let (vector, _mapped) = IoVectorMut::from_volatile_slice(buffers);
-                self.disk.readv(vector, offset)?;
-                return self.learn(offset, len_bytes);
+        let (mut done, mut is_learned) = (0, false);
+        while done < len_bytes {
+            let (at, left) = (offset + done, len_bytes - done);
+            if let Some(piece) = self.places.piece(at, left) {
+                let file = &self.files[piece.file];
+                if piece.len_bytes == len_bytes {
+                    return self.vectored.read_exact_at(file, buffers, piece.offset);
+                }
+                let part = part(buffers, done, piece.len_bytes)?;
+                self.vectored.read_exact_at(file, &part, piece.offset)?;
+                done += piece.len_bytes;
+            } else if !is_learned {
+                self.learn(at, left)?;
+                is_learned = true;
+            } else {
+                let unknown = self.places.unknown_bytes(at, left);
+                let part = part(buffers, done, unknown)?;
+                let (vector, _mapped) = IoVectorMut::from_volatile_slice(&part);
+                self.disk.readv(vector, at)?;
+                done += unknown;
             }
-        };
-        self.vectored.read_exact_at(file, buffers, at)
+        }
+        Ok(())
     }
 
     fn write_at(&mut self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
@@ -308,8 +419,13 @@ impl Backend for Layer {
         if len_bytes == 0 {
             return Ok(());
         }
-        if let Some(Piece::Layer(host)) = self.places.piece(offset, len_bytes) {
-            return self.vectored.write_all_at(&self.layer, buffers, host);
+        self.is_touched = true;
+        let top = self.top();
+        if let Some(piece) = self.places.piece(offset, len_bytes)
+            && (piece.file, piece.len_bytes) == (top, len_bytes)
+        {
+            let file = &self.files[top];
+            return self.vectored.write_all_at(file, buffers, piece.offset);
         }
         self.places.forget(offset, len_bytes);
         let (vector, _mapped) = IoVector::from_volatile_slice(buffers);
@@ -319,14 +435,70 @@ impl Backend for Layer {
 
     fn flush(&mut self) -> io::Result<()> {
         self.disk.flush()?;
-        Ok(fdatasync(&self.layer)?)
+        fdatasync(&self.files[self.top()])?;
+        // The guest may have asked for the first time since its layer was frozen.
+        while let Some(file) = self.unsynced.last() {
+            fdatasync(file)?;
+            self.unsynced.pop();
+        }
+        Ok(())
     }
 
     fn write_back(&mut self) -> io::Result<()> {
         self.disk.flush()
     }
 
+    fn prepare_layer(&mut self, path: &Path) -> Result<(), OpenError> {
+        check_depth(self.files.len() - 1, path)?;
+        let below = Below {
+            path: &self.path,
+            format: "qcow2",
+            len_bytes: self.len_bytes,
+        };
+        let file = make::create(path, below)?;
+        file::lock(&file, path, true)?;
+        self.next = Some(Next {
+            format: open_format(&file, path, None, true)?,
+            file,
+            path: path.to_owned(),
+        });
+        Ok(())
+    }
+
+    fn push_layer(&mut self) -> io::Result<bool> {
+        let Some(next) = self.next.take() else {
+            return Ok(false);
+        };
+        if !self.is_touched {
+            return std::fs::remove_file(&next.path).map(|()| false);
+        }
+        let frozen = self.files[self.top()].try_clone()?;
+        // From exclusive to shared: others may read it now, and nobody writes it again.
+        file::lock(&frozen, &self.path, false).map_err(io::Error::other)?;
+        let Next {
+            mut format,
+            file,
+            path,
+        } = next;
+        format.set_backing(Some(Arc::clone(&self.disk)));
+        self.disk = Arc::new(FormatAccess::new(format));
+        self.files.push(file);
+        self.unsynced.push(frozen);
+        self.name = path.display().to_string();
+        self.path = path;
+        self.is_touched = false;
+        Ok(true)
+    }
+
+    fn drop_prepared(&mut self) {
+        if let Some(next) = self.next.take() {
+            // What cannot be removed is empty, and goes with the VM's folder.
+            let _ = std::fs::remove_file(&next.path);
+        }
+    }
+
     fn discard(&mut self, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.is_touched = true;
         // The pieces at the ends are kept: zeroing them would cost writes.
         match self.whole_clusters(offset, len_bytes) {
             Some((start, end)) => self.free(start, end, false),
@@ -335,6 +507,7 @@ impl Backend for Layer {
     }
 
     fn write_zeroes(&mut self, offset: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.is_touched = true;
         self.places.forget(offset, len_bytes);
         let whole = self.whole_clusters(offset, len_bytes);
         let Some((start, end)) = whole.filter(|_| may_unmap) else {

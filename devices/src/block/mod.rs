@@ -3,7 +3,7 @@
 //! ```text
 //!  queue 0 --chain--> request (what is asked, checked) --range--> Backend
 //!                                                                  |- RawFile: one raw file
-//!                                                                  `- Layer: qcow2 over a raw base
+//!                                                                  `- Layer: qcow2 layers over a raw base
 //! ```
 //!
 //! Data goes between guest memory and the file without a copy of ours. Requests are served one
@@ -15,12 +15,13 @@
 //! rules, needs a reset. The guest cannot make the host allocate more than a list of its queue's
 //! length.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 mod backend;
 mod device;
 mod file;
 mod layered;
+mod make;
 mod places;
 mod raw;
 mod request;
@@ -32,25 +33,30 @@ mod vectored;
 pub use backend::{Backend, SECTOR_BYTES};
 pub use device::Block;
 pub use file::OpenError;
-pub use layered::Layer;
+pub use layered::{Layer, MAX_FROZEN};
 pub use raw::RawFile;
 pub use state::BlockState;
 
-/// Opens the disk at `path`: alone, or as the base under the writable `layer`, which is made if it
-/// does not exist.
+/// Opens the disk at `path`: alone, or as the base under `frozen` layers, the lowest first, and the
+/// writable `layer`, which is made if it does not exist. A path `/dev/fd/N` is a descriptor that
+/// this process inherited.
 ///
 /// # Errors
 /// See [`OpenError`]; a `layer` with `read_only` is refused.
 pub fn open(
     path: &Path,
     read_only: bool,
+    frozen: &[PathBuf],
     layer: Option<&Path>,
 ) -> Result<Box<dyn Backend>, OpenError> {
     match layer {
+        None if !frozen.is_empty() => Err(OpenError::NoLayers {
+            path: frozen[0].clone(),
+        }),
         None => Ok(Box::new(RawFile::open(path, read_only)?)),
         Some(layer) if read_only => Err(OpenError::ReadOnlyLayer {
             path: layer.to_owned(),
         }),
-        Some(layer) => Ok(Box::new(Layer::open_or_create(layer, path)?)),
+        Some(layer) => Ok(Box::new(Layer::open(layer, frozen, path)?)),
     }
 }

@@ -6,30 +6,39 @@
 
 use std::ops::Range;
 
+/// Bits of an entry that number a cluster of a file: files of up to 4 TiB.
+const CLUSTER_BITS: u32 = 26;
+/// Files that an entry can tell apart.
+pub(super) const MAX_FILES: usize = 1 << (u32::BITS - CLUSTER_BITS);
+
 /// Where one cluster is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Nobody has asked yet, or the answer is not one of the others.
+    /// Nobody has asked yet, or the answer is not the other.
     Unknown,
-    /// In the base, where it is on the disk.
-    Base,
-    /// In the layer's file, in this cluster of it, and for this layer alone.
-    Layer(u32),
+    /// Whole and as it is in this cluster of this file; 0 is the base.
+    In {
+        /// Counted from the base upwards.
+        file: usize,
+        /// Counted from the file's beginning.
+        cluster: u64,
+    },
 }
 
-/// Where a request's bytes are, when they are in one piece.
+/// The first bytes of a request, all in one file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Piece {
-    /// In the base, at the same offset.
-    Base,
-    /// In the layer's file, at this offset in bytes.
-    Layer(u64),
+pub(super) struct Piece {
+    /// Counted from the base upwards.
+    pub(super) file: usize,
+    /// Where in the file, in bytes.
+    pub(super) offset: u64,
+    pub(super) len_bytes: u64,
 }
 
 /// The places of all clusters.
 #[derive(Debug)]
 pub(super) struct Places {
-    /// 0: unknown. 1: base. Others: the layer's cluster and 1; its cluster 0 is the header.
+    /// 0: unknown. Others: the file's number and the cluster's, and 1.
     list: Vec<u32>,
     cluster_bytes: u64,
 }
@@ -53,17 +62,24 @@ impl Places {
     pub(super) fn get(&self, cluster: usize) -> Place {
         match self.list.get(cluster) {
             None | Some(0) => Place::Unknown,
-            Some(1) => Place::Base,
-            Some(after) => Place::Layer(after - 1),
+            Some(after) => Place::In {
+                file: ((after - 1) >> CLUSTER_BITS) as usize,
+                cluster: u64::from((after - 1) & ((1 << CLUSTER_BITS) - 1)),
+            },
         }
     }
 
+    /// A place that an entry cannot hold stays unknown.
     pub(super) fn set(&mut self, cluster: usize, place: Place) {
         if let Some(entry) = self.list.get_mut(cluster) {
             *entry = match place {
-                Place::Unknown | Place::Layer(0 | u32::MAX) => 0,
-                Place::Base => 1,
-                Place::Layer(host) => host + 1,
+                // The last cluster of a file is left out: the one after it is another file's.
+                Place::In { file, cluster }
+                    if file < MAX_FILES && cluster < (1 << CLUSTER_BITS) - 1 =>
+                {
+                    ((file as u32) << CLUSTER_BITS | cluster as u32) + 1
+                }
+                _ => 0,
             };
         }
     }
@@ -76,21 +92,31 @@ impl Places {
         }
     }
 
-    /// Where the range is, if that is known, and one piece.
+    /// How much of the range, from its beginning, is in one piece; none if that is not known.
     pub(super) fn piece(&self, offset: u64, len_bytes: u64) -> Option<Piece> {
         let list = self.list.get(self.clusters(offset, len_bytes))?;
-        let first = *list.first()?;
-        match first {
-            0 => None,
-            1 => list.iter().all(|entry| *entry == 1).then_some(Piece::Base),
-            _ => {
-                let consecutive = list
-                    .windows(2)
-                    .all(|pair| pair[1] == pair[0].wrapping_add(1));
-                let start = u64::from(first - 1) * self.cluster_bytes;
-                consecutive.then_some(Piece::Layer(start + offset % self.cluster_bytes))
-            }
-        }
+        let first = list.first()?.checked_sub(1)?;
+        let following = list
+            .windows(2)
+            .take_while(|pair| pair[1] == pair[0].wrapping_add(1))
+            .count() as u64;
+        let within = offset % self.cluster_bytes;
+        let cluster = u64::from(first & ((1 << CLUSTER_BITS) - 1));
+        Some(Piece {
+            file: (first >> CLUSTER_BITS) as usize,
+            offset: cluster * self.cluster_bytes + within,
+            len_bytes: len_bytes.min((following + 1) * self.cluster_bytes - within),
+        })
+    }
+
+    /// How much of the range, from its beginning, is unknown.
+    pub(super) fn unknown_bytes(&self, offset: u64, len_bytes: u64) -> u64 {
+        let list = self.list.get(self.clusters(offset, len_bytes));
+        let unknown = list.unwrap_or_default();
+        let unknown = unknown.iter().take_while(|entry| **entry == 0).count() as u64;
+        // A range that is beyond the list is as unknown as can be.
+        let end = unknown.max(1) * self.cluster_bytes - offset % self.cluster_bytes;
+        len_bytes.min(end)
     }
 }
 
@@ -100,16 +126,20 @@ mod tests {
 
     const CLUSTER: u64 = 1 << 16;
 
+    fn place(file: usize, cluster: u64) -> Place {
+        Place::In { file, cluster }
+    }
+
     fn places() -> Places {
         let mut places = Places::new(6 * CLUSTER + 512, CLUSTER as u32);
         let known = [
-            Place::Base,
-            Place::Base,
-            Place::Layer(9),
-            Place::Layer(10),
-            Place::Layer(12),
+            place(0, 0),
+            place(0, 1),
+            place(1, 2),
+            place(1, 3),
+            place(2, 4),
             Place::Unknown,
-            Place::Layer(13),
+            place(61, 13),
         ];
         for (cluster, place) in known.into_iter().enumerate() {
             places.set(cluster, place);
@@ -119,28 +149,42 @@ mod tests {
     }
 
     #[test]
-    fn a_range_in_one_piece_is_found_where_it_is() {
+    fn a_piece_ends_where_the_file_or_the_order_changes() {
         let places = places();
-        assert_eq!(places.piece(512, 2 * CLUSTER - 512), Some(Piece::Base));
-        let layer = Some(Piece::Layer(9 * CLUSTER + 1024));
-        assert_eq!(places.piece(2 * CLUSTER + 1024, 512), layer);
-        assert_eq!(places.piece(2 * CLUSTER + 1024, CLUSTER), layer);
-        let last = Some(Piece::Layer(13 * CLUSTER));
-        assert_eq!(places.piece(6 * CLUSTER, 512), last);
+        let piece = |file, offset, len_bytes| {
+            Some(Piece {
+                file,
+                offset,
+                len_bytes,
+            })
+        };
+        let all = 6 * CLUSTER + 512;
+        assert_eq!(places.piece(512, 100), piece(0, 512, 100));
+        assert_eq!(
+            places.piece(512, all - 512),
+            piece(0, 512, 2 * CLUSTER - 512)
+        );
+        let at = 2 * CLUSTER;
+        assert_eq!(places.piece(at, all - at), piece(1, at, 2 * CLUSTER));
+        assert_eq!(places.piece(at + 1024, 512), piece(1, at + 1024, 512));
+        let at = 4 * CLUSTER;
+        assert_eq!(places.piece(at, CLUSTER + 1), piece(2, at, CLUSTER));
+        let at = 6 * CLUSTER;
+        assert_eq!(places.piece(at, 512), piece(61, 13 * CLUSTER, 512));
     }
 
     #[test]
-    fn a_range_of_several_pieces_or_with_unknown_clusters_is_not_found() {
-        let places = places();
-        for (offset, len_bytes) in [
-            (CLUSTER, CLUSTER + 512),
-            (3 * CLUSTER, 2 * CLUSTER),
-            (4 * CLUSTER, CLUSTER + 1),
-            (5 * CLUSTER, 512),
-            (7 * CLUSTER, 512),
-        ] {
-            assert_eq!(places.piece(offset, len_bytes), None, "{offset}");
-        }
+    fn what_is_unknown_has_no_piece() {
+        let mut places = places();
+        assert_eq!(places.piece(5 * CLUSTER, 512), None);
+        assert_eq!(places.piece(7 * CLUSTER, 512), None);
+        assert_eq!(
+            places.unknown_bytes(5 * CLUSTER + 1, 3 * CLUSTER),
+            CLUSTER - 1
+        );
+        places.forget(4 * CLUSTER, 1);
+        assert_eq!(places.unknown_bytes(4 * CLUSTER, 2 * CLUSTER), 2 * CLUSTER);
+        assert_eq!(places.unknown_bytes(4 * CLUSTER, 700), 700);
     }
 
     #[test]
@@ -149,14 +193,16 @@ mod tests {
         places.forget(2 * CLUSTER - 512, 1024);
         let now = [0, 1, 2, 3].map(|cluster| places.get(cluster));
         let unknown = Place::Unknown;
-        assert_eq!(now, [Place::Base, unknown, unknown, Place::Layer(10)]);
+        assert_eq!(now, [place(0, 0), unknown, unknown, place(1, 3)]);
     }
 
     #[test]
-    fn the_layers_header_is_never_a_place() {
+    fn what_an_entry_cannot_hold_stays_unknown() {
         let mut places = places();
-        places.set(0, Place::Layer(0));
-        places.set(1, Place::Layer(u32::MAX));
+        places.set(0, place(MAX_FILES, 1));
+        places.set(1, place(1, (1 << CLUSTER_BITS) - 1));
         assert_eq!([0, 1].map(|c| places.get(c)), [Place::Unknown; 2]);
+        places.set(0, place(MAX_FILES - 1, (1 << CLUSTER_BITS) - 2));
+        assert_eq!(places.get(0), place(MAX_FILES - 1, (1 << CLUSTER_BITS) - 2));
     }
 }

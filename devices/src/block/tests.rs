@@ -17,6 +17,7 @@ use crate::virtio::mmio::status;
 use crate::virtio::testing::{MockDriver, Sent};
 
 mod backends;
+mod layers;
 mod opening;
 mod requests;
 mod saving;

@@ -157,6 +157,11 @@ impl MmioTransport {
         self.device.write_back()
     }
 
+    /// See [`Device::keep_connection`].
+    pub fn keep_connection(&mut self, host_port: u32) {
+        self.device.keep_connection(host_port);
+    }
+
     /// The device's host descriptor; see [`Device::host_fd`].
     pub fn host_fd(&self) -> Option<BorrowedFd<'_>> {
         self.device.host_fd()

@@ -18,6 +18,7 @@ pub mod testing;
 pub mod used;
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -222,6 +223,36 @@ pub trait Device: Send {
     fn write_back(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// Which of the host's ports the connection has that goes on in another process, in saves from
+    /// now on. For sockets; the default has none.
+    fn keep_connection(&mut self, host_port: u32) {
+        let _ = host_port;
+    }
+
+    /// Makes an empty layer at `path`, for the disk to go on in after [`Device::push_layer`].
+    ///
+    /// # Errors
+    /// The host's, by name; a device that is no disk with layers refuses. The device goes on.
+    fn prepare_layer(&mut self, path: &Path) -> Result<(), DeviceError> {
+        let _ = path;
+        Err(DeviceError::Host {
+            what: "making a layer".into(),
+            source: std::io::ErrorKind::Unsupported.into(),
+        })
+    }
+
+    /// Freezes what was written, after [`Device::write_back`]; later writes go to the prepared
+    /// layer. False: nothing was written since the last time, and the prepared layer is gone.
+    ///
+    /// # Errors
+    /// The host's, by name. The device goes on as it was.
+    fn push_layer(&mut self) -> Result<bool, DeviceError> {
+        Ok(false)
+    }
+
+    /// Removes a prepared layer that is not wanted any more.
+    fn drop_prepared(&mut self) {}
 
     /// Counters for `metrics`, name and value since creation.
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 
 use super::DeviceError;
+use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::net::NetState;
 use crate::rng::RngState;
@@ -132,6 +133,8 @@ pub struct Saved {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
+    /// A balloon.
+    Balloon(BalloonState),
     /// A disk.
     Block(BlockState),
     /// A network device.

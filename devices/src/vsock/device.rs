@@ -11,11 +11,11 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::MAX_CONNECTIONS;
 use super::connection::{Broken, Connection, Ports};
 use super::packet::Header;
 use super::queues::{EVENT, Queues, RX, TX};
 use super::streams::{Streams, VsockError};
+use super::{CONTROL_PORT, MAX_CONNECTIONS};
 use crate::virtio::state::{DeviceState, RestoreError, Saved};
 use crate::virtio::{Activation, Device, DeviceError};
 
@@ -55,6 +55,8 @@ pub struct Vsock {
     /// The driver has not been told yet of [`Self::transport_reset`].
     pub(super) owes_transport_reset: bool,
     pub(super) queues: Option<Queues>,
+    /// The host's port of the control connection: of the one that is saved.
+    pub(super) control_port: u32,
     /// For the control connection, at a restore.
     pub(super) control_stream: Option<UnixStream>,
     pub(super) counters: Counters,
@@ -108,6 +110,7 @@ impl Vsock {
             backlog: Backlog::Empty,
             owes_transport_reset: false,
             queues: None,
+            control_port: CONTROL_PORT,
             control_stream: None,
             counters: Counters::default(),
         }
@@ -313,6 +316,10 @@ impl Device for Vsock {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         self.take_state(state)
+    }
+
+    fn keep_connection(&mut self, host_port: u32) {
+        self.control_port = host_port;
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -38,8 +38,8 @@ pub use streams::VsockError;
 /// The host's context id (VMADDR_CID_HOST).
 pub const HOST_CID: u64 = 2;
 
-/// The host's port to which the guest's standing connection goes: the one that a restore joins to a
-/// new host program.
+/// The host's port to which the guest's standing connection goes. Who listens for it is also the one to whom
+/// a restore joins the connection that goes on.
 pub const CONTROL_PORT: u32 = 1024;
 
 /// How many connections, those still in their handshake included, a device has at most.

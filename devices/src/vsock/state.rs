@@ -7,8 +7,9 @@
 //!         handshakes, and what only waits to be delivered to the old process's programs: not saved
 //! ```
 //!
-//! The control connection is the newest that the guest made to the host's port [`CONTROL_PORT`] and
-//! that is wholly open. Its bytes under way are saved with it: those of the guest that the host's
+//! The control connection is the newest at the host's port that [`crate::virtio::Device::keep_connection`] names
+//! (else [`CONTROL_PORT`], to which the guest connects) and that is wholly open. In the new process it is joined to
+//! whoever listens for the guest's connections to [`CONTROL_PORT`]. Its bytes under way are saved with it: those of the guest that the host's
 //! stream had not taken, and those that lie in the stream for the guest. The latter are only looked
 //! at, so that the device that was saved goes on undisturbed.
 
@@ -44,9 +45,12 @@ pub struct VsockState {
     pub owes_interrupt: bool,
 }
 
-/// The control connection. The host's port is [`CONTROL_PORT`].
+/// The control connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
+    /// The host's port.
+    #[serde(default = "control_port", skip_serializing_if = "is_control_port")]
+    pub host_port: u32,
     /// The guest's port.
     pub guest_port: u32,
     /// Bytes sent to the guest, modulo 2^32.
@@ -71,6 +75,14 @@ pub struct ControlState {
     pub to_guest: Vec<u8>,
 }
 
+fn control_port() -> u32 {
+    CONTROL_PORT
+}
+
+fn is_control_port(port: &u32) -> bool {
+    *port == CONTROL_PORT
+}
+
 /// A connection that the guest hears the end of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ResetState {
@@ -80,6 +92,15 @@ pub struct ResetState {
     pub host_port: u32,
     /// The guest's port.
     pub guest_port: u32,
+}
+
+impl ControlState {
+    fn ports(&self) -> Ports {
+        Ports {
+            host: self.host_port,
+            guest: self.guest_port,
+        }
+    }
 }
 
 impl ResetState {
@@ -109,7 +130,7 @@ impl Vsock {
         let control = self
             .connections
             .iter()
-            .filter(|(_, connection)| connection.ports.host == CONTROL_PORT)
+            .filter(|(_, connection)| connection.ports.host == self.control_port)
             .max_by_key(|(token, _)| **token)
             .and_then(|(token, connection)| Some((*token, connection.saved()?)));
         let survivor = control.as_ref().map(|(token, _)| *token);
@@ -163,10 +184,8 @@ impl Vsock {
         let Some(control) = &saved.control else {
             return Ok(());
         };
-        let ports = Ports {
-            host: CONTROL_PORT,
-            guest: control.guest_port,
-        };
+        self.control_port = control.host_port;
+        let ports = control.ports();
         let joined = given
             .map_or_else(|| self.streams.connect(CONTROL_PORT), Ok)
             .and_then(|stream| {
@@ -221,11 +240,10 @@ impl VsockState {
             return Err(RestoreError::inconsistent(what, self.next_host_port));
         }
         if let Some(control) = &self.control {
-            let ports = Ports {
-                host: CONTROL_PORT,
-                guest: control.guest_port,
-            };
-            if self.resets.contains(&ResetState::of_connection(ports)) {
+            if self
+                .resets
+                .contains(&ResetState::of_connection(control.ports()))
+            {
                 let what = "a control connection that goes on and ends";
                 return Err(RestoreError::inconsistent(what, control.guest_port));
             }

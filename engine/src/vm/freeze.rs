@@ -5,6 +5,9 @@
 //!                                                   `-> runtime: wake, processes go on
 //! ```
 //!
+//! The connection over which this is asked goes on in every child (the VMM is told which it is): `wake` is
+//! simply the next call on it, without a handshake.
+//!
 //! Whatever fails, the VM goes on: a freeze that did not happen is undone.
 
 use std::fs::File;
@@ -12,22 +15,24 @@ use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use ratoon_client::RuntimeError;
-use ratoon_protocol::{Awake, Call, FreezeParams, Wake};
-use ratoon_vmm_api::{FreezeRequest, FrozenMeta, Run};
+use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
+use ratoon_vmm_api::{FreezeRequest, FrozenDisk, FrozenMeta, Run};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::control::{Control, ControlError};
 use super::process::timespec;
 use super::record::VmDir;
+use crate::lineage::ROOT;
 use crate::runtime::RuntimeClient;
 
 /// How long the guest may take to stop or wake its processes.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the VMM may take: it copies the disk's layer.
+/// How long the VMM may take: it copies what was written to memory since the last freeze.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often the wait for the generation looks whether the VMM has refused.
 const LOOK: Duration = Duration::from_millis(20);
@@ -39,10 +44,33 @@ const MAX_META_LEN: u64 = 64 << 20;
 pub struct Generation {
     /// The VMM's blob.
     pub state: String,
-    /// The memory's layers, the lowest first, and which parts of each count.
-    pub layers: Vec<(File, Vec<Run>)>,
+    /// The memory's layers, the lowest first.
+    pub layers: Vec<MemoryLayer>,
+    /// Its disks' layers, immutable but for the topmost, in which the VM goes on.
+    pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
+    /// The host's vsock port of the connection to the runtime that goes on in children.
+    pub control_port: u32,
+}
+
+/// One layer of frozen memory.
+#[derive(Debug)]
+pub struct MemoryLayer {
+    /// The file.
+    pub file: File,
+    /// Which parts of memory it has.
+    pub runs: Vec<Run>,
+    /// They are end to end in the file, not where they are in memory.
+    pub packed: bool,
+}
+
+impl Generation {
+    /// The frozen layers of a disk, the lowest first.
+    pub fn frozen(&self, disk: &str) -> &[PathBuf] {
+        let disk = self.disks.iter().find(|it| it.id == disk);
+        disk.map_or(&[], |disk| &disk.frozen)
+    }
 }
 
 /// Why a VM could not be frozen, or a child not woken.
@@ -82,8 +110,7 @@ fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
     move |source| FreezeError::Transfer { what, source }
 }
 
-/// Freezes the VM in `dir`, whose root disk's layer is copied to [`VmDir::frozen_layer`]. `client`
-/// is a connection to its runtime; `generation` is how the VM and its children call it.
+/// Freezes the VM in `dir`, whose root disk goes on in [`VmDir::next_layer`]. `client` is a connection to its runtime; `generation` is how the VM and its children call it.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
@@ -102,32 +129,30 @@ pub fn freeze(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir));
+        .and_then(|()| take(dir, client.host_port()));
     // Whether it was frozen or not, it goes on as itself.
-    let woken = wake(client, &dir.id(), generation, None);
+    let woken = wake(client, &Waking::of(dir.id(), generation));
     let frozen = frozen?;
     woken?;
     Ok(frozen)
 }
 
 /// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
-/// wait for its wake.
+/// wait for its wake. The connection from host port `control_port` goes on in a child.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
-pub fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
+pub fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
-    let copy = dir.frozen_layer();
-    for old in [&socket, &copy] {
-        let _ = std::fs::remove_file(old);
-    }
+    let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
     listener
         .set_nonblocking(true)
         .map_err(transfer("a socket for it"))?;
     let request = FreezeRequest {
         socket: socket.clone(),
-        copy_layers: [("root".to_owned(), copy)].into(),
+        next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
+        control_port: Some(control_port),
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
@@ -157,11 +182,19 @@ pub fn take(dir: &VmDir) -> Result<Generation, FreezeError> {
             let mismatch = std::io::Error::other("not as many files as layers");
             return Err(transfer("its files")(mismatch));
         }
-        let runs = meta.layers.into_iter().map(|layer| layer.runs);
+        let layers = files.into_iter().zip(meta.layers);
         Ok(Generation {
             state: meta.state,
-            layers: files.into_iter().zip(runs).collect(),
+            layers: layers
+                .map(|(file, layer)| MemoryLayer {
+                    file,
+                    runs: layer.runs,
+                    packed: layer.packed,
+                })
+                .collect(),
+            disks: meta.disks,
             pause: Duration::from_nanos(reply.pause_ns),
+            control_port,
         })
     });
     let _ = std::fs::remove_file(&socket);
@@ -200,39 +233,67 @@ fn receive(stream: &UnixStream) -> std::io::Result<(FrozenMeta, Vec<File>)> {
     Ok((serde_json::from_slice(&json)?, files))
 }
 
-/// Tells a VM who it is from now on, and lets its processes go on. `machine_id`: a new one, for a
-/// child.
+/// Who a VM is from now on.
+#[derive(Debug, Clone, Default)]
+pub struct Waking {
+    /// Its id.
+    pub id: String,
+    /// What it comes from.
+    pub generation: String,
+    /// It is another machine than the one that was frozen.
+    pub child: Option<Child>,
+}
+
+/// What a child has of its own; its clock is set too.
+#[derive(Debug, Clone, Default)]
+pub struct Child {
+    /// How it is called by others.
+    pub hostname: Option<String>,
+    /// Hardware addresses of its network devices.
+    pub macs: Vec<String>,
+}
+
+impl Waking {
+    /// The frozen VM itself.
+    pub fn of(id: String, generation: &str) -> Self {
+        Self {
+            id,
+            generation: generation.into(),
+            child: None,
+        }
+    }
+}
+
+/// Tells a VM who it is from now on, and lets its processes go on.
 ///
 /// # Errors
 /// [`FreezeError::Runtime`]: a child that cannot be woken must not run.
-pub fn wake(
-    client: &mut RuntimeClient,
-    id: &str,
-    generation: &str,
-    machine_id: Option<String>,
-) -> Result<Awake, FreezeError> {
-    let mut entropy = [0; 64];
+pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, FreezeError> {
+    let mut entropy = [0; 32];
     getrandom::fill(&mut entropy).map_err(FreezeError::Random)?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let wake = Wake {
-        generation: generation.into(),
-        id: id.into(),
-        machine_id,
-        time_us: now.ok().map(|now| now.as_micros() as u64),
+    let mut wake = Wake {
+        generation: waking.generation.clone(),
+        id: waking.id.clone(),
         entropy: hex(&entropy),
+        thaw: true,
         ..Wake::default()
     };
-    let awake = client
-        .call(&Call::Wake(Box::new(wake)), "woken", GUEST_TIMEOUT)
-        .map_err(guest("it cannot be woken"))?;
-    let all = FreezeParams {
-        processes: true,
-        file_systems: true,
-    };
+    if let Some(child) = &waking.child {
+        wake.hostname.clone_from(&child.hostname);
+        wake.machine_id = Some(machine_id()?);
+        let device = |(index, mac): (usize, &String)| NetworkSet {
+            device: Some(format!("eth{index}")),
+            mac: Some(mac.clone()),
+            ..NetworkSet::default()
+        };
+        wake.networks = child.macs.iter().enumerate().map(device).collect();
+        // The last, so that it is not old when it is sent. The frozen VM's own clock never stopped.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        wake.time_us = now.ok().map(|now| now.as_micros() as u64);
+    }
     client
-        .call::<()>(&Call::Thaw(all), "let its processes go on", GUEST_TIMEOUT)
-        .map_err(guest("it cannot let its processes go on"))?;
-    Ok(awake)
+        .call(&Call::Wake(Box::new(wake)), "woken", GUEST_TIMEOUT)
+        .map_err(guest("it cannot be woken"))
 }
 
 /// A machine-id of its own: 32 hexadecimal digits.

@@ -6,7 +6,9 @@
 //! ```
 //!
 //! The engine listens at `vsock.sock_1024` before the VMM starts; the runtime connects to it once
-//! it serves. That first connection is the [`Vm`]'s control connection to the runtime.
+//! it serves. That first connection is the [`Vm`]'s control connection to the runtime. Of a machine that
+//! was frozen, it is the VMM that connects there, with the guest's end of the connection that survived.
+//! Such a machine is not ready before it has been woken ([`Vm::awake`]).
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,7 +30,7 @@ use ratoon_client::blocking::dial;
 
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef, timespec};
-use super::record::{ImageRef, Record, VmDir};
+use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
 use super::serial::last_lines;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
@@ -36,6 +38,8 @@ use crate::runtime::RuntimeClient;
 
 /// The guest's context id. Each VM has a vsock of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
+/// The word on the kernel's command line by which the runtime learns the hostname.
+pub(crate) const HOSTNAME_WORD: &str = "ratoon.hostname=";
 /// How many of the serial console's last lines an error carries.
 const SERIAL_LINES: usize = 12;
 /// How large the serial logs of a VM may become, in bytes.
@@ -94,10 +98,15 @@ pub struct Launch {
 pub struct From {
     /// Its files, for the VMM.
     pub config: GenerationConfig,
-    /// What had been written to the root disk; copied.
-    pub layer: PathBuf,
     /// A connection to the pager of its memory, for this VM alone.
     pub pager: Option<Arc<OwnedFd>>,
+    /// What had been written to the root disk, the lowest layer first; only read.
+    pub frozen: Vec<PathBuf>,
+    /// The snapshot that all this is.
+    pub ancestor: Ancestor,
+    /// The host's vsock port of the connection to the runtime that went on through the freeze; `None`:
+    /// there is none, and the runtime is called.
+    pub control_port: Option<u32>,
 }
 
 /// Why a VM did not start. Nothing of it is left then.
@@ -251,14 +260,17 @@ fn start(
         .map_err(system("preparing the runtime's socket"))?;
     let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| system("making the lifeline")(error.into()))?;
-    let record = store.update(dir, |record| record.ephemeral = !launch.detached)?;
-    if let Some(from) = &launch.generation {
-        std::fs::copy(&from.layer, dir.layer()).map_err(system("copying its disk's layer"))?;
-    }
+    let record = store.update(dir, |record| {
+        record.ephemeral = !launch.detached;
+        let from = launch.generation.iter();
+        record.ancestors = from.map(|from| from.ancestor.clone()).collect();
+    })?;
+    let mut config = record.config.clone();
+    config.generation = launch.generation.as_ref().map(|from| from.config.clone());
     let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,
-        &record.config,
+        &config,
         &dir.vmm_log(),
         Inherited {
             control,
@@ -281,14 +293,26 @@ fn start(
         // It has ended already: it is our child, so nobody else can have its pid.
         return Err(ended(dir));
     };
-    store.update(dir, |record| record.vmm = Some(process))?;
+    let record = store.update(dir, |record| record.vmm = Some(process))?;
+    let timeout = launch.boot_timeout;
+    let wait = |until| wait_ready(&ready, &handle, dir, timeout, cancel, until);
+    let adopt = |(stream, port)| {
+        let client = RuntimeClient::adopt(stream, port);
+        client.map_err(|source| LaunchError::Runtime { source })
+    };
     let runtime = match &launch.generation {
-        None => wait_ready(&ready, &handle, dir, launch.boot_timeout, cancel)?,
-        Some(_) => call_runtime(&handle, dir, launch.boot_timeout, cancel)?,
+        None => Runtime::Stream(wait(Until::Data)?),
+        Some(from) => match from.control_port {
+            Some(port) => Runtime::Client(Box::new(adopt((wait(Until::Accepted)?, port))?)),
+            None => Runtime::Stream(call_runtime(&handle, dir, timeout, cancel)?),
+        },
     };
     drop(ready);
     let _ = std::fs::remove_file(dir.ready_socket());
-    let record = store.update(dir, |record| record.ready = true)?;
+    let record = match &launch.generation {
+        None => store.update(dir, |record| record.ready = true)?,
+        Some(_) => record,
+    };
     Ok(Vm {
         parts: child.release().map(|child| Parts {
             store: store.clone(),
@@ -297,7 +321,7 @@ fn start(
             child,
             spawned_ns,
             process: handle,
-            runtime: Some(Runtime::Stream(runtime)),
+            runtime: Some(runtime),
             lifeline: held,
         }),
     })
@@ -340,13 +364,23 @@ fn call_runtime(
     }
 }
 
-/// Waits for a connection on which something has come: the runtime's first frame.
+/// What a connection of the runtime must have shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// Nothing: it is one that went on.
+    Accepted,
+    /// Its first frame.
+    Data,
+}
+
+/// Waits for the runtime's connection.
 fn wait_ready(
     listener: &UnixListener,
     vmm: &ProcessHandle,
     dir: &VmDir,
     timeout: Duration,
     cancel: Option<BorrowedFd<'_>>,
+    until: Until,
 ) -> Result<UnixStream, LaunchError> {
     let end = Instant::now() + timeout;
     let mut stream: Option<UnixStream> = None;
@@ -378,7 +412,10 @@ fn wait_ready(
         }
         if guest_moved {
             stream = match stream.take() {
-                None => accept(listener),
+                None => match accept(listener) {
+                    Some(stream) if until == Until::Accepted => return Ok(stream),
+                    accepted => accepted,
+                },
                 Some(stream) if has_data(&stream) => return Ok(stream),
                 // Hung up without a word: the next connection may be the runtime's.
                 Some(_) => None,
@@ -473,14 +510,19 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
         id: dir.id(),
         vcpus: machine.cpus,
         memory_mib: machine.memory_mib,
-        generation: launch.generation.as_ref().map(|from| from.config.clone()),
+        // Given to the VMM alone: its runs are many, and the record is written often.
+        generation: None,
         kernel: machine.kernel.clone(),
         initramfs: Some(machine.initramfs.clone()),
-        kernel_args: machine.kernel_args.clone(),
+        kernel_args: kernel_args(launch, dir),
         disks: vec![DiskConfig {
             id: "root".into(),
             path: machine.root_disk.clone(),
             read_only: false,
+            frozen: match &launch.generation {
+                Some(from) => from.frozen.clone(),
+                None => Vec::new(),
+            },
             layer: Some(dir.layer()),
         }],
         vsock: Some(VsockConfig {
@@ -488,6 +530,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             socket: dir.vsock_socket(),
         }),
         networks: machine.networks.clone(),
+        balloon: true,
         serial: Some(SerialConfig {
             log: dir.serial_log(),
             limit_bytes: SERIAL_LIMIT_BYTES,
@@ -500,6 +543,21 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// A machine that boots learns its name so, and the user's own words come later; one that was frozen is
+/// told when it wakes.
+fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
+    let own = &launch.machine.kernel_args;
+    match launch.generation {
+        Some(_) => own.clone(),
+        None => {
+            let hostname = hostname(launch.name.as_deref(), &dir.id());
+            format!("{HOSTNAME_WORD}{hostname} {own}")
+                .trim_end()
+                .to_owned()
+        }
+    }
 }
 
 /// A child that is killed and reaped unless it is released.
@@ -570,6 +628,19 @@ impl Vm {
             Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
             None => RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT),
         }
+    }
+
+    /// A machine that was frozen has been woken: it is ready.
+    ///
+    /// # Errors
+    /// When its record cannot be written.
+    pub fn awake(&mut self) -> Result<(), StoreError> {
+        if let Some(parts) = &mut self.parts {
+            parts.record = parts
+                .store
+                .update(&parts.dir, |record| record.ready = true)?;
+        }
+        Ok(())
     }
 
     /// Gives a client back, for the next [`Vm::runtime`].

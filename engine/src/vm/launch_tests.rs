@@ -3,8 +3,9 @@
 
 use std::error::Error;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+
+use ratoon_vmm_api::Inherited;
 
 use super::*;
 use crate::vm::life::{self, LifeError, Status, Stopped};
@@ -71,20 +72,15 @@ impl Bench {
     }
 }
 
-fn inherited_config() -> (VmConfig, Option<std::fs::File>) {
-    let args = std::env::var("RATOON_TEST_ARGS").unwrap();
-    let words: Vec<&str> = args.split(' ').collect();
-    let fd = |flag: &str| {
-        let at = words.iter().position(|word| *word == flag)?;
-        // SAFETY: the engine passed this descriptor for us alone, and this is read once a flag.
-        let fd = unsafe { OwnedFd::from_raw_fd(words[at + 1].parse().unwrap()) };
-        Some(std::fs::File::from(fd))
-    };
+fn inherited_config() -> (VmConfig, std::fs::File) {
+    assert_eq!(std::env::var("RATOON_TEST_ARGS").unwrap(), "--owned");
+    let mut inherited = Inherited::take().unwrap();
     let mut json = Vec::new();
-    fd("--config-fd").unwrap().read_to_end(&mut json).unwrap();
+    inherited.config.read_to_end(&mut json).unwrap();
     // Nobody serves the control socket: connecting to it fails.
-    drop(fd("--control-fd").unwrap());
-    (VmConfig::from_json(&json).unwrap(), fd("--lifeline-fd"))
+    drop(inherited.control);
+    let config = VmConfig::from_json(&json).unwrap();
+    (config, inherited.lifeline.into())
 }
 
 /// Run by `bench`'s script; in an ordinary test run it does nothing.
@@ -93,7 +89,7 @@ fn stand_in_for_the_vmm() {
     let Ok(mode) = std::env::var("RATOON_TEST_VMM") else {
         return;
     };
-    let (config, lifeline) = inherited_config();
+    let (config, mut lifeline) = inherited_config();
     let report = |outcome: &str| {
         let json = format!(r#"{{"id":"{}","outcome":{outcome}}}"#, config.id);
         std::fs::write(config.exit_report.as_ref().unwrap(), json).unwrap();
@@ -118,7 +114,6 @@ fn stand_in_for_the_vmm() {
             drop(connect());
             let mut stream = connect();
             stream.write_all(b"hello").unwrap();
-            let mut lifeline = lifeline.unwrap();
             if lifeline.read(&mut [0]).unwrap() == 0 {
                 std::fs::remove_dir_all(config.remove_when_orphaned.unwrap()).unwrap();
             } else {

@@ -28,6 +28,17 @@ pub struct ImageRef {
     pub digest: String,
 }
 
+/// A snapshot that a VM comes from: one that it was started from, or that was taken of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ancestor {
+    /// Its id.
+    pub snapshot: String,
+    /// How many layers of the VM's memory, from the lowest, are its memory.
+    pub memory_layers: usize,
+    /// How many frozen layers of the VM's root disk, from the lowest, are its disk.
+    pub disk_layers: usize,
+}
+
 /// What is written about a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -49,8 +60,11 @@ pub struct Record {
     pub owner: Option<ProcessRef>,
     /// Its VMM, from the moment that there is one.
     pub vmm: Option<ProcessRef>,
-    /// What the VMM was told.
+    /// What the VMM was told, without a generation to start from. Freezes add layers to its disks.
     pub config: VmConfig,
+    /// The snapshots that it comes from, the oldest first.
+    #[serde(default)]
+    pub ancestors: Vec<Ancestor>,
 }
 
 /// Why a record cannot be read or written.
@@ -155,7 +169,7 @@ impl VmDir {
             .join(format!("vsock.sock_{}", ratoon_protocol::RUNTIME_PORT))
     }
 
-    /// What the guest has written to its root disk.
+    /// What the guest writes to its root disk before it is frozen for the first time.
     pub fn layer(&self) -> PathBuf {
         self.0.join("layer.qcow2")
     }
@@ -165,9 +179,11 @@ impl VmDir {
         self.0.join("freeze.sock")
     }
 
-    /// What the guest had written to its root disk when it was frozen.
-    pub fn frozen_layer(&self) -> PathBuf {
-        self.0.join("frozen.qcow2")
+    /// What the guest writes to its root disk after its next freeze: a name that is free.
+    pub fn next_layer(&self) -> PathBuf {
+        let name = |number: u64| self.0.join(format!("layer-{number}.qcow2"));
+        let taken = (1..).take_while(|number| name(*number).exists());
+        name(taken.last().map_or(1, |number| number + 1))
     }
 
     /// The VMM's [`ExitReport`].
@@ -248,7 +264,26 @@ impl VmDir {
     }
 }
 
+/// How a VM calls itself: its name where that can be a hostname (RFC 1123), else its id.
+pub fn hostname(name: Option<&str>, id: &str) -> String {
+    let fits = |name: &&str| {
+        let has_ends = |part: &str| {
+            let ends = [part.as_bytes().first(), part.as_bytes().last()];
+            ends.iter()
+                .all(|end| end.is_some_and(u8::is_ascii_alphanumeric))
+        };
+        let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-.".contains(&byte);
+        name.len() <= 63 && name.bytes().all(is_inner) && name.split('.').all(has_ends)
+    };
+    name.filter(fits).unwrap_or(id).to_owned()
+}
+
 impl Record {
+    /// See [`hostname`].
+    pub fn hostname(&self) -> String {
+        hostname(self.name.as_deref(), &self.id)
+    }
+
     /// A record of a VM that is about to be started by this process.
     pub fn new(config: VmConfig, name: Option<String>, image: Option<ImageRef>) -> Self {
         Self {
@@ -262,6 +297,7 @@ impl Record {
             owner: ProcessRef::current(),
             vmm: None,
             config,
+            ancestors: Vec::new(),
         }
     }
 

@@ -1,21 +1,21 @@
 //! Starting the VMM's process with what it inherits.
 //!
-//! The configuration travels in a memfd, the control socket and the lifeline as descriptors; the
-//! VMM gets no path to look up for them, an empty environment, a session of its own (a ^C at the
-//! terminal is the command's to forward) and its log as standard error.
+//! All of it travels as descriptors in one message over the socket that is the VMM's standard input:
+//! the configuration in a memfd, the control socket, the lifeline. The VMM gets an empty environment
+//! and its log as standard error; it leaves our session by itself (a ^C at the terminal is the
+//! command's to forward). So there is nothing to do between fork and exec, and the process is made
+//! by `posix_spawn`: `fork` would cost more with every megabyte that this process has.
 
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use ratoon_vmm_api::VmConfig;
+use ratoon_vmm_api::{VmConfig, send_descriptors};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::io::{FdFlags, fcntl_setfd};
 
 /// What a VMM inherits.
 pub(super) struct Inherited<'a> {
@@ -39,50 +39,28 @@ pub(super) fn spawn(
     log: &Path,
     inherited: Inherited<'_>,
 ) -> std::io::Result<Child> {
-    let config_fd = config_file(config)?;
+    let config = config_file(config)?;
     let log = std::fs::OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
         .open(log)?;
-    let mut command = Command::new(program);
-    command
-        .arg("--config-fd")
-        .arg(config_fd.as_raw_fd().to_string())
-        .arg("--control-fd")
-        .arg(inherited.control.as_raw_fd().to_string())
-        .arg("--lifeline-fd")
-        .arg(inherited.lifeline.as_raw_fd().to_string());
-    let mut passed: Vec<RawFd> = vec![
-        config_fd.as_raw_fd(),
-        inherited.control.as_raw_fd(),
-        inherited.lifeline.as_raw_fd(),
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut fds = vec![
+        config.as_fd(),
+        inherited.control.as_fd(),
+        inherited.lifeline.as_fd(),
     ];
-    if let Some(pager) = inherited.pager {
-        command.arg("--pager-fd").arg(pager.as_raw_fd().to_string());
-        passed.push(pager.as_raw_fd());
-    }
-    passed.extend(inherited.keep_open.iter().map(AsRawFd::as_raw_fd));
-    command
+    fds.extend(inherited.pager.map(AsFd::as_fd));
+    fds.extend(inherited.keep_open.iter().map(AsFd::as_fd));
+    send_descriptors(&ours, &fds)?;
+    Command::new(program)
+        .arg("--owned")
         .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        .stderr(log);
-    let in_child = move || {
-        for &fd in &passed {
-            // SAFETY: the descriptors are open in the parent until `spawn` has returned, and the
-            // child has copies of them under the same numbers.
-            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-            fcntl_setfd(fd, FdFlags::empty())?;
-        }
-        rustix::process::setsid()?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec the closure makes only two kinds of system call (fcntl,
-    // setsid); it neither allocates nor locks. `passed` was allocated before the fork.
-    unsafe { command.pre_exec(in_child) };
-    command.spawn()
+        .stderr(log)
+        .spawn()
 }
 
 fn config_file(config: &VmConfig) -> std::io::Result<File> {

@@ -201,7 +201,7 @@ fn parts(bytes: &[u8], memory_bytes: u64) -> Option<Vec<Part>> {
                 length: number64(raw, 16),
             };
             let end = part.offset.checked_add(part.length)?;
-            let aligned = (part.address | part.offset | part.length) % PAGE_BYTES == 0;
+            let aligned = (part.address | part.offset | part.length).is_multiple_of(PAGE_BYTES);
             part.address.checked_add(part.length)?;
             (aligned && end <= memory_bytes).then_some(part)
         })

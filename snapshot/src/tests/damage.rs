@@ -183,6 +183,71 @@ fn an_export_comes_back_in_another_store() {
     });
 }
 
+/// Looks at a folder while something is done.
+struct Watching<'w> {
+    folder: &'w Path,
+    cancel: bool,
+    looked: std::sync::atomic::AtomicBool,
+}
+
+impl Progress for Watching<'_> {
+    fn cancelled(&self) -> bool {
+        let names = fs::read_dir(self.folder).unwrap();
+        let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["bundle.tar"]);
+        self.looked
+            .store(true, std::sync::atomic::Ordering::Relaxed);
+        self.cancel
+    }
+}
+
+#[test]
+fn an_export_that_is_ended_leaves_the_old_file_and_nothing_else() {
+    let lab = Lab::new();
+    lab.snapshot("it", MemoryKind::Plain).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = folder.path().join("bundle.tar");
+    fs::write(&bundle, "old").unwrap();
+    let watching = |cancel| Watching {
+        folder: folder.path(),
+        cancel,
+        looked: false.into(),
+    };
+    match lab.store.export("it", &bundle, &watching(true)) {
+        Err(Error::Cancelled) => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(fs::read(&bundle).unwrap(), b"old");
+    // While it is written it has no name: a kill leaves nothing either.
+    let watched = watching(false);
+    lab.store.export("it", &bundle, &watched).unwrap();
+    assert!(watched.looked.into_inner());
+    lab.store.import(&bundle, None, &Quiet).unwrap();
+    match lab.store.export("it", folder.path(), &Quiet) {
+        Err(Error::BadRequest { reason }) => assert!(reason.contains("is a folder"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_export_goes_through_a_pipe() {
+    let lab = Lab::new();
+    let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
+    let other = Store::open(&lab.folder.path().join("other")).unwrap();
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    let label = Path::new("pipe");
+    let imported = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            lab.store
+                .export_into("it", write.into(), label, &Quiet)
+                .unwrap()
+        });
+        other.import_from(read.into(), label, Some("it"), &Quiet)
+    });
+    assert_eq!(imported.unwrap().id, snapshot.id);
+    other.verify("it", &Quiet).unwrap();
+}
+
 #[test]
 fn importing_again_mends_a_damaged_snapshot() {
     let lab = Lab::new();

@@ -15,6 +15,8 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
 /// The most disks.
 pub const MAX_DISKS: usize = 8;
+/// The most frozen layers of one disk.
+pub const MAX_FROZEN_LAYERS: usize = 60;
 /// The most network devices.
 pub const MAX_NETWORKS: usize = 4;
 
@@ -51,6 +53,9 @@ pub struct VmConfig {
     /// Network devices, `eth0`, `eth1`, … in this order.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
+    /// The device by which the guest gives back memory that it does not use.
+    #[serde(default = "yes")]
+    pub balloon: bool,
     /// Where the serial console goes; without it, its bytes are dropped.
     #[serde(default)]
     pub serial: Option<SerialConfig>,
@@ -65,6 +70,10 @@ pub struct VmConfig {
     pub remove_when_orphaned: Option<PathBuf>,
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// A frozen machine to start from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -72,12 +81,16 @@ pub struct GenerationConfig {
     /// The file of its state.
     #[schema(value_type = String)]
     pub state: PathBuf,
-    /// Its memory's layers, the lowest first; with a pager (`--pager-fd`), what lies over the memory
-    /// that comes from there.
+    /// Its memory's layers, the lowest first; when it is `paged`, what lies over the memory that
+    /// comes from there.
     pub memory: Vec<MemoryLayerConfig>,
+    /// The lowest layer comes from a pager, as it is touched. A connection to that pager is the first
+    /// descriptor that the owner sends after the three that each VMM gets.
+    #[serde(default)]
+    pub paged: bool,
 }
 
-/// One layer of a generation's memory: a sparse file as long as the memory.
+/// One layer of a generation's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryLayerConfig {
@@ -87,6 +100,10 @@ pub struct MemoryLayerConfig {
     /// The parts of it that count; none: the whole.
     #[serde(default)]
     pub runs: Vec<Run>,
+    /// The file has the runs end to end in their order, and nothing else. Otherwise it is as long
+    /// as the memory, and each run is where it is in memory.
+    #[serde(default)]
+    pub packed: bool,
 }
 
 /// A part of a memory layer.
@@ -105,13 +122,19 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number; at most 20 ASCII bytes.
     pub id: String,
     /// The disk's content: a raw file. Opened read-only when `read_only` is set or there is a
-    /// `layer`.
+    /// `layer`. `/dev/fd/N` here, in `frozen` and in `layer` is a descriptor that the VMM inherited.
     #[schema(value_type = String)]
     pub path: PathBuf,
     /// The guest may only read.
     #[serde(default)]
     pub read_only: bool,
-    /// A qcow2 file over `path` that takes all writes; made when it does not exist.
+    /// qcow2 files over `path`, the lowest first: what was written before the machine, or those that
+    /// it comes from, were frozen. Only read, and only with a `layer` over them; at most
+    /// [`MAX_FROZEN_LAYERS`].
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub frozen: Vec<PathBuf>,
+    /// A qcow2 file over all these that takes all writes; made when it does not exist.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub layer: Option<PathBuf>,
@@ -138,6 +161,21 @@ pub struct NetConfig {
     /// The guest's MAC address, `02:00:00:00:00:01`; made from the VM's id when absent.
     #[serde(default)]
     pub mac: Option<String>,
+}
+
+impl NetConfig {
+    /// The guest's MAC address of network device `index` of the VM `id`: the one given, or a locally
+    /// administered one made from the id (FNV-1a).
+    pub fn mac_of(&self, id: &str, index: usize) -> String {
+        self.mac.clone().unwrap_or_else(|| {
+            let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+            });
+            let [a, b, c, d, ..] = hash.to_be_bytes();
+            let last = index as u8;
+            format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{last:02x}")
+        })
+    }
 }
 
 /// The serial console's log.
@@ -168,6 +206,10 @@ pub enum ConfigError {
     DiskId(String),
     /// The disk has a layer and is read-only.
     ReadOnlyLayer(String),
+    /// The disk has frozen layers and no writable one.
+    FrozenOnly(String),
+    /// Too many frozen layers.
+    FrozenLayers(usize),
     /// The guest's context id is one of the reserved ones.
     GuestCid(u32),
     /// The VM's id has characters other than letters, digits, `-`, `_`, `.`, or is not 1 to 64 long.
@@ -192,6 +234,15 @@ impl fmt::Display for ConfigError {
             Self::ReadOnlyLayer(id) => write!(
                 f,
                 "disk {id:?} is read-only and has a writable layer: drop one of the two"
+            ),
+            Self::FrozenOnly(id) => write!(
+                f,
+                "disk {id:?} has frozen layers and no writable one: give it a layer"
+            ),
+            Self::FrozenLayers(n) => write!(
+                f,
+                "{n} frozen layers of a disk: at most {MAX_FROZEN_LAYERS}; start from an older \
+                 snapshot"
             ),
             Self::GuestCid(cid) => {
                 write!(f, "guest CID {cid} is reserved: choose 3 to 4294967294")
@@ -250,6 +301,12 @@ impl VmConfig {
             if disk.read_only && disk.layer.is_some() {
                 return Err(ConfigError::ReadOnlyLayer(disk.id.clone()));
             }
+            if disk.layer.is_none() && !disk.frozen.is_empty() {
+                return Err(ConfigError::FrozenOnly(disk.id.clone()));
+            }
+            if disk.frozen.len() > MAX_FROZEN_LAYERS {
+                return Err(ConfigError::FrozenLayers(disk.frozen.len()));
+            }
         }
         if let Some(vsock) = &self.vsock
             && (vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX)
@@ -301,6 +358,17 @@ mod tests {
         assert_eq!(
             refuse(|c| c.disks[0].read_only = true),
             ConfigError::ReadOnlyLayer("root".into())
+        );
+        assert_eq!(
+            refuse(|c| c.disks[0].frozen = vec!["/f".into(); 61]),
+            ConfigError::FrozenLayers(61)
+        );
+        assert_eq!(
+            refuse(|c| {
+                c.disks[0].frozen = vec!["/f".into()];
+                c.disks[0].layer = None;
+            }),
+            ConfigError::FrozenOnly("root".into())
         );
         assert_eq!(
             refuse(|c| c.disks[0].id = "x".repeat(21)),

@@ -174,10 +174,16 @@ pub struct FreezeRequest {
     /// lowest first, all of them immutable from then on.
     #[schema(value_type = String)]
     pub socket: PathBuf,
-    /// Disks by id: where to copy the writable layer of each as it is at that moment.
+    /// Disks by id: where to make the layer that takes what is written from then on. Every disk
+    /// that has a writable layer needs one.
     #[serde(default)]
     #[schema(value_type = BTreeMap<String, String>)]
-    pub copy_layers: BTreeMap<String, PathBuf>,
+    pub next_layers: BTreeMap<String, PathBuf>,
+    /// The host's vsock port of the connection to the runtime that goes on in children: the number that
+    /// the VMM answered to `CONNECT` with `OK`, or 1024 for the one that the guest made. No freeze
+    /// without it; `None`: the newest that the guest made, if there is one.
+    #[serde(default)]
+    pub control_port: Option<u32>,
 }
 
 /// Reply of `POST /v1/freeze`, when the descriptors have been sent.
@@ -194,6 +200,21 @@ pub struct FrozenMeta {
     pub state: String,
     /// One for each further descriptor.
     pub layers: Vec<FrozenLayer>,
+    /// The disks that have layers.
+    #[serde(default)]
+    pub disks: Vec<FrozenDisk>,
+}
+
+/// A disk of a frozen machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenDisk {
+    /// Its id.
+    pub id: String,
+    /// All its frozen layers, the lowest first: nobody writes them again.
+    pub frozen: Vec<PathBuf>,
+    /// Where the machine, as it goes on, writes. Not the one that was asked for when nothing had
+    /// been written since the last freeze: that is not made then.
+    pub layer: PathBuf,
 }
 
 /// A layer of frozen memory.
@@ -201,4 +222,7 @@ pub struct FrozenMeta {
 pub struct FrozenLayer {
     /// Which parts of the file count.
     pub runs: Vec<Run>,
+    /// See [`crate::MemoryLayerConfig::packed`].
+    #[serde(default)]
+    pub packed: bool,
 }

@@ -3,16 +3,20 @@
 //! * [`VmConfig`]: the JSON document that it reads once at start.
 //! * [`StatusReply`], [`MetricsReply`], [`ErrorReply`]: bodies of its control socket's replies; the
 //!   OpenAPI document (`ratoon-vmm --openapi`, `GET /openapi.json`) is generated from them.
+//! * [`Inherited`], [`send_descriptors`]: the descriptors that its owner passes.
 //! * [`ExitReport`]: what it leaves behind when it ends.
 
 mod config;
 mod control;
+mod inherit;
 
 pub use config::{
-    ConfigError, DiskConfig, GenerationConfig, MAX_DISKS, MAX_MEMORY_MIB, MAX_NETWORKS, MAX_VCPUS,
-    MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run, SerialConfig, VmConfig, VsockConfig,
+    ConfigError, DiskConfig, GenerationConfig, MAX_DISKS, MAX_FROZEN_LAYERS, MAX_MEMORY_MIB,
+    MAX_NETWORKS, MAX_VCPUS, MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run, SerialConfig,
+    VmConfig, VsockConfig,
 };
 pub use control::{
-    ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenLayer, FrozenMeta, HostClass,
-    MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
+    ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta,
+    HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
 };
+pub use inherit::{Inherited, send_descriptors};

@@ -28,10 +28,12 @@ const GAP_PAGES: u64 = 16;
 /// One immutable file of a generation's memory; later layers lie over earlier ones.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    /// As long as guest memory, sparse.
+    /// As long as guest memory and sparse, unless it is packed.
     pub file: Arc<File>,
     /// Which parts of it count.
     pub runs: Vec<Run>,
+    /// It has the runs end to end.
+    pub packed: bool,
 }
 
 /// A mapping that was moved aside, unmapped when dropped: milliseconds for gigabytes.
@@ -122,16 +124,18 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
     let layer = Layer {
         file: file.clone(),
         runs: vec![whole],
+        packed: false,
     };
     Ok((layer, aside))
 }
 
 /// A later freeze: the private pages become a layer of their own, and are mapped from it. Cost is
-/// that of the pages written since the last freeze.
+/// that of the pages written since the last freeze. `free`, ascending, is zero already: holes of the
+/// layer, but for what has been written there.
 ///
 /// # Errors
 /// As [`first`].
-pub fn again(memory: &GuestMemoryMmap) -> Result<Layer, MemoryError> {
+pub fn again(memory: &GuestMemoryMmap, free: &[Run]) -> Result<Layer, MemoryError> {
     let regions = regions(memory);
     let total = regions.iter().map(|(_, _, len)| *len as u64).sum();
     let file = super::memfd("ratoon-layer", total).map_err(|source| MemoryError::Freeze {
@@ -157,12 +161,36 @@ pub fn again(memory: &GuestMemoryMmap) -> Result<Layer, MemoryError> {
             });
         }
     }
-    Ok(Layer { file, runs })
+    Ok(Layer {
+        file,
+        runs: joined(runs, free),
+        packed: false,
+    })
+}
+
+/// Both lists of runs as one, ascending and apart.
+fn joined(mut runs: Vec<Run>, free: &[Run]) -> Vec<Run> {
+    if free.is_empty() {
+        return runs;
+    }
+    runs.extend_from_slice(free);
+    runs.sort_unstable_by_key(|run| run.offset);
+    let mut all: Vec<Run> = Vec::new();
+    for run in runs {
+        match all.last_mut() {
+            Some(last) if run.offset <= last.offset + last.len => {
+                last.len = last.len.max(run.offset + run.len - last.offset);
+            }
+            _ => all.push(run),
+        }
+    }
+    all
 }
 
 /// Maps a layer's runs over memory that is a child's.
 pub(super) fn overlay(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), MemoryError> {
     let regions = regions(memory);
+    let mut packed_at = 0;
     for run in &layer.runs {
         let end = run.offset.checked_add(run.len);
         let aligned = run.offset % PAGE == 0 && run.len % PAGE == 0 && run.len > 0;
@@ -173,7 +201,12 @@ pub(super) fn overlay(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), Mem
             return Err(MemoryError::Layers("a run lies outside of memory"));
         };
         let at = address + (run.offset - offset) as usize;
-        map_private(at, run.len as usize, &layer.file, run.offset)?;
+        let file_offset = match layer.packed {
+            true => packed_at,
+            false => run.offset,
+        };
+        map_private(at, run.len as usize, &layer.file, file_offset)?;
+        packed_at += run.len;
     }
     Ok(())
 }
@@ -242,7 +275,8 @@ struct ScanArg {
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
-/// The zero page, which a pager maps where the generation has zeroes.
+/// The page of zeroes that stands for what was only read of anonymous memory ([`super::free`]), and
+/// that a pager maps where the generation has zeroes.
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -356,7 +390,7 @@ mod tests {
         drop(aside);
         memory.write_obj(8_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&layer, MIB)), (8, 7));
-        let second = again(&memory).unwrap();
+        let second = again(&memory, &[]).unwrap();
         assert_eq!(
             second.runs,
             [Run {
@@ -366,8 +400,8 @@ mod tests {
         );
         memory.write_obj(9_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&second, MIB)), (9, 8));
-        assert_eq!(again(&memory).unwrap().runs.len(), 1);
-        assert!(again(&memory).unwrap().runs.is_empty());
+        assert_eq!(again(&memory, &[]).unwrap().runs.len(), 1);
+        assert!(again(&memory, &[]).unwrap().runs.is_empty());
         assert_eq!(byte(&memory, MIB), 9);
     }
 

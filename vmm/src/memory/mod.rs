@@ -5,11 +5,13 @@
 //!  region 0 (slot 0)     |                                  | region 1 (slot 1)
 //! ```
 
+mod free;
 mod freeze;
 
 use std::fs::File;
 use std::sync::Arc;
 
+pub use free::FreeMemory;
 pub use freeze::{Aside, Layer, PAGE, again, first, touched};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -113,7 +115,8 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
     map(mib, &file, libc::MAP_SHARED)
 }
 
-/// Guest memory of `mib` MiB from a generation's layers: a child's, that no layer sees change.
+/// Guest memory of `mib` MiB from a generation's layers: a child's, that no layer sees change. Only the
+/// lowest is there yet: [`lay_over`] maps the others.
 ///
 /// # Errors
 /// [`MemoryError`]: layers of another size, or no address space.
@@ -123,10 +126,10 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
         offset: 0,
         len: bytes,
     };
-    let Some((base, overlays)) = layers.split_first() else {
+    let Some(base) = layers.first() else {
         return Err(MemoryError::Layers("there is none"));
     };
-    if base.runs != [whole] {
+    if base.runs != [whole] || base.packed {
         return Err(MemoryError::Layers("the first layer is not the whole"));
     }
     for layer in layers {
@@ -137,15 +140,29 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
                 what: "look at a memory file",
                 source,
             })?;
-        if len.len() != bytes {
-            return Err(MemoryError::Layers("a file is not as long as the memory"));
+        let wanted = match layer.packed {
+            true => layer
+                .runs
+                .iter()
+                .fold(0_u64, |sum, run| sum.saturating_add(run.len)),
+            false => bytes,
+        };
+        if len.len() != wanted {
+            return Err(MemoryError::Layers(
+                "a file is not as long as the memory or its runs",
+            ));
         }
     }
-    let memory = map(mib, &base.file, libc::MAP_PRIVATE)?;
-    for layer in overlays {
-        freeze::overlay(&memory, layer)?;
-    }
-    Ok(memory)
+    map(mib, &base.file, libc::MAP_PRIVATE)
+}
+
+/// Maps what lies over the lowest layer.
+///
+/// # Errors
+/// [`MemoryError`]: runs outside of memory, or no address space.
+pub fn lay_over(memory: &GuestMemoryMmap, layers: &[Layer]) -> Result<(), MemoryError> {
+    let mut overlays = layers.iter().skip(1);
+    overlays.try_for_each(|layer| freeze::overlay(memory, layer))
 }
 
 fn map(mib: u64, file: &Arc<File>, how: i32) -> Result<GuestMemoryMmap, MemoryError> {
@@ -194,7 +211,67 @@ pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::Bytes;
+
     use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn layer(len: u64, packed: bool, runs: &[(u64, u64)], bytes: &[(u64, u8)]) -> Layer {
+        let file = memfd("test", len).unwrap();
+        for &(at, byte) in bytes {
+            file.write_all_at(&[byte], at).unwrap();
+        }
+        let runs = runs.iter().map(|&(offset, len)| Run { offset, len });
+        Layer {
+            file,
+            runs: runs.collect(),
+            packed,
+        }
+    }
+
+    #[test]
+    fn packed_runs_lie_over_the_layers_below_and_are_never_written() {
+        let whole = [(0, 64 * MIB)];
+        let base = layer(64 * MIB, false, &whole, &[(0, 1), (MIB, 1), (2 * MIB, 1)]);
+        let runs = [(MIB, PAGE), (2 * MIB, 2 * PAGE)];
+        let over = layer(3 * PAGE, true, &runs, &[(0, 2), (PAGE, 3), (2 * PAGE, 4)]);
+        let memory = restore(64, &[base.clone(), over.clone()]).unwrap();
+        let byte = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+        let found = [0, MIB, 2 * MIB, 2 * MIB + PAGE].map(byte);
+        assert_eq!(found, [1, 2, 3, 4]);
+        memory.write_obj(9_u8, GuestAddress(2 * MIB)).unwrap();
+        let mut kept = [0];
+        over.file.read_exact_at(&mut kept, PAGE).unwrap();
+        assert_eq!(kept, [3]);
+        // What a child wrote is what it has more than its layers.
+        let own = again(&memory, &[]).unwrap();
+        assert_eq!(own.runs.len(), 1);
+        assert_eq!((own.runs[0].offset, own.runs[0].len), (2 * MIB, PAGE));
+    }
+
+    #[test]
+    fn layers_that_do_not_fit_are_refused() {
+        let whole = [(0, 64 * MIB)];
+        let base = || layer(64 * MIB, false, &whole, &[]);
+        let refused = |layers: &[Layer]| match restore(64, layers) {
+            Err(MemoryError::Layers(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(&[]), "there is none");
+        let packed = Layer {
+            packed: true,
+            ..base()
+        };
+        assert_eq!(refused(&[packed]), "the first layer is not the whole");
+        let short = layer(PAGE, true, &[(0, 2 * PAGE)], &[]);
+        let lengths = "a file is not as long as the memory or its runs";
+        assert_eq!(refused(&[base(), short]), lengths);
+        let outside = layer(PAGE, true, &[(64 * MIB, PAGE)], &[]);
+        assert_eq!(refused(&[base(), outside]), "a run lies outside of memory");
+    }
 
     #[test]
     fn memory_leaves_the_hole_free() {

@@ -16,6 +16,14 @@ pub struct DeviceState {
     pub transport: TransportState,
 }
 
+impl DeviceState {
+    /// Whether it holds the connection that goes on.
+    pub fn has_control(&self) -> bool {
+        use ratoon_devices::virtio::state::DeviceState as Own;
+        matches!(&self.transport.device, Own::Vsock(vsock) if vsock.control.is_some())
+    }
+}
+
 /// A machine, apart from its memory and disks.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MachineState {
@@ -80,11 +88,17 @@ impl MachineState {
         if json.len() > MAX_LEN {
             return Err(StateError::Damaged("it is too long"));
         }
-        let Version { version } = serde_json::from_slice(json).map_err(StateError::Json)?;
-        if version != VERSION {
-            return Err(StateError::Version { found: version });
-        }
-        let state: Self = serde_json::from_slice(json).map_err(StateError::Json)?;
+        // One pass over a good state; a second one tells what is wrong with another.
+        let state = match serde_json::from_slice::<Self>(json) {
+            Ok(state) if state.version == VERSION => state,
+            read => {
+                let Version { version } = serde_json::from_slice(json).map_err(StateError::Json)?;
+                return Err(match read.err() {
+                    Some(error) if version == VERSION => StateError::Json(error),
+                    _ => StateError::Version { found: version },
+                });
+            }
+        };
         if state.host_class != here {
             return Err(StateError::HostClass {
                 found: state.host_class,

@@ -40,11 +40,11 @@ pub(super) fn wake_up() -> Result<OwnedFd, RuntimeError> {
 }
 
 impl Link {
-    pub(super) fn new(stream: UnixStream) -> Result<Self, RuntimeError> {
+    pub(super) fn new(stream: UnixStream, state: State) -> Result<Self, RuntimeError> {
         stream.set_nonblocking(true).map_err(RuntimeError::Io)?;
         Ok(Self {
             stream,
-            state: State::new(),
+            state,
             scratch: vec![0; READ_LEN],
             deaf: false,
         })
@@ -119,12 +119,12 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 /// Asks the VMM (hybrid vsock) to join a connection to `port` of the guest: `CONNECT <port>\n`,
-/// answered by `OK <number>\n`.
+/// answered by `OK <number>\n`. The number is the host's port of the connection.
 pub(crate) fn handshake(
     stream: &mut UnixStream,
     port: u32,
     timeout: Duration,
-) -> Result<(), RuntimeError> {
+) -> Result<u32, RuntimeError> {
     use io::{Read, Write};
     /// "OK " and a u32.
     const LONGEST: usize = 16;
@@ -177,11 +177,9 @@ pub(crate) fn handshake(
     }
     let number = line
         .strip_prefix(b"OK ")
-        .filter(|number| !number.is_empty());
-    match number.is_some_and(|number| number.iter().all(u8::is_ascii_digit)) {
-        true => Ok(()),
-        false => Err(not_ok(&line)),
-    }
+        .filter(|number| number.iter().all(u8::is_ascii_digit))
+        .and_then(|number| std::str::from_utf8(number).ok()?.parse().ok());
+    number.ok_or_else(|| not_ok(&line))
 }
 
 fn not_ok(line: &[u8]) -> RuntimeError {

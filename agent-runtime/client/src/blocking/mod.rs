@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use self::link::Link;
 use crate::RuntimeError;
-use crate::state::{Happening, Output};
+use crate::state::{Happening, Output, State};
 
 /// Where a command's streams go.
 pub struct ExecIo<'a> {
@@ -110,6 +110,7 @@ impl Controller {
 pub struct Client {
     link: Link,
     hello: Hello,
+    host_port: u32,
     controller: Controller,
     broken: bool,
 }
@@ -130,7 +131,7 @@ impl Client {
     /// # Errors
     /// [`RuntimeError::Timeout`] when no HELLO comes, and all others about the connection.
     pub fn from_stream(stream: UnixStream, timeout: Duration) -> Result<Self, RuntimeError> {
-        let mut link = Link::new(stream)?;
+        let mut link = Link::new(stream, State::new())?;
         let deadline = Instant::now() + timeout;
         let mut happenings = Vec::new();
         let hello = loop {
@@ -145,6 +146,21 @@ impl Client {
             }
             link.wait(Some(deadline), None, None, &mut happenings)?;
         };
+        Self::around(link, hello, RUNTIME_PORT)
+    }
+
+    /// Takes over a connection that went on through a freeze: the one by which the runtime was told to
+    /// expect its `wake`, which is the first call to make. The runtime says HELLO once a connection:
+    /// [`Client::hello`] is empty. `host_port` is the connection's.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`].
+    pub fn adopt(stream: UnixStream, host_port: u32) -> Result<Self, RuntimeError> {
+        let link = Link::new(stream, State::adopted())?;
+        Self::around(link, Hello::default(), host_port)
+    }
+
+    fn around(link: Link, hello: Hello, host_port: u32) -> Result<Self, RuntimeError> {
         let controller = Controller(Arc::new(Wishes {
             wake: link::wake_up()?,
             list: Mutex::default(),
@@ -152,9 +168,16 @@ impl Client {
         Ok(Self {
             link,
             hello,
+            host_port,
             controller,
             broken: false,
         })
+    }
+
+    /// The host's vsock port of this connection, by which a freeze names it: [`RUNTIME_PORT`] for the one
+    /// that the runtime has made.
+    pub fn host_port(&self) -> u32 {
+        self.host_port
     }
 
     /// Makes a new connection through a VM's vsock socket.
@@ -164,8 +187,12 @@ impl Client {
     /// [`Client::from_stream`].
     pub fn connect(vsock_socket: &Path, timeout: Duration) -> Result<Self, RuntimeError> {
         let start = Instant::now();
-        let stream = dial(vsock_socket, RUNTIME_PORT, timeout)?;
-        Self::from_stream(stream, timeout.saturating_sub(start.elapsed()))
+        let (stream, host_port) = join(vsock_socket, RUNTIME_PORT, timeout)?;
+        let client = Self::from_stream(stream, timeout.saturating_sub(start.elapsed()))?;
+        Ok(Self {
+            host_port,
+            ..client
+        })
     }
 
     /// What the runtime said of itself.
@@ -312,12 +339,21 @@ impl Client {
 /// # Errors
 /// [`RuntimeError::Connect`], [`RuntimeError::NotListening`], [`RuntimeError::Timeout`].
 pub fn dial(vsock_socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream, RuntimeError> {
+    Ok(join(vsock_socket, port, timeout)?.0)
+}
+
+/// As [`dial`], with the host's port.
+fn join(
+    vsock_socket: &Path,
+    port: u32,
+    timeout: Duration,
+) -> Result<(UnixStream, u32), RuntimeError> {
     let mut stream = UnixStream::connect(vsock_socket).map_err(|source| RuntimeError::Connect {
         path: vsock_socket.to_owned(),
         source,
     })?;
-    link::handshake(&mut stream, port, timeout)?;
-    Ok(stream)
+    let host_port = link::handshake(&mut stream, port, timeout)?;
+    Ok((stream, host_port))
 }
 
 /// What a guest says of a process's end, held against what can be.

@@ -189,3 +189,24 @@ fn a_handshake_and_its_hello_may_come_in_one_piece() {
     bytes.extend(hello());
     assert!(connect(bytes.leak()).is_ok());
 }
+
+#[test]
+fn a_connection_that_went_on_needs_no_hello_and_takes_none() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut client = Client::adopt(ours, 1 << 30).unwrap();
+    assert_eq!(client.host_port(), 1 << 30);
+    let runtime = thread::spawn(move || {
+        let mut call = [0; 4096];
+        let len = theirs.read(&mut call).unwrap();
+        assert!(call[24..len].starts_with(br#"{"method":"ping""#));
+        let pong = Frame::new(Kind::Reply, 1, br#"{"uptime_us":7}"#.to_vec());
+        theirs.write_all(&pong.encode()).unwrap();
+        let _ = theirs.read(&mut call).unwrap();
+        theirs.write_all(&hello()).unwrap();
+        theirs
+    });
+    assert_eq!(client.ping(LONG).unwrap().uptime_us, 7);
+    let second = client.ping(LONG);
+    assert!(matches!(second, Err(RuntimeError::Violation(what)) if what.contains("HELLO")));
+    runtime.join().unwrap();
+}

@@ -2,7 +2,7 @@ use super::*;
 
 /// Random writes, zeroes, discards and flushes; after each the range, at the end all, is as a plain
 /// vector says. What was discarded is zeroed in the model by the disk itself, since it may be kept.
-fn agrees_with_a_model(backend: &mut dyn Backend, model: &mut [u8], seed: u64) {
+pub(super) fn agrees_with_a_model(backend: &mut dyn Backend, model: &mut [u8], seed: u64) {
     let mut seeded = Seeded(seed);
     for _ in 0..300 {
         let sectors = model.len() as u64 / SECTOR_BYTES;
@@ -45,7 +45,7 @@ fn agrees_with_a_model(backend: &mut dyn Backend, model: &mut [u8], seed: u64) {
 fn a_raw_file_keeps_what_was_written_over_a_reopen() {
     let (_directory, path, mut model) = disk();
     for seed in 0..3 {
-        let mut backend = open(&path, false, None).unwrap();
+        let mut backend = open(&path, false, &[], None).unwrap();
         assert!(read(backend.as_mut(), 0, model.len()) == model);
         agrees_with_a_model(backend.as_mut(), &mut model, seed);
     }
@@ -59,7 +59,7 @@ fn a_layer_keeps_what_was_written_over_a_reopen_and_never_writes_its_base() {
     let layer = directory.path().join("layer");
     let mut model = content.clone();
     for seed in 0..3 {
-        let mut backend = open(&base, false, Some(&layer)).unwrap();
+        let mut backend = open(&base, false, &[], Some(&layer)).unwrap();
         assert!(read(backend.as_mut(), 0, model.len()) == model);
         agrees_with_a_model(backend.as_mut(), &mut model, seed);
     }
@@ -74,8 +74,8 @@ fn a_layer_keeps_what_was_written_over_a_reopen_and_never_writes_its_base() {
 #[test]
 fn two_layers_of_one_base_do_not_see_each_other() {
     let (directory, base, content) = disk();
-    let mut one = open(&base, false, Some(&directory.path().join("one"))).unwrap();
-    let mut two = open(&base, false, Some(&directory.path().join("two"))).unwrap();
+    let mut one = open(&base, false, &[], Some(&directory.path().join("one"))).unwrap();
+    let mut two = open(&base, false, &[], Some(&directory.path().join("two"))).unwrap();
     write(one.as_mut(), 4096, &[1; 8192]);
     write(two.as_mut(), 8192, &[2; 8192]);
     assert_eq!(read(one.as_mut(), 4096, 8192), [1; 8192]);
@@ -85,14 +85,14 @@ fn two_layers_of_one_base_do_not_see_each_other() {
 }
 
 /// Bytes on the host's disk.
-fn allocated(path: &Path) -> u64 {
+pub(super) fn allocated(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }
 
 #[test]
 fn a_discard_gives_a_raw_files_space_back() {
     let (_directory, path, _) = disk();
-    let mut backend = open(&path, false, None).unwrap();
+    let mut backend = open(&path, false, &[], None).unwrap();
     write(backend.as_mut(), 0, &vec![7; DISK_BYTES as usize]);
     backend.flush().unwrap();
     assert!(allocated(&path) >= DISK_BYTES);
@@ -107,7 +107,7 @@ fn a_discard_gives_a_raw_files_space_back() {
 fn a_layer_gives_back_the_space_of_what_is_discarded_or_unmapped() {
     let (directory, base, content) = disk();
     let layer = directory.path().join("layer");
-    let mut backend = open(&base, false, Some(&layer)).unwrap();
+    let mut backend = open(&base, false, &[], Some(&layer)).unwrap();
     let half = DISK_BYTES / 2;
     for unmap in [false, true] {
         let empty = allocated(&layer);
@@ -133,7 +133,7 @@ fn a_layer_gives_back_the_space_of_what_is_discarded_or_unmapped() {
 fn a_discard_of_what_only_the_base_has_writes_no_tables() {
     let (directory, base, content) = disk();
     let layer = directory.path().join("layer");
-    let mut backend = open(&base, false, Some(&layer)).unwrap();
+    let mut backend = open(&base, false, &[], Some(&layer)).unwrap();
     let empty = allocated(&layer);
     backend.discard(0, DISK_BYTES).unwrap();
     backend.flush().unwrap();
@@ -145,7 +145,7 @@ fn a_discard_of_what_only_the_base_has_writes_no_tables() {
 fn what_a_layer_discards_is_used_again() {
     let (directory, base, _) = disk();
     let layer = directory.path().join("layer");
-    let mut backend = open(&base, false, Some(&layer)).unwrap();
+    let mut backend = open(&base, false, &[], Some(&layer)).unwrap();
     let half = DISK_BYTES / 2;
     write(backend.as_mut(), 0, &vec![7; half as usize]);
     backend.flush().unwrap();
@@ -166,7 +166,7 @@ fn what_a_layer_discards_is_used_again() {
 #[test]
 fn a_transfer_of_more_buffers_than_one_call_takes_is_whole() {
     let (_directory, path, content) = disk();
-    let mut backend = open(&path, false, None).unwrap();
+    let mut backend = open(&path, false, &[], None).unwrap();
     let mut bytes = vec![0; 3 * 1024 * 512];
     // Three thousand buffers, some of them empty.
     let buffers: Vec<_> = bytes
@@ -189,7 +189,7 @@ fn a_transfer_of_no_bytes_succeeds() {
     let (directory, path, content) = disk();
     let layer = directory.path().join("layer");
     for layer in [None, Some(layer.as_path())] {
-        let mut backend = open(&path, false, layer).unwrap();
+        let mut backend = open(&path, false, &[], layer).unwrap();
         for offset in [0, DISK_BYTES] {
             backend.read_at(&[], offset).unwrap();
             backend.write_at(&[], offset).unwrap();
@@ -206,7 +206,7 @@ fn a_transfer_of_no_bytes_succeeds() {
 #[test]
 fn a_file_that_became_shorter_is_an_error_and_not_old_memory() {
     let (_directory, path, _) = disk();
-    let mut backend = open(&path, false, None).unwrap();
+    let mut backend = open(&path, false, &[], None).unwrap();
     fs::File::options()
         .write(true)
         .open(&path)

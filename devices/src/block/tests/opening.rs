@@ -1,7 +1,7 @@
 use super::*;
 
 fn refusal(path: &Path, read_only: bool, layer: Option<&Path>) -> OpenError {
-    match open(path, read_only, layer) {
+    match open(path, read_only, &[], layer) {
         Ok(_) => panic!("{path:?} was opened"),
         Err(error) => error,
     }
@@ -65,7 +65,7 @@ fn a_size_that_is_not_whole_sectors_is_refused() {
 #[test]
 fn two_writers_of_one_file_are_refused_and_many_readers_are_not() {
     let (_directory, path, _) = disk();
-    let writer = open(&path, false, None).unwrap();
+    let writer = open(&path, false, &[], None).unwrap();
     for (read_only, writable) in [(false, true), (true, false)] {
         assert!(matches!(
             refusal(&path, read_only, None),
@@ -73,8 +73,8 @@ fn two_writers_of_one_file_are_refused_and_many_readers_are_not() {
         ));
     }
     drop(writer);
-    let _reader = open(&path, true, None).unwrap();
-    let _another = open(&path, true, None).unwrap();
+    let _reader = open(&path, true, &[], None).unwrap();
+    let _another = open(&path, true, &[], None).unwrap();
     assert!(matches!(
         refusal(&path, false, None),
         OpenError::Locked { writable: true, .. }
@@ -85,12 +85,12 @@ fn two_writers_of_one_file_are_refused_and_many_readers_are_not() {
 fn one_layer_has_one_vm_and_one_base_many_layers() {
     let (directory, base, _) = disk();
     let layer = directory.path().join("layer");
-    let _first = open(&base, false, Some(&layer)).unwrap();
+    let _first = open(&base, false, &[], Some(&layer)).unwrap();
     assert!(matches!(
         refusal(&base, false, Some(&layer)),
         OpenError::Locked { path, .. } if path == layer
     ));
-    let _second = open(&base, false, Some(&directory.path().join("other"))).unwrap();
+    let _second = open(&base, false, &[], Some(&directory.path().join("other"))).unwrap();
     assert!(matches!(
         refusal(&base, false, None),
         OpenError::Locked { path, .. } if path == base
@@ -101,7 +101,7 @@ fn one_layer_has_one_vm_and_one_base_many_layers() {
 fn a_layer_fits_its_base_only() {
     let (directory, base, _) = disk();
     let layer = directory.path().join("layer");
-    drop(open(&base, false, Some(&layer)).unwrap());
+    drop(open(&base, false, &[], Some(&layer)).unwrap());
     let larger = directory.path().join("larger");
     fs::write(&larger, vec![0; DISK_BYTES as usize + 512]).unwrap();
     let error = refusal(&larger, false, Some(&layer));
@@ -127,7 +127,7 @@ fn a_layer_fits_its_base_only() {
 fn a_damaged_layer_is_refused() {
     let (directory, base, _) = disk();
     let layer = directory.path().join("layer");
-    drop(open(&base, false, Some(&layer)).unwrap());
+    drop(open(&base, false, &[], Some(&layer)).unwrap());
     let good = fs::read(&layer).unwrap();
     for damage in [&good[..40], &b"not a qcow2 file"[..], &[]] {
         fs::write(&layer, damage).unwrap();
@@ -139,7 +139,7 @@ fn a_damaged_layer_is_refused() {
 #[test]
 fn making_a_layer_leaves_nothing_else_behind() {
     let (directory, base, _) = disk();
-    drop(open(&base, false, Some(&directory.path().join("layer"))).unwrap());
+    drop(open(&base, false, &[], Some(&directory.path().join("layer"))).unwrap());
     let mut names: Vec<_> = fs::read_dir(directory.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

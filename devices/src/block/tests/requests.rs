@@ -29,7 +29,7 @@ struct Bed {
 impl Bed {
     fn new(read_only: bool) -> Self {
         let (directory, path, content) = disk();
-        let backend = open(&path, read_only, None).unwrap();
+        let backend = open(&path, read_only, &[], None).unwrap();
         let mut driver = MockDriver::new(Block::new("root", backend, read_only));
         driver.probe(u64::MAX);
         Self {
@@ -208,7 +208,7 @@ fn the_id_is_padded_with_zeroes_to_20_bytes() {
     let mut id = *b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
     assert_eq!(bed.driver.read_memory(sent.writable[0], 20), id);
     assert_eq!(bed.status(&[&header(kind::GET_ID, 0)], &[19, 1]), IOERR);
-    let backend = open(&bed.path, true, None).unwrap();
+    let backend = open(&bed.path, true, &[], None).unwrap();
     let long = Block::new("a name of more than 20 bytes", backend, true);
     bed.driver = MockDriver::new(long);
     bed.driver.probe(0);

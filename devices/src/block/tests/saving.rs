@@ -28,7 +28,7 @@ fn assert_ok(driver: &MockDriver, sent: &Sent) {
 #[test]
 fn writes_and_reads_go_on_where_they_were() {
     let (_directory, path, content) = disk();
-    let mut driver = driver(open(&path, false, None).unwrap());
+    let mut driver = driver(open(&path, false, &[], None).unwrap());
     // More than the ring's length, so that positions are not descriptors.
     for _ in 0..300 {
         write_sector(&mut driver, 1, 1);
@@ -64,14 +64,14 @@ fn writes_and_reads_go_on_where_they_were() {
 fn open_copy(path: &Path) -> Box<dyn Backend> {
     let copy = path.with_extension("copy");
     fs::copy(path, &copy).unwrap();
-    open(&copy, false, None).unwrap()
+    open(&copy, false, &[], None).unwrap()
 }
 
 #[test]
 fn a_layer_that_was_written_back_is_whole_in_its_file() {
     let (directory, base, _) = disk();
     let layer = directory.path().join("layer");
-    let mut driver = driver(open(&base, false, Some(&layer)).unwrap());
+    let mut driver = driver(open(&base, false, &[], Some(&layer)).unwrap());
     for sector in [0, 1000, 5000] {
         let sent = write_sector(&mut driver, sector, sector as u8 + 1);
         driver.kick(0);
@@ -81,7 +81,7 @@ fn a_layer_that_was_written_back_is_whole_in_its_file() {
     // While the first one still has it open, with all its caches.
     let copy = directory.path().join("copy");
     fs::copy(&layer, &copy).unwrap();
-    let mut twin = Layer::open_or_create(&copy, &base).unwrap();
+    let mut twin = Layer::open(&copy, &[], &base).unwrap();
     for sector in [0, 1000, 5000] {
         let bytes = read(&mut twin, sector * 512, 512);
         assert_eq!(bytes, [sector as u8 + 1; 512]);
@@ -94,12 +94,12 @@ fn a_layer_that_was_written_back_is_whole_in_its_file() {
 #[test]
 fn another_disk_is_refused_by_name() {
     let (directory, path, _) = disk();
-    let mut driver = driver(open(&path, false, None).unwrap());
+    let mut driver = driver(open(&path, false, &[], None).unwrap());
     let state = driver.transport.save();
     let small = directory.path().join("small.raw");
     fs::write(&small, vec![0; 1 << 20]).unwrap();
     let mut refusal = |path: &Path, read_only, state: &TransportState| {
-        let backend = open(path, read_only, None).unwrap();
+        let backend = open(path, read_only, &[], None).unwrap();
         let refused = driver.restore(Block::new("root", backend, read_only), state);
         refused.unwrap_err()
     };

@@ -1,6 +1,7 @@
 //! Saving a transport with its device, and continuing it with a new one.
 
 use std::error::Error;
+use std::path::Path;
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -14,6 +15,27 @@ use crate::virtio::state::{
 use crate::virtio::{Activation, Device, DeviceError, Interrupt};
 
 impl MmioTransport {
+    /// See [`Device::prepare_layer`].
+    ///
+    /// # Errors
+    /// The host's, by name. The device goes on.
+    pub fn prepare_layer(&mut self, path: &Path) -> Result<(), DeviceError> {
+        self.device.prepare_layer(path)
+    }
+
+    /// See [`Device::push_layer`].
+    ///
+    /// # Errors
+    /// The host's, by name. The device goes on as it was.
+    pub fn push_layer(&mut self) -> Result<bool, DeviceError> {
+        self.device.push_layer()
+    }
+
+    /// See [`Device::drop_prepared`].
+    pub fn drop_prepared(&mut self) {
+        self.device.drop_prepared();
+    }
+
     /// All that a new device needs to go on exactly where this one is. It goes on undisturbed; call
     /// it with the vCPUs stopped, and after [`Self::write_back`], or guest memory and disk are not
     /// those of the same moment.

@@ -45,6 +45,7 @@ fn first() -> TransportState {
             guest_cid: 42,
             next_host_port: 1 << 30,
             control: Some(ControlState {
+                host_port: 1024,
                 guest_port: 6,
                 sent: 7,
                 peer_alloc: 8,

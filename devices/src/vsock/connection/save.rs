@@ -67,6 +67,7 @@ impl Connection {
         let mut to_guest = Vec::from(self.carried.clone());
         peek_all(&self.stream, &mut to_guest)?;
         Some(ControlState {
+            host_port: self.ports.host,
             guest_port: self.ports.guest,
             sent: self.sent,
             peer_alloc: self.peer_alloc,

@@ -355,6 +355,35 @@ fn of_two_control_connections_the_newer_goes_on() {
 }
 
 #[test]
+fn the_connection_that_is_named_goes_on_whoever_began_it() {
+    let mut guest = Guest::new();
+    let _standing = control(&mut guest, 1_000);
+    let (_older, _) = opened(&mut guest, 77);
+    let (_named, port) = opened(&mut guest, 1024);
+    let (_newer, _) = opened(&mut guest, 1024);
+    guest.driver.transport.keep_connection(port);
+    // That is saved too: the next save names the same.
+    let new = move_on(&mut guest);
+    (&new).write_all(b"wake").unwrap();
+    let resets = std::iter::from_fn(|| guest.next()).filter(|packet| match packet.op() {
+        Some(Op::Reset) => true,
+        _ => {
+            assert_eq!(packet.data, b"wake");
+            let ports = (packet.header.src_port, packet.header.dst_port);
+            assert_eq!(ports, (port, 1024));
+            false
+        }
+    });
+    assert_eq!(resets.count(), 3);
+    assert_eq!(guest.counter("open"), 1);
+    // Nobody has the port: none goes on.
+    guest.driver.transport.keep_connection(port + 9);
+    let state = guest.driver.transport.save();
+    assert_eq!(own(&state).control, None);
+    assert_eq!(own(&state).resets.len(), 1);
+}
+
+#[test]
 fn the_guest_keeps_its_context_id() {
     let mut guest = Guest::new();
     let _control = control(&mut guest, 1_000);

@@ -1,0 +1,209 @@
+//! Frozen layers: what was written stays as it was, whoever goes on from it.
+
+use std::os::fd::AsRawFd;
+
+use super::backends::{agrees_with_a_model, allocated};
+use super::*;
+
+/// A disk that is frozen again and again.
+struct Chain {
+    directory: TempDir,
+    base: PathBuf,
+    frozen: Vec<PathBuf>,
+    top: PathBuf,
+    backend: Box<dyn Backend>,
+    model: Vec<u8>,
+}
+
+impl Chain {
+    fn new() -> Self {
+        let (directory, base, model) = disk();
+        let top = directory.path().join("layer-0");
+        let backend = open(&base, false, &[], Some(&top)).unwrap();
+        Self {
+            directory,
+            base,
+            frozen: Vec::new(),
+            top,
+            backend,
+            model,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Whether a layer was frozen.
+    fn freeze(&mut self) -> bool {
+        let next = self.path(&format!("layer-{}", self.frozen.len() + 1));
+        self.backend.prepare_layer(&next).unwrap();
+        self.backend.write_back().unwrap();
+        let is_frozen = self.backend.push_layer().unwrap();
+        if is_frozen {
+            self.frozen.push(std::mem::replace(&mut self.top, next));
+        }
+        is_frozen
+    }
+
+    /// Another VM, over what was frozen.
+    fn child(&self, name: &str) -> Box<dyn Backend> {
+        open(&self.base, false, &self.frozen, Some(&self.path(name))).unwrap()
+    }
+}
+
+#[test]
+fn every_child_goes_on_from_where_its_layer_was_frozen() {
+    let mut chain = Chain::new();
+    let mut children = Vec::new();
+    for round in 0..3 {
+        agrees_with_a_model(chain.backend.as_mut(), &mut chain.model, round);
+        assert!(chain.freeze());
+        let child = chain.child(&format!("child-{round}"));
+        children.push((child, chain.model.clone()));
+    }
+    let files: Vec<Vec<u8>> = chain.frozen.iter().map(|f| fs::read(f).unwrap()).collect();
+    agrees_with_a_model(chain.backend.as_mut(), &mut chain.model, 99);
+    for (round, (child, model)) in children.iter_mut().enumerate() {
+        assert!(read(child.as_mut(), 0, model.len()) == *model, "{round}");
+        agrees_with_a_model(child.as_mut(), model, 100 + round as u64);
+    }
+    for (path, before) in chain.frozen.iter().zip(files) {
+        assert!(fs::read(path).unwrap() == before, "{path:?} was written");
+    }
+    // Opened again, all of it is there.
+    chain.backend.flush().unwrap();
+    chain.backend = open(&chain.base, true, &[], None).unwrap();
+    let mut again = open(&chain.base, false, &chain.frozen, Some(&chain.top)).unwrap();
+    assert!(read(again.as_mut(), 0, chain.model.len()) == chain.model);
+}
+
+#[test]
+fn a_top_that_nobody_wrote_to_is_not_frozen() {
+    let mut chain = Chain::new();
+    assert!(!chain.freeze());
+    assert!(!chain.path("layer-1").exists());
+    write(chain.backend.as_mut(), 0, &[1; 512]);
+    assert!(chain.freeze());
+    assert!(!chain.freeze());
+    assert_eq!(chain.frozen.len(), 1);
+    assert_eq!(read(chain.backend.as_mut(), 0, 512), [1; 512]);
+}
+
+#[test]
+fn a_frozen_layer_can_be_written_by_nobody() {
+    let mut chain = Chain::new();
+    write(chain.backend.as_mut(), 0, &[1; 512]);
+    assert!(chain.freeze());
+    let refused = |frozen: &[PathBuf], top: &Path| match open(&chain.base, false, frozen, Some(top))
+    {
+        Ok(_) => panic!("{top:?} was opened"),
+        Err(error) => error,
+    };
+    // The VM that goes on has it, and so may others, but as what they read.
+    let frozen = &chain.frozen[0];
+    assert!(matches!(refused(&[], frozen), OpenError::Locked { path, .. } if path == *frozen));
+    let error = refused(&chain.frozen, frozen);
+    assert!(matches!(&error, OpenError::LayerIsFrozen { path } if path == frozen));
+    // The top is the VM's own.
+    let error = refused(std::slice::from_ref(&chain.top), &chain.path("new"));
+    assert!(matches!(error, OpenError::Locked { path, .. } if path == chain.top));
+}
+
+#[test]
+fn a_missing_or_foreign_layer_is_named() {
+    let mut chain = Chain::new();
+    write(chain.backend.as_mut(), 0, &[1; 512]);
+    assert!(chain.freeze());
+    let new = chain.path("new");
+    let refused = |frozen: PathBuf| match open(&chain.base, false, &[frozen], Some(&new)) {
+        Ok(_) => panic!("it was opened"),
+        Err(error) => error,
+    };
+    let none = chain.path("none");
+    assert!(matches!(refused(none.clone()), OpenError::Missing { path } if path == none));
+    let error = refused(chain.base.clone());
+    assert!(matches!(error, OpenError::LayerFormat { path, .. } if path == chain.base));
+    let small = chain.path("small");
+    fs::write(&small, vec![0; 1 << 20]).unwrap();
+    let foreign = chain.path("foreign");
+    drop(open(&small, false, &[], Some(&foreign)).unwrap());
+    let error = refused(foreign.clone());
+    assert!(matches!(error, OpenError::LayerMismatch { path, .. } if path == foreign));
+    assert!(!new.exists(), "no layer over what is not there");
+}
+
+#[test]
+fn so_many_layers_and_no_more() {
+    let mut chain = Chain::new();
+    for round in 0..MAX_FROZEN as u64 {
+        write(chain.backend.as_mut(), round * 65536, &[round as u8; 512]);
+        assert!(chain.freeze());
+    }
+    write(chain.backend.as_mut(), 0, &[200; 512]);
+    for round in 1..MAX_FROZEN as u64 {
+        let bytes = read(chain.backend.as_mut(), round * 65536, 512);
+        assert_eq!(bytes, [round as u8; 512]);
+    }
+    let error = chain.backend.prepare_layer(&chain.path("last"));
+    assert!(matches!(error, Err(OpenError::TooManyLayers { .. })));
+    assert_eq!(read(chain.backend.as_mut(), 0, 512), [200; 512]);
+}
+
+#[test]
+fn what_is_discarded_after_a_freeze_frees_the_top_and_not_what_is_frozen() {
+    let mut chain = Chain::new();
+    let half = DISK_BYTES / 2;
+    write(chain.backend.as_mut(), 0, &vec![7; half as usize]);
+    assert!(chain.freeze());
+    let empty = allocated(&chain.top);
+    write(chain.backend.as_mut(), 0, &vec![8; half as usize]);
+    chain.backend.flush().unwrap();
+    assert!(allocated(&chain.top) >= half);
+    chain.backend.discard(0, half).unwrap();
+    chain.backend.flush().unwrap();
+    let kept = allocated(&chain.top) - empty;
+    assert!(kept <= 256 << 10, "{kept} bytes");
+    let bytes = read(chain.backend.as_mut(), 0, half as usize);
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    let mut child = chain.child("child");
+    let bytes = read(child.as_mut(), 0, half as usize);
+    assert!(bytes.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_disk_is_made_of_inherited_descriptors_as_well() {
+    let mut chain = Chain::new();
+    write(chain.backend.as_mut(), 512, &[3; 512]);
+    assert!(chain.freeze());
+    let files = [
+        fs::File::open(&chain.base).unwrap(),
+        fs::File::open(&chain.frozen[0]).unwrap(),
+        fs::File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(chain.path("top"))
+            .unwrap(),
+    ];
+    let [base, frozen, top] = files
+        .each_ref()
+        .map(|file| PathBuf::from(format!("/dev/fd/{}", file.as_raw_fd())));
+    let mut backend = open(&base, false, std::slice::from_ref(&frozen), Some(&top)).unwrap();
+    assert_eq!(read(backend.as_mut(), 512, 512), [3; 512]);
+    write(backend.as_mut(), 512, &[4; 512]);
+    backend.flush().unwrap();
+    drop((backend, files));
+    let mut again = chain.child("top");
+    assert_eq!(read(again.as_mut(), 512, 512), [4; 512]);
+    // A number that is open for reading only, and one that is not open.
+    let read_only = fs::File::open(chain.path("top")).unwrap();
+    let path = PathBuf::from(format!("/dev/fd/{}", read_only.as_raw_fd()));
+    let refused = open(&chain.base, false, &chain.frozen, Some(&path));
+    assert!(matches!(
+        refused.err(),
+        Some(OpenError::Permission { writable: true, .. })
+    ));
+    let refused = open(Path::new("/dev/fd/1048575"), true, &[], None);
+    assert!(matches!(refused.err(), Some(OpenError::Io { .. })));
+}

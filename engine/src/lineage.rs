@@ -1,0 +1,313 @@
+//! What a VM comes from, so that a snapshot holds only what is new.
+//!
+//! ```text
+//!  memory   [ a | b | c ]      layers of the frozen VM, the lowest first
+//!  disk     image, [ x | y ]   frozen layers over the image
+//!             `-- snapshot S: its record says that S is a, b and x
+//!  new snapshot over S: memory c as a difference, disk x by its digest, disk y linked
+//! ```
+//!
+//! A base has to be in the store that is written to, whole itself or a difference at most
+//! [`MAX_DEPTH`] deep, and is held while it is written over. When the difference would be half of the
+//! whole or more, or in too many pieces, memory is written whole.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use ratoon_snapshot::{Digest, MemoryFile, MemoryKind, Pages, Run, Snapshot, Store, populated};
+use ratoon_vmm_api::MemoryLayerConfig;
+
+use crate::vm::freeze::{Generation, MemoryLayer};
+use crate::vm::record::{Ancestor, Record};
+
+/// Differences that lie over each other: each costs a restore mappings, and the reader of a page
+/// nothing.
+const MAX_DEPTH: usize = 8;
+/// Runs of one difference. Each is a mapping of the restored VM, a microsecond or two of its start;
+/// `vm.max_map_count` allows 65530 in all. With more, those with the smallest gaps between them are
+/// joined.
+const MAX_RUNS: usize = 1024;
+/// The disk that images are for.
+pub(crate) const ROOT: &str = "root";
+
+/// A layer of memory, with the place of each of its runs in its file.
+#[derive(Debug)]
+struct Placed {
+    file: File,
+    /// Ascending by offset.
+    runs: Vec<(Run, u64)>,
+}
+
+/// Memory of several layers: the topmost that has a page counts.
+#[derive(Debug)]
+pub(crate) struct Layered(Vec<Placed>);
+
+impl Layered {
+    pub(crate) fn new(layers: Vec<MemoryLayer>) -> Self {
+        let placed = layers.into_iter().map(|layer| {
+            let mut packed_at = 0;
+            let mut runs: Vec<(Run, u64)> = Vec::with_capacity(layer.runs.len());
+            for run in layer.runs {
+                let run = Run {
+                    offset: run.offset,
+                    length: run.len,
+                };
+                let place = if layer.packed { packed_at } else { run.offset };
+                packed_at += run.length;
+                runs.push((run, place));
+            }
+            runs.sort_unstable_by_key(|(run, _)| run.offset);
+            Placed {
+                file: layer.file,
+                runs,
+            }
+        });
+        Self(placed.collect())
+    }
+
+    /// The file that counts at `offset`, the place in it, and up to where in memory.
+    fn at(&self, offset: u64, end: u64) -> std::io::Result<(&File, u64, u64)> {
+        let mut end = end;
+        for layer in self.0.iter().rev() {
+            let next = layer.runs.partition_point(|(run, _)| run.offset <= offset);
+            if let Some((run, place)) = next.checked_sub(1).map(|last| layer.runs[last])
+                && offset < run.end()
+            {
+                return Ok((
+                    &layer.file,
+                    place + (offset - run.offset),
+                    end.min(run.end()),
+                ));
+            }
+            if let Some((run, _)) = layer.runs.get(next) {
+                end = end.min(run.offset);
+            }
+        }
+        Err(std::io::Error::other("no layer has this part of memory"))
+    }
+
+    /// Where there is anything.
+    pub(crate) fn populated(&self) -> Result<Vec<Run>, ratoon_snapshot::Error> {
+        let mut runs = match self.0.first() {
+            Some(base) => populated(&base.file)?,
+            None => Vec::new(),
+        };
+        runs.extend(self.changed(1));
+        Ok(joined(runs))
+    }
+
+    /// What the layers from this one on have.
+    fn changed(&self, from: usize) -> Vec<Run> {
+        let layers = self.0.iter().skip(from);
+        let runs = layers.flat_map(|layer| layer.runs.iter().map(|(run, _)| *run));
+        joined(runs.collect())
+    }
+}
+
+impl Pages for Layered {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done as u64;
+            let (file, place, end) = self.at(at, offset + into.len() as u64)?;
+            let len = (end - at) as usize;
+            file.read_exact_at(&mut into[done..done + len], place)?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// The same pages in ascending runs that do not touch.
+fn joined(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable_by_key(|run| run.offset);
+    let mut joined: Vec<Run> = Vec::new();
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if run.offset <= last.end() => {
+                last.length = last.length.max(run.end() - last.offset);
+            }
+            _ => joined.push(run),
+        }
+    }
+    joined
+}
+
+/// At most `most` runs with all that these have: the smallest gaps are filled.
+fn fewer(runs: Vec<Run>, most: usize) -> Vec<Run> {
+    if runs.len() <= most {
+        return runs;
+    }
+    let mut gaps: Vec<u64> = runs
+        .windows(2)
+        .map(|pair| pair[1].offset - pair[0].end())
+        .collect();
+    gaps.sort_unstable();
+    // So many of the smallest have to go; equal ones go together.
+    let filled = gaps[runs.len() - most - 1];
+    let mut fewer: Vec<Run> = Vec::new();
+    for run in runs {
+        match fewer.last_mut() {
+            Some(last) if run.offset - last.end() <= filled => {
+                last.length = run.end() - last.offset
+            }
+            _ => fewer.push(run),
+        }
+    }
+    fewer
+}
+
+fn bytes(runs: &[Run]) -> u64 {
+    runs.iter().map(|run| run.length).sum()
+}
+
+/// A snapshot that a frozen VM comes from.
+#[derive(Debug)]
+pub(crate) struct Base {
+    pub(crate) snapshot: Snapshot,
+    ancestor: Ancestor,
+    /// It cannot be removed meanwhile.
+    _held: File,
+}
+
+impl Base {
+    /// The youngest snapshot in `store` that a VM comes from.
+    pub(crate) fn of(store: &Store, record: &Record, frozen: &Generation) -> Option<Self> {
+        let disk_layers = frozen.frozen(ROOT).len();
+        record.ancestors.iter().rev().find_map(|ancestor| {
+            let snapshot = store.get(&ancestor.snapshot).ok()?;
+            let held = snapshot.hold().ok()?;
+            let layers = &snapshot.manifest.layers;
+            let own_layers = layers.iter().filter(|layer| layer.disk == ROOT).count();
+            let fits = ancestor.memory_layers <= frozen.layers.len()
+                && ancestor.disk_layers <= disk_layers
+                && own_layers == ancestor.disk_layers
+                && snapshot.manifest.memory.bytes == record.config.memory_mib << 20;
+            fits.then(|| Self {
+                snapshot,
+                ancestor: ancestor.clone(),
+                _held: held,
+            })
+        })
+    }
+
+    /// How many of the root disk's frozen layers it has.
+    pub(crate) fn disk_layers(&self) -> usize {
+        self.ancestor.disk_layers
+    }
+
+    /// The runs to be written over its memory; none: write memory whole.
+    ///
+    /// # Errors
+    /// That a file of memory cannot be looked at.
+    pub(crate) fn difference(
+        &self,
+        store: &Store,
+        memory: &Layered,
+    ) -> Result<Option<(Vec<Run>, Digest)>, ratoon_snapshot::Error> {
+        let below = match store.memory_files(&self.snapshot) {
+            Ok(files) => files,
+            // It is damaged, or lies over one that is: nothing is to depend on it.
+            Err(_) => return Ok(None),
+        };
+        // A pager serves chunks, and mappings of files do not go over it.
+        let is_plain = below.iter().all(|file| file.kind == MemoryKind::Plain);
+        if !is_plain || below.len() > MAX_DEPTH {
+            return Ok(None);
+        }
+        let runs = fewer(memory.changed(self.ancestor.memory_layers), MAX_RUNS);
+        let is_small = bytes(&runs) * 2 <= bytes(&memory.populated()?);
+        Ok(is_small.then_some((runs, self.snapshot.manifest.memory.blake3)))
+    }
+}
+
+/// A snapshot's memory, for the VMM: what is to be mapped, and the folder of the snapshot with the
+/// chunks that lie under all of it, if there is one.
+///
+/// # Errors
+/// See [`Store::memory_files`].
+pub(crate) fn memory_layers(
+    store: &Store,
+    snapshot: &Snapshot,
+) -> Result<(Vec<MemoryLayerConfig>, Option<PathBuf>), ratoon_snapshot::Error> {
+    let mut files = store.memory_files(snapshot)?;
+    let in_chunks = |file: &MemoryFile| file.kind == MemoryKind::Chunks;
+    let chunks = match files.first().is_some_and(in_chunks) {
+        true => files.remove(0).path.parent().map(Path::to_owned),
+        false => None,
+    };
+    let counting = files
+        .into_iter()
+        // Without runs the VMM would take it for whole memory.
+        .filter(|file| !(file.is_difference && file.runs.is_empty()));
+    let layers = counting.map(|file| MemoryLayerConfig {
+        path: file.path,
+        packed: file.is_difference,
+        runs: file
+            .runs
+            .iter()
+            .map(|run| ratoon_vmm_api::Run {
+                offset: run.offset,
+                len: run.length,
+            })
+            .collect(),
+    });
+    Ok((layers.collect(), chunks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(offset: u64, length: u64) -> Run {
+        Run { offset, length }
+    }
+
+    fn layer(packed: bool, runs: &[(u64, u64)], bytes: &[u8]) -> MemoryLayer {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+        let runs = runs.iter();
+        MemoryLayer {
+            file,
+            runs: runs
+                .map(|&(offset, len)| ratoon_vmm_api::Run { offset, len })
+                .collect(),
+            packed,
+        }
+    }
+
+    #[test]
+    fn the_topmost_layer_that_has_a_byte_counts() {
+        let memory = Layered::new(vec![
+            layer(false, &[(0, 8)], b"aaaaaaaa"),
+            layer(true, &[(1, 2), (5, 1)], b"bbB"),
+            layer(false, &[(2, 2)], b"..cc"),
+        ]);
+        let mut bytes = [0; 8];
+        memory.read_at(0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"abccaBaa");
+        let mut bytes = [0; 3];
+        memory.read_at(3, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"caB");
+        assert_eq!(memory.changed(1), [run(1, 3), run(5, 1)]);
+        assert_eq!(memory.changed(2), [run(2, 2)]);
+        assert_eq!(memory.changed(3), []);
+        assert!(memory.read_at(7, &mut bytes).is_err(), "beyond the end");
+    }
+
+    #[test]
+    fn the_smallest_gaps_are_filled_when_there_are_too_many_runs() {
+        let runs = [run(0, 1), run(2, 1), run(10, 1), run(13, 1), run(20, 5)];
+        assert_eq!(fewer(runs.to_vec(), 5), runs);
+        assert_eq!(
+            fewer(runs.to_vec(), 4),
+            [run(0, 3), run(10, 1), run(13, 1), run(20, 5)]
+        );
+        assert_eq!(fewer(runs.to_vec(), 2), [run(0, 3), run(10, 15)]);
+        assert_eq!(fewer(runs.to_vec(), 1), [run(0, 25)]);
+        // Equal gaps: fewer than allowed, never more.
+        let even: Vec<Run> = (0..10).map(|at| run(at * 4, 1)).collect();
+        assert_eq!(fewer(even, 5), [run(0, 37)]);
+    }
+}
