@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use ratoon_devices::block::merge;
 use ratoon_snapshot::{
-    Digest, Layer, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
+    Digest, Layer, MemoryFile, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
 };
 use ratoon_vmm_api::MemoryLayerConfig;
 
@@ -295,15 +295,21 @@ pub(crate) fn write_disk(
     Ok(())
 }
 
-/// A snapshot's memory, for the VMM.
+/// A snapshot's memory, for the VMM: what is to be mapped, and the folder of the snapshot with the
+/// chunks that lie under all of it, if there is one.
 ///
 /// # Errors
 /// See [`Store::memory_files`].
 pub(crate) fn memory_layers(
     store: &Store,
     snapshot: &Snapshot,
-) -> Result<Vec<MemoryLayerConfig>, ratoon_snapshot::Error> {
-    let files = store.memory_files(snapshot)?;
+) -> Result<(Vec<MemoryLayerConfig>, Option<PathBuf>), ratoon_snapshot::Error> {
+    let mut files = store.memory_files(snapshot)?;
+    let in_chunks = |file: &MemoryFile| file.kind == MemoryKind::Chunks;
+    let chunks = match files.first().is_some_and(in_chunks) {
+        true => files.remove(0).path.parent().map(Path::to_owned),
+        false => None,
+    };
     let counting = files
         .into_iter()
         // Without runs the VMM would take it for whole memory.
@@ -320,7 +326,7 @@ pub(crate) fn memory_layers(
             })
             .collect(),
     });
-    Ok(layers.collect())
+    Ok((layers.collect(), chunks))
 }
 
 #[cfg(test)]

@@ -14,24 +14,31 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use ratoon_snapshot::{About, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file};
+use ratoon_snapshot::{
+    About, ChunkOptions, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file,
+};
 use ratoon_vmm_api::{GenerationConfig, NetConfig};
 
-use crate::cpu;
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::lineage::{self, Base, Layered, ROOT};
+use crate::pager::{self, PagerError};
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
 use crate::vm::launch::{
     From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
 };
 use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
+use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a VM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The labels of a snapshot by which its VM is built again.
 mod label {
@@ -66,6 +73,9 @@ pub enum SnapshotError {
     /// The runtime in the guest.
     #[error("the runtime in the VM")]
     Runtime(#[from] RuntimeError),
+    /// The process that fetches its memory.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// The VM's record.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -125,6 +135,8 @@ pub struct Keep<'k> {
     pub name: Option<&'k str>,
     /// Who vouches for it.
     pub key: Option<&'k SigningKey>,
+    /// Its memory is written whole, in compressed chunks that a pager serves.
+    pub compressed: bool,
 }
 
 /// A snapshot that was taken.
@@ -196,7 +208,7 @@ impl Engine {
     }
 
     /// Takes a snapshot of the running VM in `dir`; it goes on after a short pause, while the
-    /// snapshot is written.
+    /// snapshot is written, its memory as `kind`.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on, and nothing is left in the store.
@@ -305,13 +317,22 @@ impl Engine {
         // Checks its hash.
         drop(snapshot.state()?);
         // In place, and only read. Held by name: what they build on stays while the snapshot does.
-        let memory = lineage::memory_layers(store, snapshot)?;
+        let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
         let frozen = store.layer_files(snapshot, ROOT)?;
         let ancestor = Ancestor {
             snapshot: id.clone(),
-            memory_layers: memory.len(),
+            memory_layers: memory.len() + usize::from(chunks.is_some()),
             disk_layers: frozen.len(),
         };
+        let pager = match &chunks {
+            None => None,
+            Some(folder) => {
+                let program = absolute(&self.programs().pager)?;
+                let pager = pager::of(&self.dirs().pagers(), &program, folder)?;
+                Some(Arc::new(pager))
+            }
+        };
+        working_set::read_ahead(snapshot);
         let launched = launch(
             self.store(),
             &Launch {
@@ -337,7 +358,9 @@ impl Engine {
                     config: GenerationConfig {
                         state: snapshot.folder.join("state.bin"),
                         memory,
+                        paged: pager.is_some(),
                     },
+                    pager,
                     frozen,
                     ancestor,
                     control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
@@ -346,15 +369,10 @@ impl Engine {
             cancel,
         );
         let mut vm = launched?;
-        let mut client = vm.runtime()?;
-        let waking = Waking {
-            id: vm.dir().id(),
-            generation: id,
-            child: Some(child(&vm)),
-        };
-        freeze::wake(&mut client, &waking)?;
-        vm.awake().map_err(LaunchError::from)?;
-        vm.keep_runtime(client);
+        if let Err(error) = wake(&mut vm, id) {
+            // Why the VM ended says more than that it cannot be talked to.
+            return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
+        }
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
@@ -397,6 +415,20 @@ fn child(vm: &Vm) -> Child {
     }
 }
 
+/// Tells a restored VM who it is.
+fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
+    let mut client = vm.runtime()?;
+    let waking = Waking {
+        id: vm.dir().id(),
+        generation,
+        child: Some(child(vm)),
+    };
+    freeze::wake(&mut client, &waking)?;
+    vm.awake().map_err(LaunchError::from)?;
+    vm.keep_runtime(client);
+    Ok(())
+}
+
 fn write(
     store: &Store,
     dir: &VmDir,
@@ -427,12 +459,16 @@ fn write(
     }
     let memory = Layered::new(generation.layers);
     let difference = match &base {
-        Some(base) => base.difference(store, &memory)?,
-        None => None,
+        Some(base) if !keep.compressed => base.difference(store, &memory)?,
+        _ => None,
     };
     match difference {
         Some((runs, base)) => {
             writer.memory_difference(&parts, &memory, &runs, base, progress)?;
+        }
+        None if keep.compressed => {
+            let (runs, options) = (memory.populated()?, ChunkOptions::default());
+            writer.memory_chunks(&parts, &memory, &runs, options, progress)?;
         }
         None => {
             writer.memory_plain(&parts, &memory, &memory.populated()?, progress)?;
