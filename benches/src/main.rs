@@ -162,6 +162,7 @@ fn parts(args: &Args) -> Result<Parts> {
         programs: Programs {
             vmm: vmm.clone(),
             runtime: runtime.clone(),
+            pager: release_program(bin.join("ratoon-pager"))?,
         },
         cache: dirs.cache().to_owned(),
         image: args.image.clone(),

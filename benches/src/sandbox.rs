@@ -81,7 +81,7 @@ impl Sandboxes {
     pub fn snapshot(&self, vm: &Vm, name: &str) -> Result<()> {
         let keep = Keep {
             name: Some(name),
-            key: None,
+            ..Keep::default()
         };
         self.engine.snapshot(vm.dir(), keep, &Quiet)?;
         Ok(())

@@ -8,7 +8,9 @@ use std::time::Duration;
 use ratoon_client::RuntimeError;
 use ratoon_client::blocking::{Client, Controller};
 use ratoon_engine::Engine;
+use ratoon_engine::vm::EndCause;
 use ratoon_engine::vm::life::{self, Status};
+use ratoon_engine::vm::process::ProcessRef;
 use ratoon_engine::vm::store::Entry;
 use ratoon_protocol::{ErrorCode, ErrorReply, Size};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
@@ -19,6 +21,8 @@ use crate::failure::{FAILED, Failure};
 
 /// How long a guest may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a VM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take for a call without streams.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -37,10 +41,42 @@ pub fn find_running(engine: &Engine, name: &str) -> Result<Entry, Failure> {
 fn check_running(entry: &Entry) -> Result<(), Failure> {
     match life::info(entry).status {
         Status::Running => Ok(()),
+        Status::Failed => Err(Failure::from(VmFailed {
+            id: entry.dir.id(),
+            source: EndCause::of(&entry.dir),
+        })),
         status => {
             let failure = Failure::new(format!("VM {} is {status}", entry.dir.id()));
             Err(failure.hint("`ratoon ps -a` lists all VMs"))
         }
+    }
+}
+
+/// It ended, and not as anybody wished.
+#[derive(Debug, thiserror::Error)]
+#[error("VM {id} has failed")]
+struct VmFailed {
+    id: String,
+    #[source]
+    source: EndCause,
+}
+
+/// What a broken connection to a VM's runtime becomes: why the VM ended, if it did.
+pub fn broken(entry: &Entry, error: RuntimeError) -> Failure {
+    let process = entry
+        .record
+        .as_ref()
+        .ok()
+        .and_then(|record| record.vmm.as_ref());
+    let has_ended = process
+        .map(ProcessRef::open)
+        .is_some_and(|process| process.is_none_or(|it| it.wait(END_PATIENCE).unwrap_or(false)));
+    match has_ended && error.is_about_connection() {
+        true => Failure::from(VmFailed {
+            id: entry.dir.id(),
+            source: EndCause::of(&entry.dir),
+        }),
+        false => Failure::from(error),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a qcow2 layer costs beside a raw file: CPU and time of each request, opening, memory.
+//! What qcow2 layers cost beside a raw file: CPU and time of each request, opening, memory.
 //!
 //!     cargo run --release -p ratoon-devices --example block_backends [DIRECTORY]
 //!
@@ -160,6 +160,79 @@ fn fill_backend(backend: &mut dyn Backend) -> Outcome<()> {
     Ok(backend.flush()?)
 }
 
+/// All of a disk of 1 GiB in `depth` frozen layers, each with every `depth`th piece of 64 KiB, under
+/// an empty top: as scattered as it can be.
+fn chain(base: &Path, folder: &Path, depth: u64) -> Outcome<Box<dyn Backend>> {
+    const PIECE: u64 = 64 << 10;
+    let name = |level: u64| folder.join(format!("chain-{depth}-{level}"));
+    let mut backend = block::open(base, false, &[], Some(&name(0)))?;
+    let mut piece = vec![3_u8; PIECE as usize];
+    for level in 0..depth {
+        for offset in (level * PIECE..DISK_BYTES).step_by((depth * PIECE) as usize) {
+            backend.write_at(&[VolatileSlice::from(&mut piece[..])], offset)?;
+        }
+        backend.prepare_layer(&name(level + 1))?;
+        backend.write_back()?;
+        if !backend.push_layer()? {
+            return Err("the layer was not frozen".into());
+        }
+    }
+    drop(backend);
+    let frozen: Vec<_> = (0..depth).map(name).collect();
+    Ok(block::open(base, false, &frozen, Some(&name(depth)))?)
+}
+
+/// Reads all files anew, in order: the page cache then holds each as the kernel's readahead has it,
+/// however small the pieces were in which it was written.
+fn settle(folder: &Path) -> Outcome<()> {
+    use rustix::fs::{Advice, fadvise};
+    for entry in std::fs::read_dir(folder)? {
+        let mut file = File::open(entry?.path())?;
+        file.sync_all()?;
+        fadvise(&file, 0, None, Advice::DontNeed)?;
+        std::io::copy(&mut file, &mut std::io::sink())?;
+    }
+    Ok(())
+}
+
+/// What a freeze does with a disk within the pause, and before it.
+fn freezes(base: &Path, folder: &Path) -> Outcome<()> {
+    let name = |level: usize| folder.join(format!("freeze-{level}"));
+    let mut times = [const { Vec::new() }; 2];
+    let mut piece = vec![3_u8; 4096];
+    for round in 0..3 {
+        let mut backend = block::open(base, false, &[], Some(&name(0)))?;
+        for level in 1..=block::MAX_FROZEN {
+            for offset in 0..16 {
+                backend.write_at(
+                    &[VolatileSlice::from(&mut piece[..])],
+                    (offset + round) << 20,
+                )?;
+            }
+            let start = Instant::now();
+            backend.prepare_layer(&name(level))?;
+            times[0].push(start.elapsed().as_nanos() as f64 / 1000.0);
+            let start = Instant::now();
+            backend.write_back()?;
+            backend.push_layer()?;
+            times[1].push(start.elapsed().as_nanos() as f64 / 1000.0);
+        }
+        drop(backend);
+        for level in 0..=block::MAX_FROZEN {
+            std::fs::remove_file(name(level))?;
+        }
+    }
+    for (name, mut list) in ["next layer, made ahead", "freeze, in the pause"]
+        .into_iter()
+        .zip(times)
+    {
+        list.sort_by(f64::total_cmp);
+        let at = |share: usize| list[(list.len() - 1) * share / 100];
+        println!("{name:<24} p50 {:>8.0} us  p99 {:>8.0} us", at(50), at(99));
+    }
+    Ok(())
+}
+
 /// Anonymous memory in bytes (proc(5): RssAnon).
 fn anonymous_bytes() -> Outcome<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
@@ -205,6 +278,7 @@ fn main() -> Outcome<()> {
     fill(&base)?;
     fill(&raw)?;
     openings(&base, folder)?;
+    freezes(&base, folder)?;
 
     let before = anonymous_bytes()?;
     let empty = block::open(&base, false, &[], Some(&folder.join("empty")))?;
@@ -230,12 +304,16 @@ fn main() -> Outcome<()> {
         ("raw, layer's file", control),
         ("layer, from base", empty),
         ("layer, own", full),
+        ("1 frozen", chain(&base, folder, 1)?),
+        ("4 frozen", chain(&base, folder, 4)?),
+        ("16 frozen", chain(&base, folder, 16)?),
     ];
+    settle(folder)?;
     for work in WORKS.iter().filter(|work| !work.write) {
         compare(work, &mut backends)?;
     }
     // A layer that is written is no longer one that reads from its base.
-    let [raw, _, _, full] = backends;
+    let [raw, _, _, full, ..] = backends;
     let mut backends = [raw, full];
     for work in WORKS.iter().filter(|work| work.write) {
         compare(work, &mut backends)?;

@@ -71,6 +71,11 @@ impl Dirs {
         self.state.join("vms")
     }
 
+    /// The sockets of processes that serve snapshots' memory.
+    pub fn pagers(&self) -> PathBuf {
+        self.state.join("pagers")
+    }
+
     /// The guest kernel that is used when none is named.
     pub fn default_kernel(&self) -> PathBuf {
         self.cache.join("kernel/default/vmlinux")

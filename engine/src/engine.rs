@@ -30,6 +30,8 @@ pub struct Programs {
     pub vmm: PathBuf,
     /// The guest's runtime.
     pub runtime: PathBuf,
+    /// What fetches compressed memory.
+    pub pager: PathBuf,
 }
 
 /// A VM to be made from an image.
@@ -119,8 +121,8 @@ pub struct Engine {
 }
 
 impl Programs {
-    /// `RATOON_VMM` and `RATOON_RUNTIME` where they are set, else `ratoon-vmm` and
-    /// `ratoon-runtime` beside this executable.
+    /// `RATOON_VMM`, `RATOON_RUNTIME` and `RATOON_PAGER` where they are set, else `ratoon-vmm`,
+    /// `ratoon-runtime` and `ratoon-pager` beside this executable.
     pub fn beside_this_executable() -> Self {
         let beside = std::env::current_exe()
             .ok()
@@ -134,6 +136,7 @@ impl Programs {
         Self {
             vmm: find("RATOON_VMM", "ratoon-vmm"),
             runtime: find("RATOON_RUNTIME", "ratoon-runtime"),
+            pager: find("RATOON_PAGER", "ratoon-pager"),
         }
     }
 }
@@ -157,6 +160,7 @@ impl Engine {
     pub fn open(dirs: Dirs) -> Result<Self, LifeError> {
         let engine = Self::new(dirs, Programs::beside_this_executable());
         life::sweep(&engine.store)?;
+        crate::pager::sweep(&engine.dirs.pagers());
         Ok(engine)
     }
 

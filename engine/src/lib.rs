@@ -31,6 +31,7 @@ mod engine;
 pub mod image;
 pub mod initramfs;
 mod lineage;
+mod pager;
 pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {
@@ -40,6 +41,9 @@ pub mod runtime {
 pub use ratoon_snapshot as snapshot;
 pub mod vm;
 mod warm;
+pub mod working_set;
+
+pub use pager::PagerError;
 
 pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,

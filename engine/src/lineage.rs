@@ -9,14 +9,20 @@
 //!
 //! A base has to be in the store that is written to, whole itself or a difference at most
 //! [`MAX_DEPTH`] deep, and is held while it is written over. When the difference would be half of the
-//! whole or more, or in too many pieces, memory is written whole.
+//! whole or more, or in too many pieces, memory is written whole. What a guest has freed is a run
+//! that is a hole in its layer's file: it hides what is below, and costs nothing.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
-use ratoon_snapshot::{Digest, MemoryKind, Pages, Run, Snapshot, Store, populated};
+use ratoon_devices::block::merge;
+use ratoon_snapshot::{
+    Digest, Layer, MemoryFile, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
+};
 use ratoon_vmm_api::MemoryLayerConfig;
 
+use crate::snapshots::SnapshotError;
 use crate::vm::freeze::{Generation, MemoryLayer};
 use crate::vm::record::{Ancestor, Record};
 
@@ -27,6 +33,8 @@ const MAX_DEPTH: usize = 8;
 /// `vm.max_map_count` allows 65530 in all. With more, those with the smallest gaps between them are
 /// joined.
 const MAX_RUNS: usize = 1024;
+/// A snapshot's disk has at most so many layers; more are merged into one.
+const MERGE_ABOVE: usize = 16;
 /// The disk that images are for.
 pub(crate) const ROOT: &str = "root";
 
@@ -36,6 +44,8 @@ struct Placed {
     file: File,
     /// Ascending by offset.
     runs: Vec<(Run, u64)>,
+    /// It has the runs end to end.
+    packed: bool,
 }
 
 /// Memory of several layers: the topmost that has a page counts.
@@ -60,6 +70,7 @@ impl Layered {
             Placed {
                 file: layer.file,
                 runs,
+                packed: layer.packed,
             }
         });
         Self(placed.collect())
@@ -88,12 +99,22 @@ impl Layered {
 
     /// Where there is anything.
     pub(crate) fn populated(&self) -> Result<Vec<Run>, ratoon_snapshot::Error> {
-        let mut runs = match self.0.first() {
-            Some(base) => populated(&base.file)?,
-            None => Vec::new(),
-        };
-        runs.extend(self.changed(1));
-        Ok(joined(runs))
+        self.content(0)
+    }
+
+    /// Where the layers from this one on have anything in their files.
+    fn content(&self, from: usize) -> Result<Vec<Run>, ratoon_snapshot::Error> {
+        let mut content = Vec::new();
+        for layer in self.0.iter().skip(from) {
+            let runs = layer.runs.iter().map(|(run, _)| *run);
+            match layer.packed {
+                true => content.extend(runs),
+                false => {
+                    content.extend(common(&runs.collect::<Vec<_>>(), &populated(&layer.file)?))
+                }
+            }
+        }
+        Ok(joined(content))
     }
 
     /// What the layers from this one on have.
@@ -116,6 +137,25 @@ impl Pages for Layered {
         }
         Ok(())
     }
+}
+
+/// What is in both; both ascend.
+fn common(one: &[Run], other: &[Run]) -> Vec<Run> {
+    let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
+    let mut common = Vec::new();
+    while let (Some(a), Some(b)) = (one.peek(), other.peek()) {
+        let (offset, end) = (a.offset.max(b.offset), a.end().min(b.end()));
+        if offset < end {
+            let length = end - offset;
+            common.push(Run { offset, length });
+        }
+        // The one that ends first can have nothing more in common.
+        match a.end() < b.end() {
+            true => drop(one.next()),
+            false => drop(other.next()),
+        }
+    }
+    common
 }
 
 /// The same pages in ascending runs that do not touch.
@@ -177,11 +217,8 @@ impl Base {
         record.ancestors.iter().rev().find_map(|ancestor| {
             let snapshot = store.get(&ancestor.snapshot).ok()?;
             let held = snapshot.hold().ok()?;
-            let layers = &snapshot.manifest.layers;
-            let own_layers = layers.iter().filter(|layer| layer.disk == ROOT).count();
             let fits = ancestor.memory_layers <= frozen.layers.len()
                 && ancestor.disk_layers <= disk_layers
-                && own_layers == ancestor.disk_layers
                 && snapshot.manifest.memory.bytes == record.config.memory_mib << 20;
             fits.then(|| Self {
                 snapshot,
@@ -191,9 +228,10 @@ impl Base {
         })
     }
 
-    /// How many of the root disk's frozen layers it has.
-    pub(crate) fn disk_layers(&self) -> usize {
-        self.ancestor.disk_layers
+    /// Its layers of the root disk. They may be fewer than the VM's, and have the same content.
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        let layers = self.snapshot.manifest.layers.iter();
+        layers.filter(|layer| layer.disk == ROOT)
     }
 
     /// The runs to be written over its memory; none: write memory whole.
@@ -215,21 +253,63 @@ impl Base {
         if !is_plain || below.len() > MAX_DEPTH {
             return Ok(None);
         }
-        let runs = fewer(memory.changed(self.ancestor.memory_layers), MAX_RUNS);
-        let is_small = bytes(&runs) * 2 <= bytes(&memory.populated()?);
+        let new = self.ancestor.memory_layers;
+        let runs = fewer(memory.changed(new), MAX_RUNS);
+        let is_small = bytes(&memory.content(new)?) * 2 <= bytes(&memory.populated()?);
         Ok(is_small.then_some((runs, self.snapshot.manifest.memory.blake3)))
     }
 }
 
-/// A snapshot's memory, for the VMM.
+/// Writes the root disk's frozen layers: those of `base` by name, the others as files, or all as
+/// one when they have become many.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub(crate) fn write_disk(
+    writer: &mut Writer,
+    base: Option<&Base>,
+    frozen: &[PathBuf],
+    image: &Path,
+    merged: &Path,
+    progress: &dyn Progress,
+) -> Result<(), SnapshotError> {
+    let known = base.map_or(0, |base| base.ancestor.disk_layers);
+    let named = base.map_or(0, |base| base.layers().count());
+    if named + (frozen.len() - known) > MERGE_ABOVE {
+        progress.step("merging disk layers");
+        let mut keep_on = || !progress.cancelled();
+        let _ = std::fs::remove_file(merged);
+        merge(frozen, image, merged, &mut keep_on)?;
+        let linked = writer.layer_linked(ROOT, "root-merged.qcow2", merged, progress);
+        // It has its name in the snapshot.
+        let _ = std::fs::remove_file(merged);
+        linked?;
+        return Ok(());
+    }
+    for layer in base.iter().flat_map(|base| base.layers()) {
+        writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
+    }
+    for (number, path) in frozen.iter().enumerate().skip(known) {
+        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    }
+    Ok(())
+}
+
+/// A snapshot's memory, for the VMM: what is to be mapped, and the folder of the snapshot with the
+/// chunks that lie under all of it, if there is one.
 ///
 /// # Errors
 /// See [`Store::memory_files`].
 pub(crate) fn memory_layers(
     store: &Store,
     snapshot: &Snapshot,
-) -> Result<Vec<MemoryLayerConfig>, ratoon_snapshot::Error> {
-    let files = store.memory_files(snapshot)?;
+) -> Result<(Vec<MemoryLayerConfig>, Option<PathBuf>), ratoon_snapshot::Error> {
+    let mut files = store.memory_files(snapshot)?;
+    let in_chunks = |file: &MemoryFile| file.kind == MemoryKind::Chunks;
+    let chunks = match files.first().is_some_and(in_chunks) {
+        true => files.remove(0).path.parent().map(Path::to_owned),
+        false => None,
+    };
     let counting = files
         .into_iter()
         // Without runs the VMM would take it for whole memory.
@@ -246,7 +326,7 @@ pub(crate) fn memory_layers(
             })
             .collect(),
     });
-    Ok(layers.collect())
+    Ok((layers.collect(), chunks))
 }
 
 #[cfg(test)]
@@ -287,6 +367,36 @@ mod tests {
         assert_eq!(memory.changed(2), [run(2, 2)]);
         assert_eq!(memory.changed(3), []);
         assert!(memory.read_at(7, &mut bytes).is_err(), "beyond the end");
+    }
+
+    #[test]
+    fn what_was_freed_hides_what_is_below_and_is_no_content() {
+        const PAGE: usize = 4096;
+        let all = (0, 4 * PAGE as u64);
+        let mut freed = layer(false, &[all], &[]);
+        freed.file.set_len(all.1).unwrap();
+        freed.file.write_all_at(&[2; PAGE], PAGE as u64).unwrap();
+        freed.runs[0].len -= PAGE as u64;
+        let base = layer(false, &[all], &[1; 4 * PAGE]);
+        let memory = Layered::new(vec![base, freed]);
+        let page = PAGE as u64;
+        assert_eq!(memory.changed(1), [run(0, 3 * page)]);
+        assert_eq!(memory.content(1).unwrap(), [run(page, page)]);
+        assert_eq!(memory.populated().unwrap(), [run(0, 4 * page)]);
+        let mut bytes = [9; 4 * PAGE];
+        memory.read_at(0, &mut bytes).unwrap();
+        let firsts: Vec<u8> = bytes.iter().step_by(PAGE).copied().collect();
+        assert_eq!(firsts, [0, 2, 0, 1]);
+    }
+
+    #[test]
+    fn common_runs_are_those_of_both() {
+        let one = [run(0, 10), run(20, 10), run(40, 10)];
+        let other = [run(5, 20), run(28, 14), run(49, 100)];
+        let both = [run(5, 5), run(20, 5), run(28, 2), run(40, 2), run(49, 1)];
+        assert_eq!(common(&one, &other), both);
+        assert_eq!(common(&other, &one), both);
+        assert_eq!(common(&one, &[]), []);
     }
 
     #[test]

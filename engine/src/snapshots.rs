@@ -12,30 +12,39 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
-use ratoon_snapshot::{About, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file};
+use ratoon_snapshot::{
+    About, ChunkOptions, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file,
+};
 use ratoon_vmm_api::{GenerationConfig, NetConfig};
 
-use crate::cpu;
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image;
 use crate::lineage::{self, Base, Layered, ROOT};
+use crate::pager::{self, PagerError};
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
 use crate::vm::launch::{
     From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
 };
 use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
+use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a VM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The labels of a snapshot by which its VM is built again.
 mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
+    pub const IMAGE_FILE: &str = "ratoon.image-file";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
     pub const CONTROL_PORT: &str = "ratoon.control-port";
 }
@@ -64,6 +73,9 @@ pub enum SnapshotError {
     /// The runtime in the guest.
     #[error("the runtime in the VM")]
     Runtime(#[from] RuntimeError),
+    /// The process that fetches its memory.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// The VM's record.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -73,6 +85,21 @@ pub enum SnapshotError {
     /// The start of its VM.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// Its disk's layers.
+    #[error("the frozen disk")]
+    Disk(#[from] ratoon_devices::block::OpenError),
+    /// Its image is not what it was.
+    #[error(
+        "{}, on which snapshot {id} stands, was written after the snapshot was taken; \
+         `ratoon image inspect` checks it: remove it and import it again",
+        path.display()
+    )]
+    ImageChanged {
+        /// Which snapshot.
+        id: String,
+        /// The image's disk.
+        path: PathBuf,
+    },
     /// It says nothing of its image.
     #[error("snapshot {0} does not say which image it stands on: it was made by another program")]
     NoImage(String),
@@ -108,6 +135,8 @@ pub struct Keep<'k> {
     pub name: Option<&'k str>,
     /// Who vouches for it.
     pub key: Option<&'k SigningKey>,
+    /// Its memory is written whole, in compressed chunks that a pager serves.
+    pub compressed: bool,
 }
 
 /// A snapshot that was taken.
@@ -179,7 +208,7 @@ impl Engine {
     }
 
     /// Takes a snapshot of the running VM in `dir`; it goes on after a short pause, while the
-    /// snapshot is written.
+    /// snapshot is written, its memory as `kind`.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on, and nothing is left in the store.
@@ -219,7 +248,7 @@ impl Engine {
             disk_layers: generation.frozen(ROOT).len(),
         };
         let disks = generation.disks.clone();
-        let written = write(store, record, generation, keep, progress);
+        let written = write(store, dir, record, generation, keep, progress);
         // A VM that has gone meanwhile has no use for it.
         let _ = self.store().update(dir, |record| {
             for disk in &mut record.config.disks {
@@ -279,16 +308,31 @@ impl Engine {
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
         ];
+        if let Some((then, now)) = word(label::IMAGE_FILE).zip(file_identity(&image.disk))
+            && was_changed(&then, &now)
+        {
+            let path = image.disk;
+            return Err(SnapshotError::ImageChanged { id, path });
+        }
         // Checks its hash.
         drop(snapshot.state()?);
         // In place, and only read. Held by name: what they build on stays while the snapshot does.
-        let memory = lineage::memory_layers(store, snapshot)?;
+        let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
         let frozen = store.layer_files(snapshot, ROOT)?;
         let ancestor = Ancestor {
             snapshot: id.clone(),
-            memory_layers: memory.len(),
+            memory_layers: memory.len() + usize::from(chunks.is_some()),
             disk_layers: frozen.len(),
         };
+        let pager = match &chunks {
+            None => None,
+            Some(folder) => {
+                let program = absolute(&self.programs().pager)?;
+                let pager = pager::of(&self.dirs().pagers(), &program, folder)?;
+                Some(Arc::new(pager))
+            }
+        };
+        working_set::read_ahead(snapshot);
         let launched = launch(
             self.store(),
             &Launch {
@@ -314,7 +358,9 @@ impl Engine {
                     config: GenerationConfig {
                         state: snapshot.folder.join("state.bin"),
                         memory,
+                        paged: pager.is_some(),
                     },
+                    pager,
                     frozen,
                     ancestor,
                     control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
@@ -323,21 +369,38 @@ impl Engine {
             cancel,
         );
         let mut vm = launched?;
-        let mut client = vm.runtime()?;
-        let waking = Waking {
-            id: vm.dir().id(),
-            generation: id,
-            child: Some(child(&vm)),
-        };
-        freeze::wake(&mut client, &waking)?;
-        vm.awake().map_err(LaunchError::from)?;
-        vm.keep_runtime(client);
+        if let Err(error) = wake(&mut vm, id) {
+            // Why the VM ended says more than that it cannot be talked to.
+            return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
+        }
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
             made_warm: false,
         })
     }
+}
+
+/// Which file it is, and after a space what of it changes when it is written. The time of its birth
+/// tells it from one that got its inode later; a file system that does not know it cannot say.
+fn file_identity(path: &Path) -> Option<String> {
+    let found = std::fs::metadata(path).ok()?;
+    let born = found.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some(format!(
+        "{}:{}:{} {}:{}.{:09}",
+        found.dev(),
+        found.ino(),
+        born.as_nanos(),
+        found.len(),
+        found.mtime(),
+        found.mtime_nsec()
+    ))
+}
+
+/// Whether it is the same file, written since. Another file is judged by its digest alone.
+fn was_changed(then: &str, now: &str) -> bool {
+    let file = |text: &str| text.split(' ').next().map(str::to_owned);
+    file(then) == file(now) && then != now
 }
 
 /// What a VM is to have of its own.
@@ -352,8 +415,23 @@ fn child(vm: &Vm) -> Child {
     }
 }
 
+/// Tells a restored VM who it is.
+fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
+    let mut client = vm.runtime()?;
+    let waking = Waking {
+        id: vm.dir().id(),
+        generation,
+        child: Some(child(vm)),
+    };
+    freeze::wake(&mut client, &waking)?;
+    vm.awake().map_err(LaunchError::from)?;
+    vm.keep_runtime(client);
+    Ok(())
+}
+
 fn write(
     store: &Store,
+    dir: &VmDir,
     record: &Record,
     generation: Generation,
     keep: Keep<'_>,
@@ -368,24 +446,29 @@ fn write(
     let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
     writer.state(generation.state.as_bytes())?;
-    let known = base.as_ref().map_or(0, Base::disk_layers);
-    if let Some(base) = &base {
-        let layers = base.snapshot.manifest.layers.iter();
-        for layer in layers.filter(|layer| layer.disk == ROOT) {
-            writer.external_layer(ROOT, layer.blake3, layer.length, layer.blake3);
-        }
-    }
-    for (number, path) in generation.frozen(ROOT).iter().enumerate().skip(known) {
-        writer.layer_linked(ROOT, &format!("root-{number}.qcow2"), path, progress)?;
+    if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
+        let frozen = generation.frozen(ROOT);
+        lineage::write_disk(
+            &mut writer,
+            base.as_ref(),
+            frozen,
+            &root.path,
+            &dir.merged_layer(),
+            progress,
+        )?;
     }
     let memory = Layered::new(generation.layers);
     let difference = match &base {
-        Some(base) => base.difference(store, &memory)?,
-        None => None,
+        Some(base) if !keep.compressed => base.difference(store, &memory)?,
+        _ => None,
     };
     match difference {
         Some((runs, base)) => {
             writer.memory_difference(&parts, &memory, &runs, base, progress)?;
+        }
+        None if keep.compressed => {
+            let (runs, options) = (memory.populated()?, ChunkOptions::default());
+            writer.memory_chunks(&parts, &memory, &runs, options, progress)?;
         }
         None => {
             writer.memory_plain(&parts, &memory, &memory.populated()?, progress)?;
@@ -397,14 +480,19 @@ fn write(
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
         labels.insert(label::IMAGE_DIGEST.to_owned(), image.digest.clone());
     }
+    let root = config.disks.iter().find(|disk| disk.id == ROOT);
+    if let Some(identity) = root.and_then(|root| file_identity(&root.path)) {
+        labels.insert(label::IMAGE_FILE.to_owned(), identity);
+    }
     let words = config.kernel_args.split_whitespace();
     // Its name is its own.
     let words: Vec<&str> = words
         .filter(|word| !word.starts_with(HOSTNAME_WORD))
         .collect();
     labels.insert(label::KERNEL_ARGS.to_owned(), words.join(" "));
-    let port = generation.control_port.to_string();
-    labels.insert(label::CONTROL_PORT.to_owned(), port);
+    if let Some(port) = generation.control_port {
+        labels.insert(label::CONTROL_PORT.to_owned(), port.to_string());
+    }
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,
@@ -416,4 +504,28 @@ fn write(
         labels,
     };
     Ok(writer.finish(about, keep.name, keep.key)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_written_was_changed_and_another_file_was_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, other) = (folder.path().join("one"), folder.path().join("other"));
+        std::fs::write(&one, "1").unwrap();
+        std::fs::write(&other, "22").unwrap();
+        let Some(then) = file_identity(&one) else {
+            panic!("the folder for temporary files has no times of birth");
+        };
+        let is_changed = |path: &Path| was_changed(&then, &file_identity(path).unwrap());
+        assert!(!is_changed(&one));
+        assert!(!is_changed(&other));
+        std::fs::write(&one, "33").unwrap();
+        assert!(is_changed(&one));
+        // Another file in its place is another file.
+        std::fs::rename(&other, &one).unwrap();
+        assert!(!is_changed(&one));
+    }
 }

@@ -316,7 +316,7 @@ impl Warm {
         let _ = client.exec(&params, io);
         let keep = Keep {
             name: Some(&self.name),
-            key: None,
+            ..Keep::default()
         };
         let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, keep, &Quiet);
         let made = match taken {

@@ -16,8 +16,10 @@ pub(crate) const MEMORY_RUNS: &str = "memory.runs";
 pub(crate) const MEMORY_CHUNKS: &str = "memory.chunks";
 pub(crate) const MEMORY_INDEX: &str = "memory.index";
 pub(crate) const LOCK: &str = "lock";
+/// Beside a snapshot, no part of it.
+pub(crate) const WORKING_SET: &str = "working-set";
 /// Names that no layer may have.
-pub(crate) const OURS: [&str; 7] = [
+pub(crate) const OURS: [&str; 8] = [
     MANIFEST,
     STATE,
     MEMORY_PLAIN,
@@ -25,6 +27,7 @@ pub(crate) const OURS: [&str; 7] = [
     MEMORY_CHUNKS,
     MEMORY_INDEX,
     LOCK,
+    WORKING_SET,
 ];
 /// What a folder or file is called while it is not complete.
 pub(crate) const TEMPORARY: &str = ".tmp-";

@@ -17,11 +17,12 @@
 //!       /memory.chunks   chunked: zstd, with
 //!       /memory.index    a place and a BLAKE3 for each chunk
 //!       /<layer files>
+//!       /working-set    not part of it: what a restore touches first
 //! ```
 //!
 //! [`Writer`] makes a snapshot; it becomes visible by one rename, so a crash at any byte leaves the
 //! old snapshots alone. [`Store`] lists, opens, verifies, removes, exports and imports.
-//! [`MemoryImage`] says what a VM has to map; [`PageSource`] gives a pager its chunks.
+//! [`MemoryImage`] says what a VM has to map; [`PageSource`] gives a [`pager`] its chunks.
 //!
 //! Every byte read is hostile until its hash says otherwise: sizes are bounded and checked before
 //! anything is allocated from them, and a refusal names the file and what to do.
@@ -38,6 +39,7 @@ mod keys;
 mod manifest;
 mod memory;
 mod names;
+pub mod pager;
 mod pages;
 mod signature;
 mod snapshot;
@@ -45,6 +47,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod working_set;
 mod writer;
 
 pub use chunks::index::{ChunkEntry, ChunkIndex, Encoding};
@@ -62,6 +65,7 @@ pub use pages::{PAGE_BYTES, Pages, Run, populated};
 pub use signature::{PublicKey, Signature, SigningKey};
 pub use snapshot::{Sizes, Snapshot};
 pub use store::{Damaged, Listing, Removed, Store};
+pub use working_set::{has_working_set, read_working_set, record_working_set};
 pub use writer::Writer;
 
 /// Where a long operation tells how far it is, and is told to stop.

@@ -44,7 +44,17 @@ impl RunIndex {
     /// # Errors
     /// [`Error::NewerFormat`], [`Error::Damaged`].
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let (header, entries) = binary::read::<RUN_BYTES>(bytes, RUNS_MAGIC, MAX_RUNS, path)?;
+        Self::parse_as(bytes, RUNS_MAGIC, MAX_RUNS, path)
+    }
+
+    /// As [`RunIndex::parse`], of a file of another kind.
+    pub(crate) fn parse_as(
+        bytes: &[u8],
+        magic: [u8; 8],
+        max_runs: u64,
+        path: &Path,
+    ) -> Result<Self> {
+        let (header, entries) = binary::read::<RUN_BYTES>(bytes, magic, max_runs, path)?;
         if u64::from(header.unit_bytes) != PAGE_BYTES || header.memory_bytes > MAX_MEMORY_BYTES {
             return Err(Error::damaged(path, "its header makes no sense"));
         }
@@ -72,6 +82,10 @@ impl RunIndex {
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        self.to_bytes_as(RUNS_MAGIC)
+    }
+
+    pub(crate) fn to_bytes_as(&self, magic: [u8; 8]) -> Vec<u8> {
         let mut entries = Vec::with_capacity(self.runs.len() * RUN_BYTES);
         for run in &self.runs {
             entries.extend(run.offset.to_le_bytes());
@@ -82,7 +96,7 @@ impl RunIndex {
             memory_bytes: self.memory_bytes,
             count: self.runs.len() as u64,
         };
-        binary::write(RUNS_MAGIC, header, &entries)
+        binary::write(magic, header, &entries)
     }
 
     /// The difference's file length in bytes.

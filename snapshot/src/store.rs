@@ -219,14 +219,6 @@ impl Store {
             .collect()
     }
 
-    /// How many differences a snapshot's memory consists of, over the one that is whole.
-    ///
-    /// # Errors
-    /// [`Error::MissingBase`], [`Error::Damaged`], [`Error::Io`].
-    pub fn depth(&self, snapshot: &Snapshot) -> Result<usize> {
-        Ok(self.chain(snapshot)?.len() - 1)
-    }
-
     /// Removes a snapshot with all its names; given one of several names, removes that name alone.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
 mod commands_run_in_a_running_machine;
+mod memory_is_fetched_when_it_is_touched;
 mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
 mod shared;
@@ -50,6 +51,7 @@ fn main() {
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
         commands_run_in_a_running_machine::trials(),
+        memory_is_fetched_when_it_is_touched::trials(),
         memory_that_a_guest_frees_goes_back::trials(),
         nothing_is_left_behind::trials(),
     ];

@@ -31,6 +31,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use crate::bus::lock;
 use crate::machine::{Machine, Refused};
 use crate::memory::{self, Layer, MemoryError};
+use crate::pager::PagerError;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 
 /// So many files go with one message (the kernel's SCM_MAX_FD, less the one of the state).
@@ -48,6 +49,9 @@ pub enum FreezeError {
     /// Memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The rest of its memory.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// A device cannot be brought to rest.
     #[error("device {name}")]
     Device {
@@ -94,6 +98,9 @@ impl Machine {
             return Err(FreezeError::TooManyLayers);
         }
         // All that may fail or take long and needs no pause.
+        if let Some(pager) = &self.pager {
+            pager.complete()?;
+        }
         let socket =
             UnixStream::connect(&request.socket).map_err(|source| FreezeError::Socket {
                 path: request.socket.clone(),

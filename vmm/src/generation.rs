@@ -18,6 +18,15 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> StartError {
     }
 }
 
+/// A layer that is all of memory.
+pub(crate) fn whole(file: File, len: u64) -> Layer {
+    Layer {
+        file: Arc::new(file),
+        runs: vec![Run { offset: 0, len }],
+        packed: false,
+    }
+}
+
 /// Opens the layers of memory.
 pub(crate) fn layers(generation: &GenerationConfig) -> Result<Vec<Layer>, StartError> {
     let open = |layer: &ratoon_vmm_api::MemoryLayerConfig| {

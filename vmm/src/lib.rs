@@ -24,6 +24,7 @@ mod generation;
 pub mod host;
 pub mod machine;
 pub mod memory;
+pub mod pager;
 pub mod start;
 pub mod state;
 pub mod stats;

@@ -5,12 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use ratoon_vmm_api::{
-    DiskConfig, HostClass, MetricsReply, Outcome, Phases, StatusReply, VmConfig, VmState,
+    DiskConfig, HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VmConfig,
+    VmState,
 };
 
 use crate::bus::{Bus, lock};
 use crate::ending::Ending;
-use crate::memory::{FreeMemory, Layer};
+use crate::memory::{self, FreeMemory, Layer};
+use crate::pager::Pager;
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
 
@@ -27,15 +29,19 @@ pub enum Action {
     Stop,
     /// Counters and phases.
     Metrics,
+    /// Which of its memory is mapped: what it has touched so far.
+    Touched,
 }
 
 /// An action's result.
 #[derive(Debug)]
 pub enum Reply {
-    /// Of all actions but [`Action::Metrics`].
+    /// Of all actions but these two.
     Status(StatusReply),
     /// Of [`Action::Metrics`].
     Metrics(Box<MetricsReply>),
+    /// Of [`Action::Touched`].
+    Touched(TouchedReply),
 }
 
 /// Why an action is refused.
@@ -67,7 +73,7 @@ fn next(state: VmState, action: Action) -> Result<VmState, Refused> {
     use VmState::{Created, Failed, Paused, Running, Stopped};
     let refuse = |verb| Err(Refused { verb, state });
     match (action, state) {
-        (Action::Status | Action::Metrics, _) => Ok(state),
+        (Action::Status | Action::Metrics | Action::Touched, _) => Ok(state),
         (Action::Pause, Running | Paused) => Ok(Paused),
         (Action::Pause, Created | Stopped | Failed) => refuse("pause"),
         (Action::Resume, Created | Paused | Running) => Ok(Running),
@@ -91,6 +97,8 @@ pub struct Machine {
     pub(crate) vcpu_stats: Vec<StatsReader>,
     /// The generation that its memory lies over; none while memory is still its own alone.
     pub(crate) layers: Mutex<Vec<Layer>>,
+    /// Where the lowest layer comes from as it is touched.
+    pub(crate) pager: Option<Pager>,
     /// What the balloon takes back of it.
     pub(crate) free: Arc<FreeMemory>,
     /// Its disks: freezes add layers to what the configuration says.
@@ -124,6 +132,9 @@ impl Machine {
         drop(state);
         Ok(match action {
             Action::Metrics => Reply::Metrics(Box::new(self.metrics())),
+            Action::Touched => Reply::Touched(TouchedReply {
+                runs: memory::touched(&self.memory).unwrap_or_default(),
+            }),
             _ => Reply::Status(self.status(now)),
         })
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use ratoon_vmm::clock::monotonic_ns;
 use ratoon_vmm::event_loop::EventLoop;
 use ratoon_vmm::machine::{Action, Machine};
+use ratoon_vmm::pager::PagerLink;
 use ratoon_vmm::start::Configured;
 use ratoon_vmm::{causes, control};
 use ratoon_vmm_api::{ExitReport, Inherited, Outcome, VmConfig, VmState};
@@ -104,8 +105,8 @@ struct Given {
     config: VmConfig,
     control: Option<UnixListener>,
     lifeline: Option<OwnedFd>,
-    /// Only has to stay open.
-    _kept: Vec<OwnedFd>,
+    /// The pager's socket, if there is a pager; the rest only has to stay open.
+    kept: Vec<OwnedFd>,
 }
 
 fn given(args: &Args) -> Result<Given, Failure> {
@@ -119,7 +120,7 @@ fn given(args: &Args) -> Result<Given, Failure> {
             config: read_config(given.config, "of the owner")?,
             control: Some(given.control),
             lifeline: Some(given.lifeline),
-            _kept: given.kept,
+            kept: given.kept,
         });
     }
     let path = args
@@ -141,7 +142,7 @@ fn given(args: &Args) -> Result<Given, Failure> {
             Some(fd) => Some(inherited(fd, "lifeline-fd")?),
             None => None,
         },
-        _kept: Vec::new(),
+        kept: Vec::new(),
     })
 }
 
@@ -192,8 +193,38 @@ fn leave(config: &VmConfig, outcome: &Outcome) {
     }
 }
 
-fn build(config: VmConfig, main_ns: u64) -> Result<Machine, Failure> {
+/// The pager has failed: whoever touches memory that is missing waits for ever, so nobody is waited for.
+fn give_up(config: &VmConfig, control: Option<&Path>, causes: Vec<String>) {
+    let outcome = Outcome::Failed { causes };
+    let sockets = [ratoon_vmm::start::vsock_socket(config), control];
+    for socket in sockets.into_iter().flatten() {
+        let _ = std::fs::remove_file(socket);
+    }
+    leave(config, &outcome);
+    say(&outcome.to_string());
+    // SAFETY: ends the process at once: other threads may hold locks that an orderly end wants.
+    unsafe { libc::_exit(1) };
+}
+
+fn pager_link(
+    args: &Args,
+    config: &VmConfig,
+    mut sent: impl Iterator<Item = OwnedFd>,
+) -> Result<Option<PagerLink>, Failure> {
+    if !config.generation.as_ref().is_some_and(|it| it.paged) {
+        return Ok(None);
+    }
+    let socket = sent
+        .next()
+        .ok_or("the owner has sent no socket of a pager")?;
+    let (config, control) = (config.clone(), args.control.clone());
+    let give_up = move |causes| give_up(&config, control.as_deref(), causes);
+    Ok(Some(PagerLink::new(socket, Box::new(give_up))))
+}
+
+fn build(config: VmConfig, pager: Option<PagerLink>, main_ns: u64) -> Result<Machine, Failure> {
     Ok(Configured::new(config, main_ns)
+        .with_pager(pager)
         .with_memory()?
         .with_vcpus()?
         .loaded()?
@@ -205,12 +236,15 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
         config,
         control,
         lifeline,
-        _kept,
+        kept,
     } = given(args)?;
     let signals = termination()?;
     let remove_control = args.control.as_deref().map(RemoveOnDrop);
 
-    let machine = match build(config.clone(), main_ns) {
+    let mut kept = kept.into_iter();
+    let pager = pager_link(args, &config, &mut kept)?;
+    let _kept: Vec<OwnedFd> = kept.collect();
+    let machine = match build(config.clone(), pager, main_ns) {
         Ok(machine) => Arc::new(machine),
         Err(error) => {
             let causes = causes(error.as_ref());

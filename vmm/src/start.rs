@@ -31,6 +31,7 @@ use crate::clock::monotonic_ns;
 use crate::ending::Ending;
 use crate::machine::Machine;
 use crate::memory::{self, FreeMemory, Layer, MemoryError};
+use crate::pager::{Pager, PagerError, PagerLink};
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
@@ -83,6 +84,9 @@ pub enum StartError {
     /// The generation is not of such a machine.
     #[error("the generation does not fit: {0}")]
     Unfit(String),
+    /// Memory from a pager.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -141,6 +145,7 @@ pub struct Configured {
     class: HostClass,
     started: Instant,
     phases: Phases,
+    pager: Option<PagerLink>,
 }
 
 impl Configured {
@@ -163,7 +168,14 @@ impl Configured {
                 configured_ns: monotonic_ns(),
                 ..Phases::default()
             },
+            pager: None,
         }
+    }
+
+    /// The lowest layer of its generation's memory comes from a pager.
+    #[must_use]
+    pub fn with_pager(self, pager: Option<PagerLink>) -> Self {
+        Self { pager, ..self }
     }
 
     /// Phase 1: the VM with its memory slots.
@@ -176,6 +188,7 @@ impl Configured {
         if found != 12 {
             return Err(StartError::KvmVersion { found });
         }
+        let mut pager = None;
         let (memory, source) = match &self.config.generation {
             None => {
                 let memory = memory::create(self.config.memory_mib)?;
@@ -183,8 +196,16 @@ impl Configured {
                 (memory, Source::Boot(loading))
             }
             Some(generation) => {
-                let layers = generation::layers(generation)?;
-                let memory = memory::restore(self.config.memory_mib, &layers)?;
+                let mib = self.config.memory_mib;
+                let mut layers = generation::layers(generation)?;
+                if let Some(link) = &self.pager {
+                    layers.insert(0, generation::whole(link.memory(mib << 20)?, mib << 20));
+                }
+                let memory = memory::restore(mib, &layers)?;
+                if let Some(link) = self.pager {
+                    pager = Some(link.attach(&memory)?);
+                }
+                memory::lay_over(&memory, &layers)?;
                 let state = generation::state(generation, &self.config, self.class)?;
                 (memory, Source::Generation(Box::new(state), layers))
             }
@@ -202,6 +223,7 @@ impl Configured {
             vm,
             memory,
             source,
+            pager,
         })
     }
 }
@@ -241,6 +263,7 @@ pub struct WithMemory {
     vm: VmFd,
     memory: GuestMemoryMmap,
     source: Source,
+    pager: Option<Pager>,
 }
 
 impl WithMemory {
@@ -345,6 +368,7 @@ impl WithVcpus {
             vcpus: self.vcpus,
             devices,
             layers,
+            pager: base.pager,
         })
     }
 }
@@ -361,6 +385,7 @@ pub struct Loaded {
     /// As they were, when the machine is a child.
     devices: Option<(SerialState, Vec<DeviceState>)>,
     layers: Vec<Layer>,
+    pager: Option<Pager>,
 }
 
 impl Loaded {
@@ -442,6 +467,7 @@ impl Loaded {
             vcpu_stats,
             layers: Mutex::new(self.layers),
             free,
+            pager: self.pager,
             vm: self.vm,
             memory: self.memory,
         })

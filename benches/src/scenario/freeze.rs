@@ -56,11 +56,10 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             };
             add("gap without a freeze", gap(&mut client)?)?;
             let dir = vm.dir();
-            let port = client.host_port();
             let (seen, frozen) = std::thread::scope(|scope| {
                 let frozen = scope.spawn(|| {
                     std::thread::sleep(Duration::from_secs_f64(SPIN_SECONDS));
-                    freeze::take(dir, port)
+                    freeze::take(dir, None)
                 });
                 (gap(&mut client), frozen.join())
             });

@@ -8,6 +8,7 @@ use ratoon_client::RuntimeError;
 use ratoon_client::blocking::{Client, ExecIo};
 use ratoon_engine::Engine;
 use ratoon_engine::vm::command;
+use ratoon_engine::vm::store::Entry;
 use ratoon_protocol::{ErrorCode, ExecParams, ExitReport};
 
 use crate::failure::Failure;
@@ -90,7 +91,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         }
     }
     let mut client = guest::connect(&entry)?;
-    let report = exec(&mut client, &params, args.interactive)?;
+    let report = exec(&mut client, &params, (&entry, args.interactive))?;
+    ratoon_engine::working_set::note(&entry.dir);
     if args.usage
         && let Some(usage) = report.usage
     {
@@ -130,9 +132,9 @@ pub fn shell(engine: &Engine, args: &ShellArgs) -> Result<ExitCode, Failure> {
     };
     let report = match try_exec(&mut client, &params("/bin/bash"), true)? {
         Err(RuntimeError::Call(error)) if error.code == ErrorCode::NotFound => {
-            exec(&mut client, &params("/bin/sh"), true)?
+            exec(&mut client, &params("/bin/sh"), (&entry, true))?
         }
-        result => result.map_err(|error| failed(error, "/bin/bash"))?,
+        result => result.map_err(|error| failed(error, &entry, "/bin/bash"))?,
     };
     Ok(ExitCode::from(report.status.shell_code()))
 }
@@ -140,19 +142,19 @@ pub fn shell(engine: &Engine, args: &ShellArgs) -> Result<ExitCode, Failure> {
 fn exec(
     client: &mut Client,
     params: &ExecParams,
-    interactive: bool,
+    (entry, interactive): (&Entry, bool),
 ) -> Result<ExitReport, Failure> {
     let program = params.argv.first().map_or("", String::as_str);
-    try_exec(client, params, interactive)?.map_err(|error| failed(error, program))
+    try_exec(client, params, interactive)?.map_err(|error| failed(error, entry, program))
 }
 
-fn failed(error: RuntimeError, program: &str) -> Failure {
+fn failed(error: RuntimeError, entry: &Entry, program: &str) -> Failure {
     match error {
         RuntimeError::Call(error) => {
             guest::refused(&error, &format!("cannot run {program:?} in the VM"))
                 .code(guest::not_run(&error))
         }
-        error => Failure::from(error),
+        error => guest::broken(entry, error),
     }
 }
 

@@ -160,6 +160,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         error => broken(&started.vm, &interrupts, error),
     });
     let id = started.vm.record().id.clone();
+    ratoon_engine::working_set::note(started.vm.dir());
     // The layer is thrown away: nothing to write back, so the guest is not asked.
     let ended = started.vm.end();
     let status = result?;

@@ -36,6 +36,10 @@ pub struct Args {
     /// What to call the snapshot; default: its id alone.
     #[arg(value_name = "NAME")]
     name: Option<String>,
+    /// Compress its memory: smaller on the disk, and each part is checked when it is restored. Takes
+    /// longer to write, and userfaultfd(2) to restore.
+    #[arg(long)]
+    compress: bool,
     /// Sign it with this key; `ratoon snapshots key new` makes one.
     #[arg(long, value_name = "FILE")]
     sign_key: Option<PathBuf>,
@@ -87,6 +91,9 @@ pub struct SuspendArgs {
     /// What to call the snapshot; default: the VM's name, or its id.
     #[arg(value_name = "NAME")]
     name: Option<String>,
+    /// Compress its memory, as `ratoon snapshot --compress` does.
+    #[arg(long)]
+    compress: bool,
 }
 
 /// Hold a VM's processors until `resume`.
@@ -133,6 +140,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let keep = Keep {
         name: args.name.as_deref(),
         key: key.as_ref(),
+        compressed: args.compress,
     };
     let taken = take(engine, &entry, keep)?;
     let id = taken.snapshot.id.to_string();
@@ -203,6 +211,7 @@ pub fn suspend(engine: &Engine, args: &SuspendArgs) -> Result<ExitCode, Failure>
     let keep = Keep {
         name: Some(&name),
         key: None,
+        compressed: args.compress,
     };
     take(engine, &entry, keep)?;
     life::kill(&entry)?;

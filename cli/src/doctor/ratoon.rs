@@ -15,6 +15,7 @@ pub(super) fn check(dirs: &Dirs) -> Vec<Finding> {
     vec![
         program("ratoon-vmm", "RATOON_VMM", &programs.vmm),
         program("ratoon-runtime", "RATOON_RUNTIME", &programs.runtime),
+        program("ratoon-pager", "RATOON_PAGER", &programs.pager),
         kernel(&engine.kernel(None)),
         image(dirs),
         tools(),

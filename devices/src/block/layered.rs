@@ -25,21 +25,8 @@
 //! imago frees and never punches; the order is safe, since whatever table survives a crash says
 //! either "zeroes" or points at the hole.
 //!
-//! What it costs (`examples/block_backends.rs`: CPU of a request in microseconds, medians of 15
-//! rounds by turns; 2 CPUs, busy with other work; ext4, 1 GiB, all in the page cache):
-//!
-//! | request              |   raw | layer, from base | layer, own | raw, layer's file |
-//! |----------------------|------:|-----------------:|-----------:|------------------:|
-//! | read 4 KiB, random   |  0.96 |             0.98 |       1.25 |              1.17 |
-//! | read 1 MiB, in order |   102 |              101 |        113 |               114 |
-//! | write 4 KiB, random  |  20.5 |                - |        7.7 |                 - |
-//! | write 1 MiB, in order|   136 |                - |        137 |                 - |
-//!
-//! The last column is the layer's file read without the layer: most of what its own clusters cost
-//! more than raw is how the page cache holds that file, and 7 % is ours. Why random writes to the
-//! raw file cost more was not looked into. A cluster's first write: 28 for 4 KiB (60 KiB are copied
-//! from the base), 461 for 1 MiB. Making and opening a layer takes 130 (p50), opening one 44. Open
-//! and empty it has less memory than the page that shows; all written, 0.7 MiB a GiB of disk.
+//! What it costs beside a raw file: `examples/block_backends.rs` measures it, docs/architecture.md
+//! has the figures.
 
 use std::fs::File;
 use std::io;
@@ -68,7 +55,7 @@ pub(super) const CLUSTER_BYTES: u32 = 64 << 10;
 /// The most frozen layers between base and top.
 pub const MAX_FROZEN: usize = 60;
 
-type Access = FormatAccess<ImagoFile>;
+pub(super) type Access = FormatAccess<ImagoFile>;
 /// A layer, which shares what is below it with those that look at it by itself.
 type Format = Qcow2<ImagoFile, Arc<Access>>;
 
@@ -112,22 +99,8 @@ impl Layer {
         base_path: &Path,
     ) -> Result<Self, OpenError> {
         check_depth(frozen.len(), layer_path)?;
-        let (base, base_bytes) = file::open(base_path, false)?;
-        file::check_size(base_bytes, base_path)?;
-        let mut files = vec![base];
-        let mut disk = raw(&files[0]).map_err(io_error(base_path))?;
-        let mut below = Below {
-            path: base_path,
-            format: "raw",
-            len_bytes: base_bytes,
-        };
-        for path in frozen {
-            let (file, _) = file::open(path, false)?;
-            disk = open_over(&file, path, disk, below, false)?;
-            files.push(file);
-            below.path = path;
-            below.format = "qcow2";
-        }
+        let (mut files, disk, below) = open_frozen(frozen, base_path)?;
+        let base_bytes = below.len_bytes;
         let top = open_top(layer_path, below)?;
         for (file, path) in files
             .iter()
@@ -167,6 +140,30 @@ impl Layer {
     }
 }
 
+/// The base and the frozen layers over it: their files, all of them as one disk, and the topmost.
+pub(super) fn open_frozen<'p>(
+    frozen: &'p [PathBuf],
+    base_path: &'p Path,
+) -> Result<(Vec<File>, Arc<Access>, Below<'p>), OpenError> {
+    let (base, base_bytes) = file::open(base_path, false)?;
+    file::check_size(base_bytes, base_path)?;
+    let mut files = vec![base];
+    let mut disk = raw(&files[0]).map_err(io_error(base_path))?;
+    let mut below = Below {
+        path: base_path,
+        format: "raw",
+        len_bytes: base_bytes,
+    };
+    for path in frozen {
+        let (file, _) = file::open(path, false)?;
+        disk = open_over(&file, path, disk, below, false)?;
+        files.push(file);
+        below.path = path;
+        below.format = "qcow2";
+    }
+    Ok((files, disk, below))
+}
+
 fn check_depth(frozen: usize, path: &Path) -> Result<(), OpenError> {
     if frozen > MAX_FROZEN {
         return Err(OpenError::TooManyLayers {
@@ -187,7 +184,7 @@ pub(super) fn storage(file: File, writable: bool) -> io::Result<ImagoFile> {
     ImagoFile::from_open_file(file, StorageOpenOptions::new().write(writable))
 }
 
-fn raw(base: &File) -> io::Result<Arc<Access>> {
+pub(super) fn raw(base: &File) -> io::Result<Arc<Access>> {
     let base = storage(base.try_clone()?, false)?;
     let base = Raw::builder(base).open(DenyImplicitOpenGate::default())?;
     Ok(Arc::new(FormatAccess::new(base)))
@@ -229,7 +226,7 @@ fn open_format(
         })
 }
 
-fn open_over(
+pub(super) fn open_over(
     file: &File,
     path: &Path,
     backing: Arc<Access>,
@@ -255,9 +252,6 @@ fn open_over(
 
 impl Layer {
     /// Asks where the clusters of a range are.
-    ///
-    /// A layer that another tool made may have clusters of another size: what does not look like
-    /// one of ours stays unknown.
     fn learn(&mut self, offset: u64, len_bytes: u64) -> io::Result<()> {
         let cluster_bytes = u64::from(CLUSTER_BYTES);
         for cluster in self.places.clusters(offset, len_bytes) {
@@ -266,36 +260,10 @@ impl Layer {
             }
             let start = cluster as u64 * cluster_bytes;
             let whole = cluster_bytes.min(self.len_bytes - start);
-            let place = self.locate(start, whole)?;
+            let place = locate(&self.disk, self.top(), start, whole)?;
             self.places.set(cluster, place);
         }
         Ok(())
-    }
-
-    /// Where the cluster from `start` on is: looked for from the top downwards.
-    fn locate(&self, start: u64, whole: u64) -> io::Result<Place> {
-        let cluster_bytes = u64::from(CLUSTER_BYTES);
-        let mut level: &Access = &self.disk;
-        for file in (1..self.files.len()).rev() {
-            let (mapping, length) = level.get_shallow_mapping(start, whole)?;
-            match mapping {
-                _ if length < whole => return Ok(Place::Unknown),
-                ShallowMapping::Indirect { layer, offset, .. } if offset == start => level = layer,
-                ShallowMapping::Raw {
-                    offset, writable, ..
-                } if offset.is_multiple_of(cluster_bytes) && (writable || file < self.top()) => {
-                    return Ok(Place::In {
-                        file,
-                        cluster: offset / cluster_bytes,
-                    });
-                }
-                _ => return Ok(Place::Unknown),
-            }
-        }
-        Ok(Place::In {
-            file: 0,
-            cluster: start / cluster_bytes,
-        })
     }
 
     /// imago's methods that free ask for it. Nobody shares the top until it is frozen.
@@ -364,6 +332,34 @@ fn part<'m>(
         len_bytes -= take;
     }
     Ok(parts)
+}
+
+/// Where the cluster from `start` on is, in the files from the base, 0, to the `top`: looked for
+/// from the top downwards.
+pub(super) fn locate(disk: &Access, top: usize, start: u64, whole: u64) -> io::Result<Place> {
+    let cluster_bytes = u64::from(CLUSTER_BYTES);
+    let mut level = disk;
+    for file in (1..=top).rev() {
+        let (mapping, length) = level.get_shallow_mapping(start, whole)?;
+        match mapping {
+            // A layer that another tool made may have clusters of another size.
+            _ if length < whole => return Ok(Place::Unknown),
+            ShallowMapping::Indirect { layer, offset, .. } if offset == start => level = layer,
+            ShallowMapping::Raw {
+                offset, writable, ..
+            } if offset.is_multiple_of(cluster_bytes) && (writable || file < top) => {
+                return Ok(Place::In {
+                    file,
+                    cluster: offset / cluster_bytes,
+                });
+            }
+            _ => return Ok(Place::Unknown),
+        }
+    }
+    Ok(Place::In {
+        file: 0,
+        cluster: start / cluster_bytes,
+    })
 }
 
 fn sum(buffers: &[VolatileSlice<'_>]) -> u64 {

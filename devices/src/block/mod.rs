@@ -22,6 +22,7 @@ mod device;
 mod file;
 mod layered;
 mod make;
+mod merge;
 mod places;
 mod raw;
 mod request;
@@ -34,6 +35,7 @@ pub use backend::{Backend, SECTOR_BYTES};
 pub use device::Block;
 pub use file::OpenError;
 pub use layered::{Layer, MAX_FROZEN};
+pub use merge::merge;
 pub use raw::RawFile;
 pub use state::BlockState;
 

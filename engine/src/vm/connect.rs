@@ -22,6 +22,8 @@ use super::serial::last_lines;
 
 /// How many of the serial console's last lines an error carries.
 const SERIAL_LINES: usize = 12;
+/// How long a VMM whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How often the wait for a VMM's socket looks: it takes a few milliseconds.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -45,7 +47,8 @@ pub(super) fn call_runtime(
                     serial: last_lines(&dir.serial_log(), SERIAL_LINES),
                 });
             }
-            Err(source) if !vmm.wait(Duration::ZERO).unwrap_or(false) => {
+            // A VMM that ends closes its sockets before it is gone.
+            Err(source) if !vmm.wait(END_PATIENCE).unwrap_or(false) => {
                 return Err(LaunchError::Runtime { source });
             }
             Err(_) => return Err(ended(dir)),

@@ -10,7 +10,9 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
-use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply};
+use ratoon_vmm_api::{
+    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+};
 use serde::de::DeserializeOwned;
 
 /// A longer reply is none.
@@ -109,6 +111,14 @@ impl Control {
     /// [`ControlError`].
     pub fn metrics(&self) -> Result<MetricsReply, ControlError> {
         self.request(Method::GET, "/v1/metrics")
+    }
+
+    /// Which of its memory the VM has touched.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn touched(&self) -> Result<TouchedReply, ControlError> {
+        self.request(Method::GET, "/v1/touched")
     }
 
     /// Makes a generation of the VM; see [`super::freeze`].

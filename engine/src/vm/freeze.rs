@@ -50,8 +50,8 @@ pub struct Generation {
     pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
-    /// The host's vsock port of the connection to the runtime that goes on in children.
-    pub control_port: u32,
+    /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
+    pub control_port: Option<u32>,
 }
 
 /// One layer of frozen memory.
@@ -132,7 +132,7 @@ pub fn freeze(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir, client.host_port()));
+        .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
     let woken = wake(client, &Waking::of(dir.id(), generation));
     let frozen = frozen?;
@@ -141,11 +141,11 @@ pub fn freeze(
 }
 
 /// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
-/// wait for its wake. The connection from host port `control_port` goes on in a child.
+/// wait for its wake. `control_port`: see [`FreezeRequest`].
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
-pub fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
+pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
     let socket = dir.freeze_socket();
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
@@ -155,7 +155,7 @@ pub fn take(dir: &VmDir, control_port: u32) -> Result<Generation, FreezeError> {
     let request = FreezeRequest {
         socket: socket.clone(),
         next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
-        control_port: Some(control_port),
+        control_port,
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {

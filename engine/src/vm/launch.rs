@@ -15,6 +15,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ratoon_vmm_api::{
@@ -88,6 +89,8 @@ pub struct Launch {
 pub struct From {
     /// Its files, for the VMM.
     pub config: GenerationConfig,
+    /// A connection to the pager of its memory, for this VM alone.
+    pub pager: Option<Arc<OwnedFd>>,
     /// What had been written to the root disk, the lowest layer first; only read.
     pub frozen: Vec<PathBuf>,
     /// The snapshot that all this is.
@@ -264,6 +267,10 @@ fn start(
             control,
             lifeline,
             keep_open: &launch.keep_open,
+            pager: launch
+                .generation
+                .as_ref()
+                .and_then(|from| from.pager.as_deref()),
         },
     )
     .map_err(|source| LaunchError::Spawn {

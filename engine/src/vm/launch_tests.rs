@@ -184,11 +184,13 @@ fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_th
         config: GenerationConfig {
             state: bench.temp.path().join("disk"),
             memory: Vec::new(),
+            paged: false,
         },
+        pager: None,
         frozen: Vec::new(),
         ancestor: Ancestor {
-            snapshot: "s".into(),
-            memory_layers: 0,
+            snapshot: String::new(),
+            memory_layers: 1,
             disk_layers: 0,
         },
         control_port: Some(1 << 30),

@@ -186,6 +186,11 @@ impl VmDir {
         name(taken.last().map_or(1, |number| number + 1))
     }
 
+    /// What all frozen layers of its root disk have, while this process writes a snapshot.
+    pub fn merged_layer(&self) -> PathBuf {
+        self.0.join(format!("merged-{}.qcow2", std::process::id()))
+    }
+
     /// The VMM's [`ExitReport`].
     pub fn exit_report(&self) -> PathBuf {
         self.0.join("exit.json")

@@ -23,6 +23,8 @@ pub(super) struct Inherited<'a> {
     pub control: UnixListener,
     /// The read end of its owner's pipe.
     pub lifeline: OwnedFd,
+    /// A connection to the pager of its memory.
+    pub pager: Option<&'a OwnedFd>,
     /// Descriptors that only have to stay open, such as an image's lock.
     pub keep_open: &'a [OwnedFd],
 }
@@ -49,6 +51,7 @@ pub(super) fn spawn(
         inherited.control.as_fd(),
         inherited.lifeline.as_fd(),
     ];
+    fds.extend(inherited.pager.map(AsFd::as_fd));
     fds.extend(inherited.keep_open.iter().map(AsFd::as_fd));
     send_descriptors(&ours, &fds)?;
     Command::new(program)

@@ -12,7 +12,7 @@ use super::index::{ChunkIndex, Encoding};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result};
 use crate::files;
-use crate::manifest::Memory;
+use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, Memory, MemoryKind};
 use crate::memory::read_index;
 
 /// What a chunk turned out to hold.
@@ -79,6 +79,26 @@ impl ChunkFile {
             index,
             workers: Mutex::default(),
         })
+    }
+
+    /// Opens the chunks of the snapshot in `folder`, whose name is its id: the manifest is checked
+    /// against that, the index against the manifest.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], [`Error::NewerFormat`], [`Error::Io`], [`Error::BadRequest`] when its
+    /// memory is not in chunks.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(files::MANIFEST);
+        let bytes = files::read_bounded(&path, MAX_MANIFEST_BYTES)?;
+        let name = folder.file_name().and_then(|name| name.to_str());
+        if name.and_then(|name| name.parse().ok()) != Some(Digest::of(&bytes)) {
+            return Err(Error::damaged(&path, "its hash is not the snapshot's id"));
+        }
+        let memory = Manifest::parse(&bytes, &path)?.memory;
+        match memory.kind {
+            MemoryKind::Chunks => Self::open_in(folder, &memory),
+            MemoryKind::Plain => Err(Error::request("its memory is not in chunks")),
+        }
     }
 
     /// Opens both files of a snapshot's folder and checks the index against the manifest.

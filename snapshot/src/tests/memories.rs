@@ -3,6 +3,39 @@
 use super::*;
 
 #[test]
+fn the_files_of_a_difference_come_after_those_it_lies_over() {
+    let mut lab = Lab::new();
+    let whole = lab.snapshot("whole", MemoryKind::Plain).unwrap();
+    let one = lab.difference("one", &whole).unwrap();
+    let two = lab.difference("two", &one).unwrap();
+    let files = lab.store.memory_files(&two).unwrap();
+    let folders = [&whole, &one, &two].map(|it| it.folder.join("memory.bin"));
+    let paths: Vec<_> = files.iter().map(|file| file.path.clone()).collect();
+    assert_eq!(paths, folders);
+    let kinds: Vec<bool> = files.iter().map(|file| file.is_difference).collect();
+    assert_eq!(kinds, [false, true, true]);
+    // Laid over each other as they say, they are the memory.
+    let mut memory = fs::read(&files[0].path).unwrap();
+    for file in &files[1..] {
+        let packed = fs::read(&file.path).unwrap();
+        let mut at = 0;
+        for run in &file.runs {
+            let (start, length) = (run.offset as usize, run.length as usize);
+            memory[start..start + length].copy_from_slice(&packed[at..at + length]);
+            at += length;
+        }
+        assert_eq!(at, packed.len());
+    }
+    assert!(memory == lab.memory);
+    fs::remove_file(&folders[1]).unwrap();
+    let missing = lab.store.memory_files(&two).unwrap_err();
+    assert!(
+        matches!(&missing, Error::Damaged { path, .. } if *path == folders[1]),
+        "{missing}"
+    );
+}
+
+#[test]
 fn plain_memory_comes_back_and_its_zero_pages_are_holes() {
     let lab = Lab::new();
     let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();

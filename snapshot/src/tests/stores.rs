@@ -1,5 +1,6 @@
 //! Names, removal, locks, kills, full disks.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -94,6 +95,77 @@ fn a_layer_that_another_snapshot_names_is_found_there_and_keeps_it() {
         Err(Error::Needed { .. }) => {}
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_linked_layer_is_the_same_file_and_nobody_writes_it() {
+    let lab = Lab::new();
+    let source = lab.folder.path().join("frozen");
+    fs::write(&source, vec![7; 10_000]).unwrap();
+    let mut writer = lab.store.begin().unwrap();
+    let linked = writer
+        .layer_linked("root", "root-0.qcow2", &source, &Quiet)
+        .unwrap();
+    let file = File::open(&source).unwrap();
+    assert_eq!(linked.blake3, hash_file(&file, &source, &Quiet).unwrap());
+    assert_eq!(linked.length, 10_000);
+    let none = lab.folder.path().join("none");
+    let refused = writer.layer_linked("root", "root-1.qcow2", &none, &Quiet);
+    assert!(matches!(refused, Err(Error::Io { path, .. }) if path == none));
+    writer.state(b"state").unwrap();
+    let memory = lab.memory_file();
+    writer.memory_plain(&REGIONS, &memory, &[], &Quiet).unwrap();
+    let snapshot = writer.finish(about(None), Some("linked"), None).unwrap();
+    let files = lab.store.layer_files(&snapshot, "root").unwrap();
+    let [ours] = &files[..] else {
+        panic!("{files:?}")
+    };
+    let (ours, theirs) = (fs::metadata(ours).unwrap(), fs::metadata(&source).unwrap());
+    assert_eq!(ours.ino(), theirs.ino());
+    assert_eq!(theirs.mode() & 0o777, 0o444);
+    lab.store.verify("linked", &Quiet).unwrap();
+    assert!(
+        lab.store
+            .layer_files(&snapshot, "other")
+            .unwrap()
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_layer_of_another_snapshot_is_found_by_its_content_and_missed_by_name() {
+    let lab = Lab::new();
+    let parent = lab.snapshot("parent", MemoryKind::Plain).unwrap();
+    let layer = &parent.manifest.layers[0];
+    let mut writer = lab.store.begin().unwrap();
+    writer.external_layer("root", layer.blake3, layer.length, layer.blake3);
+    writer.state(b"state").unwrap();
+    let memory = lab.memory_file();
+    writer.memory_plain(&REGIONS, &memory, &[], &Quiet).unwrap();
+    let child = writer.finish(about(None), Some("child"), None).unwrap();
+    let of_parent = parent.folder.join("root-0.qcow2");
+    assert_eq!(
+        lab.store.layer_files(&child, "root").unwrap(),
+        std::slice::from_ref(&of_parent)
+    );
+    fs::remove_file(&of_parent).unwrap();
+    let missing = lab.store.layer_files(&child, "root").unwrap_err();
+    assert!(
+        matches!(&missing, Error::Damaged { path, .. } if *path == of_parent),
+        "{missing}"
+    );
+    fs::rename(&parent.folder, lab.folder.path().join("away")).unwrap();
+    let missing = lab.store.layer_files(&child, "root").unwrap_err();
+    assert!(
+        matches!(
+            &missing,
+            Error::MissingBase {
+                what: "disk layer",
+                ..
+            }
+        ),
+        "{missing}"
+    );
 }
 
 #[test]

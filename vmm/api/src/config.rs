@@ -81,8 +81,13 @@ pub struct GenerationConfig {
     /// The file of its state.
     #[schema(value_type = String)]
     pub state: PathBuf,
-    /// Its memory's layers, the lowest first.
+    /// Its memory's layers, the lowest first; when it is `paged`, what lies over the memory that
+    /// comes from there.
     pub memory: Vec<MemoryLayerConfig>,
+    /// The lowest layer comes from a pager, as it is touched. A connection to that pager is the first
+    /// descriptor that the owner sends after the three that each VMM gets.
+    #[serde(default)]
+    pub paged: bool,
 }
 
 /// One layer of a generation's memory.

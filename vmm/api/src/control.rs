@@ -150,6 +150,14 @@ pub struct MetricsReply {
     pub devices: BTreeMap<String, u64>,
 }
 
+/// `GET /v1/touched`: which of its memory the VM has touched so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TouchedReply {
+    /// Ascending runs of whole pages, with what the kernel mapped around them; none when the kernel
+    /// cannot tell (before Linux 6.7).
+    pub runs: Vec<Run>,
+}
+
 /// The body of every reply that is not a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorReply {

@@ -2,7 +2,8 @@
 //! standard input.
 //!
 //! One message of one byte carries them in this order: the configuration (a file), the listening
-//! control socket, the read end of the owner's lifeline, then any that only have to stay open. So the
+//! control socket, the read end of the owner's lifeline, the pager's socket when the configuration says
+//! that there is one, then any that only have to stay open. So the
 //! owner can use `posix_spawn`, whose cost does not grow with the owner's memory as that of `fork`
 //! does, and no other child of it ever has these descriptors.
 
@@ -45,7 +46,7 @@ pub struct Inherited {
     pub control: UnixListener,
     /// Its hang-up ends the VM.
     pub lifeline: OwnedFd,
-    /// These only stay open as long as the process lives.
+    /// The pager's, if the configuration says so; the rest only stay open as long as the process lives.
     pub kept: Vec<OwnedFd>,
 }
 

@@ -17,6 +17,6 @@ pub use config::{
 };
 pub use control::{
     ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta,
-    HostClass, MetricsReply, Outcome, Phases, StatusReply, VcpuStats, VmState,
+    HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
 };
 pub use inherit::{Inherited, send_descriptors};

@@ -11,7 +11,9 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use ratoon_vmm_api::{ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply};
+use ratoon_vmm_api::{
+    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+};
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
@@ -34,7 +36,7 @@ const MAX_BODY_LEN: usize = 64 * 1024;
         title = "ratoon-vmm",
         description = "Control socket of one Ratoon virtual machine"
     ),
-    paths(status, pause, resume, stop, metrics, freeze),
+    paths(status, pause, resume, stop, metrics, touched, freeze),
     components(schemas(ratoon_vmm_api::VmConfig, ratoon_vmm_api::ExitReport))
 )]
 struct Document;
@@ -74,6 +76,11 @@ fn stop(machine: &Machine) -> Result<Reply, Refused> {
 #[utoipa::path(get, path = "/v1/metrics", responses((status = 200, body = MetricsReply)))]
 fn metrics(machine: &Machine) -> Result<Reply, Refused> {
     machine.perform(Action::Metrics)
+}
+
+#[utoipa::path(get, path = "/v1/touched", responses((status = 200, body = TouchedReply)))]
+fn touched(machine: &Machine) -> Result<Reply, Refused> {
+    machine.perform(Action::Touched)
 }
 
 /// A freeze in a thread of its own: it takes as long as the requester takes the files.
@@ -135,10 +142,12 @@ fn answer(machine: &Machine, method: &Method, path: &str) -> Response<Full<Bytes
         (&Method::POST, "/v1/resume") => resume,
         (&Method::POST, "/v1/stop") => stop,
         (&Method::GET, "/v1/metrics") => metrics,
+        (&Method::GET, "/v1/touched") => touched,
         (&Method::GET, "/openapi.json") => return json(StatusCode::OK, openapi().into_bytes()),
         (
             _,
-            "/v1/status" | "/v1/pause" | "/v1/resume" | "/v1/stop" | "/v1/metrics" | "/v1/freeze",
+            "/v1/status" | "/v1/pause" | "/v1/resume" | "/v1/stop" | "/v1/metrics" | "/v1/touched"
+            | "/v1/freeze",
         ) => {
             return error(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -154,6 +163,10 @@ fn answer(machine: &Machine, method: &Method, path: &str) -> Response<Full<Bytes
     };
     match handler(machine) {
         Ok(Reply::Status(reply)) => json(
+            StatusCode::OK,
+            serde_json::to_vec(&reply).unwrap_or_default(),
+        ),
+        Ok(Reply::Touched(reply)) => json(
             StatusCode::OK,
             serde_json::to_vec(&reply).unwrap_or_default(),
         ),

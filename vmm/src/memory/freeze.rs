@@ -228,6 +228,24 @@ pub fn private_runs(address: usize, len: usize) -> Result<Vec<(usize, usize)>, M
     Ok(runs)
 }
 
+/// The runs of memory that is mapped or swapped out: what was touched, with what the kernel mapped
+/// around it. Offsets as in the memory's file.
+///
+/// # Errors
+/// Before Linux 6.7, which has no PAGEMAP_SCAN.
+pub fn touched(memory: &GuestMemoryMmap) -> Result<Vec<Run>, MemoryError> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (address, offset, len) in regions(memory) {
+        for (start, end) in scan_for(address, len, 0)? {
+            runs.push(Run {
+                offset: offset + (start - address) as u64,
+                len: (end - start) as u64,
+            });
+        }
+    }
+    Ok(runs)
+}
+
 /// linux/fs.h: `struct page_region` and `struct pm_scan_arg`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -257,7 +275,8 @@ struct ScanArg {
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
-/// The page of zeroes that stands for what was only read of anonymous memory ([`super::free`]).
+/// The page of zeroes that stands for what was only read of anonymous memory ([`super::free`]), and
+/// that a pager maps where the generation has zeroes.
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -271,6 +290,11 @@ fn pagemap_file() -> Result<File, MemoryError> {
 
 /// Private pages, from Linux 6.7 on: those that are there and not the file's.
 fn scan(address: usize, len: usize) -> Result<Vec<(usize, usize)>, MemoryError> {
+    scan_for(address, len, PAGE_IS_FILE | PAGE_IS_PFNZERO)
+}
+
+/// Pages that are there and none of `without`.
+fn scan_for(address: usize, len: usize, without: u64) -> Result<Vec<(usize, usize)>, MemoryError> {
     let file = pagemap_file()?;
     let mut found = Vec::new();
     let mut regions = vec![PageRegion::default(); 1024];
@@ -283,10 +307,11 @@ fn scan(address: usize, len: usize) -> Result<Vec<(usize, usize)>, MemoryError> 
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
-            category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-            category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_inverted: without,
+            category_mask: without,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_FILE,
+            // Regions differ in nothing that is asked for, so that neighbours come as one.
+            return_mask: 0,
             ..ScanArg::default()
         };
         // SAFETY: the argument and the vector that it names live until the call returns.

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 pub use free::FreeMemory;
-pub use freeze::{Aside, Layer, PAGE, again, first};
+pub use freeze::{Aside, Layer, PAGE, again, first, touched};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use ratoon_vmm_api::Run;
@@ -115,7 +115,8 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
     map(mib, &file, libc::MAP_SHARED)
 }
 
-/// Guest memory of `mib` MiB from a generation's layers: a child's, that no layer sees change.
+/// Guest memory of `mib` MiB from a generation's layers: a child's, that no layer sees change. Only the
+/// lowest is there yet: [`lay_over`] maps the others.
 ///
 /// # Errors
 /// [`MemoryError`]: layers of another size, or no address space.
@@ -125,7 +126,7 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
         offset: 0,
         len: bytes,
     };
-    let Some((base, overlays)) = layers.split_first() else {
+    let Some(base) = layers.first() else {
         return Err(MemoryError::Layers("there is none"));
     };
     if base.runs != [whole] || base.packed {
@@ -152,11 +153,16 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
             ));
         }
     }
-    let memory = map(mib, &base.file, libc::MAP_PRIVATE)?;
-    for layer in overlays {
-        freeze::overlay(&memory, layer)?;
-    }
-    Ok(memory)
+    map(mib, &base.file, libc::MAP_PRIVATE)
+}
+
+/// Maps what lies over the lowest layer.
+///
+/// # Errors
+/// [`MemoryError`]: runs outside of memory, or no address space.
+pub fn lay_over(memory: &GuestMemoryMmap, layers: &[Layer]) -> Result<(), MemoryError> {
+    let mut overlays = layers.iter().skip(1);
+    overlays.try_for_each(|layer| freeze::overlay(memory, layer))
 }
 
 fn map(mib: u64, file: &Arc<File>, how: i32) -> Result<GuestMemoryMmap, MemoryError> {

@@ -134,6 +134,39 @@ fn a_missing_or_foreign_layer_is_named() {
 }
 
 #[test]
+fn merged_layers_are_what_they_were_together() {
+    let mut chain = Chain::new();
+    for round in 0..3 {
+        agrees_with_a_model(chain.backend.as_mut(), &mut chain.model, round);
+        assert!(chain.freeze());
+    }
+    let merged = chain.path("merged");
+    merge(&chain.frozen, &chain.base, &merged, &mut || true).unwrap();
+    let mut child = open(&chain.base, false, &[merged], Some(&chain.path("x"))).unwrap();
+    assert!(read(child.as_mut(), 0, chain.model.len()) == chain.model);
+    agrees_with_a_model(child.as_mut(), &mut chain.model.clone(), 9);
+
+    let stopped = chain.path("stopped");
+    let error = merge(&chain.frozen, &chain.base, &stopped, &mut || false).unwrap_err();
+    assert!(matches!(&error, OpenError::LayerCreate { path, .. } if *path == stopped));
+    assert!(!stopped.exists());
+}
+
+#[test]
+fn what_only_the_base_has_is_not_in_merged_layers() {
+    let mut chain = Chain::new();
+    let mut sizes = Vec::new();
+    for round in 0..2 {
+        write(chain.backend.as_mut(), 4096, &[round; 4096]);
+        assert!(chain.freeze());
+        sizes.push(allocated(&chain.frozen[round as usize]));
+    }
+    let merged = chain.path("merged");
+    merge(&chain.frozen, &chain.base, &merged, &mut || true).unwrap();
+    assert!(allocated(&merged) <= sizes[0], "{sizes:?}");
+}
+
+#[test]
 fn so_many_layers_and_no_more() {
     let mut chain = Chain::new();
     for round in 0..MAX_FROZEN as u64 {

@@ -1,0 +1,157 @@
+//! Finding or starting the process that fetches a snapshot's chunked memory.
+//!
+//! There is one a snapshot and state directory, found by its socket `pagers/<beginning of the
+//! id>.sock`. Whoever looks for one holds a lock on that folder, and so does a pager that is about to
+//! end (`ratoon_snapshot::pager`). A socket whose pager was killed is replaced, or swept.
+
+use std::fs::{DirBuilder, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
+
+/// So many digits of a snapshot's id name its socket.
+const NAME_LEN: usize = 24;
+/// Clones that may wait to be served.
+const BACKLOG: i32 = 128;
+
+/// Why a snapshot's memory cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The system does not let this user have faults served.
+    #[error(
+        "the snapshot's memory is compressed, which takes a userfaultfd that sees the kernel's own \
+         accesses: let this user open /dev/userfaultfd, or run as root; snapshots without --compress \
+         do not need it"
+    )]
+    NotPermitted(#[source] std::io::Error),
+    /// Its socket.
+    #[error("the pager's socket {}", path.display())]
+    Socket {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Its process.
+    #[error("starting {}", program.display())]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+}
+
+/// A connection to whoever listens there; `None` when nobody does.
+fn call(path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+    let socket = socket()?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) => Ok(Some(socket)),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn lock(folder: &Path) -> std::io::Result<File> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    let lock = File::open(folder)?;
+    flock(&lock, FlockOperation::LockExclusive)?;
+    Ok(lock)
+}
+
+/// A connection to the pager of the snapshot in this folder, started if there is none, for one VM.
+/// `program` is `ratoon-pager`; sockets are in `folder`.
+///
+/// # Errors
+/// [`PagerError`].
+pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<OwnedFd, PagerError> {
+    ratoon_snapshot::pager::is_permitted().map_err(PagerError::NotPermitted)?;
+    // The folder is called as the snapshot's id.
+    let id = snapshot.file_name().unwrap_or_default().to_string_lossy();
+    let name: String = id.chars().take(NAME_LEN).collect();
+    let path = folder.join(name).with_extension("sock");
+    let failed = |source: std::io::Error| PagerError::Socket {
+        path: path.clone(),
+        source,
+    };
+    let _lock = lock(folder).map_err(failed)?;
+    if let Some(socket) = call(&path).map_err(|error| failed(error.into()))? {
+        return Ok(socket);
+    }
+    let listener = listen_at(&path).map_err(failed)?;
+    let spawned = Command::new(program)
+        .arg(&path)
+        .arg(snapshot)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(listener))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let mut child = match spawned {
+        Ok(child) => child,
+        Err(source) => {
+            let _ = std::fs::remove_file(&path);
+            return Err(PagerError::Spawn {
+                program: program.to_owned(),
+                source,
+            });
+        }
+    };
+    // It may end long before this process: somebody has to take note, or it stays a zombie.
+    let _ = std::thread::Builder::new()
+        .name("pager".into())
+        .spawn(move || child.wait());
+    let gone = || failed(std::io::ErrorKind::ConnectionRefused.into());
+    call(&path)
+        .map_err(|error| failed(error.into()))?
+        .ok_or_else(gone)
+}
+
+fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = socket()?;
+    bind(&listener, &SocketAddrUnix::new(path)?)?;
+    listen(&listener, BACKLOG)?;
+    Ok(listener)
+}
+
+/// Removes the sockets that killed pagers left.
+pub(crate) fn sweep(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    let sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    if sockets.is_empty() {
+        return;
+    }
+    // Trouble here is told to whoever wants to use the folder.
+    let Ok(_lock) = lock(folder) else { return };
+    for path in sockets {
+        if let Ok(None) = call(&path) {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
