@@ -184,7 +184,9 @@ fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_th
         config: GenerationConfig {
             state: bench.temp.path().join("disk"),
             memory: Vec::new(),
+            paged: false,
         },
+        pager: None,
         frozen: Vec::new(),
         ancestor: Ancestor {
             snapshot: String::new(),
