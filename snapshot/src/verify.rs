@@ -12,8 +12,8 @@ use crate::snapshot::Snapshot;
 use crate::store::Store;
 
 impl Store {
-    /// Reads every byte of a snapshot, and of those that its memory lies over, and checks it
-    /// against its hashes. Holes are not read.
+    /// Reads every byte of a snapshot, of those that its memory lies over, and of the layers of
+    /// other snapshots that it names, and checks it against its hashes. Holes are not read.
     ///
     /// # Errors
     /// [`Error::Damaged`] and [`Error::DamagedChunk`] name the file; as
@@ -24,6 +24,23 @@ impl Store {
         for layer in self.chain(&snapshot)? {
             layer.state()?;
             verify_content(&layer.folder, &layer.manifest, progress)?;
+        }
+        let known = self.list()?.snapshots;
+        for layer in &snapshot.manifest.layers {
+            let Some(external) = layer.external else {
+                continue;
+            };
+            let kept = known.iter().find_map(|other| {
+                let mut layers = other.manifest.layers.iter();
+                let kept = layers.find(|it| it.file.is_some() && it.blake3 == external)?;
+                Some(other.folder.join(kept.file.as_ref()?))
+            });
+            // What no snapshot here keeps may be an image; a restore refuses what is missing.
+            if let Some(path) = kept {
+                progress.step("checking a disk layer");
+                let file = crate::files::open_sized(&path, layer.length)?;
+                expect(&path, hash_file(&file, &path, progress)?, external)?;
+            }
         }
         Ok(snapshot)
     }

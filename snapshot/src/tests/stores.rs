@@ -148,6 +148,17 @@ fn a_layer_of_another_snapshot_is_found_by_its_content_and_missed_by_name() {
         lab.store.layer_files(&child, "root").unwrap(),
         std::slice::from_ref(&of_parent)
     );
+    lab.store.verify("child", &Quiet).unwrap();
+    let good = fs::read(&of_parent).unwrap();
+    let mut bad = good.clone();
+    bad[100_005] ^= 1;
+    fs::remove_file(&of_parent).unwrap();
+    fs::write(&of_parent, bad).unwrap();
+    let damaged = lab.store.verify("child", &Quiet).unwrap_err();
+    assert!(
+        matches!(&damaged, Error::Damaged { path, .. } if *path == of_parent),
+        "{damaged}"
+    );
     fs::remove_file(&of_parent).unwrap();
     let missing = lab.store.layer_files(&child, "root").unwrap_err();
     assert!(
