@@ -140,7 +140,7 @@ impl EventLoop {
     }
 
     /// Serves events until the VM is over. `when_idle` runs once, the first time that nothing has
-    /// happened for [`IDLE_MS`]: what it does is in no guest's way.
+    /// happened for 20 ms: what it does is in no guest's way.
     ///
     /// # Errors
     /// [`LoopError`] when the system refuses to wait for events.
