@@ -21,12 +21,7 @@ pub fn note(dir: &VmDir) {
     let Ok(record) = dir.read_record() else {
         return;
     };
-    let config = &record.config;
-    let Some(folder) = config
-        .generation
-        .as_ref()
-        .and_then(|from| from.state.parent())
-    else {
+    let Some(folder) = record.restored_from.as_deref() else {
         return;
     };
     if has_working_set(folder) {
@@ -46,7 +41,7 @@ pub fn note(dir: &VmDir) {
     if runs.is_empty() {
         return;
     }
-    if let Err(error) = record_working_set(folder, config.memory_mib << 20, &runs) {
+    if let Err(error) = record_working_set(folder, record.config.memory_mib << 20, &runs) {
         tracing::debug!(%error, "no working set");
     }
 }

@@ -255,6 +255,9 @@ fn start(
         record.ephemeral = !launch.detached;
         let from = launch.generation.iter();
         record.ancestors = from.map(|from| from.ancestor.clone()).collect();
+        let from = launch.generation.as_ref();
+        let folder = from.and_then(|from| from.config.state.parent());
+        record.restored_from = folder.map(Path::to_owned);
     })?;
     let mut config = record.config.clone();
     config.generation = launch.generation.as_ref().map(|from| from.config.clone());

@@ -65,6 +65,9 @@ pub struct Record {
     /// The snapshots that it comes from, the oldest first.
     #[serde(default)]
     pub ancestors: Vec<Ancestor>,
+    /// The folder of the snapshot that it was started from.
+    #[serde(default)]
+    pub restored_from: Option<PathBuf>,
 }
 
 /// Why a record cannot be read or written.
@@ -303,6 +306,7 @@ impl Record {
             vmm: None,
             config,
             ancestors: Vec::new(),
+            restored_from: None,
         }
     }
 
