@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A snapshot holds memory, state and what was written to the disk, or what of these is not in the
-//! snapshot that it builds on ([`crate::lineage`]); the image it stands on is named by its digest
+//! snapshot that it builds on (`lineage.rs`); the image it stands on is named by its digest
 //! and has to be there. A VM that cannot be woken is ended: it never runs half-woken.
 
 use std::collections::BTreeMap;
