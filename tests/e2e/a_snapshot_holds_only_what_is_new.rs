@@ -17,7 +17,8 @@ fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {
 
 fn manifest(ratoon: &Ratoon, name: &str) -> Value {
     let said = ratoon.run(["snapshots", "inspect", name]).ok().stdout;
-    serde_json::from_str(&said).expect("a manifest")
+    let said: Value = serde_json::from_str(&said).expect("JSON");
+    said["manifest"].clone()
 }
 
 fn folder(ratoon: &Ratoon, name: &str) -> PathBuf {

@@ -13,6 +13,7 @@ use std::time::Instant;
 use anyhow::Result;
 use ratoon_engine::runtime::RuntimeClient;
 use ratoon_engine::vm::freeze::{self, Child, Waking};
+use ratoon_engine::working_set;
 use ratoon_protocol::{Call, FreezeParams};
 use rustix::fs::{Advice, fadvise};
 
@@ -28,6 +29,8 @@ const R1_TARGETS_MS: [(u32, f64); 2] = [(50, 3.0), (99, 6.0)];
 const OWN_R3_TARGET_MS: f64 = 8.0;
 const R4_TARGET: f64 = 1.15;
 const COLD_TARGET: f64 = 2.0;
+const COLD: &str = "cold page cache";
+const COLD_WITHOUT: &str = "cold page cache, no working set";
 
 /// Runs it.
 ///
@@ -49,7 +52,8 @@ fn one_size(plan: &Plan<'_>, samples: &mut Samples, mib: u64) -> Result<()> {
     sandboxes.snapshot(&vm, "bench")?;
     vm.end()?;
     let (steady, mut steady_client) = sandboxes.boot(mib)?;
-    for round in 0..=plan.rounds(100, 5) {
+    let rounds = if mib == SIZES[0] { 100 } else { 30 };
+    for round in 0..=plan.rounds(rounds, 5) {
         go_on()?;
         let (command, wake) = never_stopped(&mut steady_client)?;
         let restored = restored(&sandboxes)?;
@@ -90,15 +94,32 @@ fn one_size(plan: &Plan<'_>, samples: &mut Samples, mib: u64) -> Result<()> {
             Readiness::R4,
         )?;
     }
-    for round in 0..plan.rounds(20, 3) {
+    cold(plan, samples, &sandboxes, mib, COLD_WITHOUT)?;
+    let (vm, mut client) = sandboxes.restore("bench")?;
+    exec(&mut client, &["true"], &mut io::sink())?;
+    working_set::note(vm.dir());
+    vm.end()?;
+    cold(plan, samples, &sandboxes, mib, COLD)?;
+    steady.end()?;
+    Ok(())
+}
+
+/// Restores with nothing in the page cache.
+fn cold(
+    plan: &Plan<'_>,
+    samples: &mut Samples,
+    sandboxes: &Sandboxes,
+    mib: u64,
+    how: &str,
+) -> Result<()> {
+    for round in 0..plan.rounds(10, 3) {
         go_on()?;
-        forget(&sandboxes, &plan.parts.disk)?;
-        let restored = restored(&sandboxes)?;
-        let what = format!("spawn to the end of true, {mib} MiB, cold page cache");
+        forget(sandboxes, &plan.parts.disk)?;
+        let restored = restored(sandboxes)?;
+        let what = format!("spawn to the end of true, {mib} MiB, {how}");
         let series = series(NAME, "ratoon", what, "ms", Readiness::R4);
         samples.add(&series, round, restored.r4)?;
     }
-    steady.end()?;
     Ok(())
 }
 
@@ -229,7 +250,7 @@ fn note(samples: &mut Samples, mib: u64) {
             verdict(ours / theirs <= R4_TARGET)
         ));
     }
-    let what = format!("spawn to the end of true, {mib} MiB, cold page cache");
+    let what = format!("spawn to the end of true, {mib} MiB, {COLD}");
     let cold = percentile(samples.of(NAME, "ratoon", &what), 50);
     if let (Some(cold), Some(warm)) = (cold, r4) {
         notes.push(format!(

@@ -202,18 +202,28 @@ fn tell_missing_image(engine: &Engine, snapshot: &Snapshot) {
     }
 }
 
+/// In whatever order they are named: one that another of them needs goes after it.
 fn remove(store: &Store, snapshots: &[String]) -> Result<ExitCode, Failure> {
-    let mut code = ExitCode::SUCCESS;
-    for snapshot in snapshots {
-        match store.remove(snapshot) {
-            Ok(_) => output::line(snapshot)?,
-            Err(error) => {
-                Failure::from(error).report();
-                code = ExitCode::from(FAILED);
+    let mut left: Vec<&String> = snapshots.iter().collect();
+    loop {
+        let mut refused = Vec::new();
+        for snapshot in &left {
+            match store.remove(snapshot) {
+                Ok(_) => output::line(snapshot)?,
+                Err(error) => refused.push((*snapshot, error)),
             }
         }
+        if refused.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if refused.len() == left.len() {
+            for (_, error) in refused {
+                Failure::from(error).report();
+            }
+            return Ok(ExitCode::from(FAILED));
+        }
+        left = refused.into_iter().map(|(snapshot, _)| snapshot).collect();
     }
-    Ok(code)
 }
 
 /// A snapshot that another one names.
