@@ -87,8 +87,8 @@ fn after_the_machine_monitor_is_killed() {
 
 fn after_an_end_half_way_through_the_boot() {
     let ratoon = Ratoon::new();
-    let attached: &[&str] = &["run", "--image", "debian", "--", "true"];
-    let detached = &["run", "-d", "--image", "debian"];
+    let attached: &[&str] = &["run", "--cold", "--image", "debian", "--", "true"];
+    let detached = &["run", "-d", "--cold", "--image", "debian"];
     for (args, signal) in [
         (attached, Signal::KILL),
         (attached, Signal::TERM),
