@@ -297,6 +297,8 @@ fn a_killed_writer_leaves_the_old_snapshot_and_nothing_half_made() {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "tests::stores::a_writer_to_be_killed"])
             .env(KILLED, &root)
+            // What a killed one leaves of its own goes with this test's folder.
+            .env("TMPDIR", lab.folder.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()

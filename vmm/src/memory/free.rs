@@ -223,7 +223,9 @@ mod tests {
         assert_eq!(byte(&memory, 5 * MIB), 7);
         assert_eq!(around.map(|at| byte(&memory, at)), [7, 0, 0, 7]);
         // It stays so for those who start from the layers.
-        let child = super::super::restore(64, &[generation, layer]).unwrap();
+        let layers = [generation, layer];
+        let child = super::super::restore(64, &layers).unwrap();
+        super::super::lay_over(&child, &layers).unwrap();
         assert_eq!(around.map(|at| byte(&child, at)), [7, 0, 0, 7]);
         assert_eq!(byte(&child, 5 * MIB), 7);
         // Nothing more was written: the next freeze has nothing to say.

@@ -232,13 +232,19 @@ mod tests {
         }
     }
 
+    fn whole_of(layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryError> {
+        let memory = restore(64, layers)?;
+        lay_over(&memory, layers)?;
+        Ok(memory)
+    }
+
     #[test]
     fn packed_runs_lie_over_the_layers_below_and_are_never_written() {
         let whole = [(0, 64 * MIB)];
         let base = layer(64 * MIB, false, &whole, &[(0, 1), (MIB, 1), (2 * MIB, 1)]);
         let runs = [(MIB, PAGE), (2 * MIB, 2 * PAGE)];
         let over = layer(3 * PAGE, true, &runs, &[(0, 2), (PAGE, 3), (2 * PAGE, 4)]);
-        let memory = restore(64, &[base.clone(), over.clone()]).unwrap();
+        let memory = whole_of(&[base.clone(), over.clone()]).unwrap();
         let byte = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
         let found = [0, MIB, 2 * MIB, 2 * MIB + PAGE].map(byte);
         assert_eq!(found, [1, 2, 3, 4]);
@@ -256,7 +262,7 @@ mod tests {
     fn layers_that_do_not_fit_are_refused() {
         let whole = [(0, 64 * MIB)];
         let base = || layer(64 * MIB, false, &whole, &[]);
-        let refused = |layers: &[Layer]| match restore(64, layers) {
+        let refused = |layers: &[Layer]| match whole_of(layers) {
             Err(MemoryError::Layers(why)) => why,
             other => panic!("{other:?}"),
         };
