@@ -58,6 +58,8 @@ const QUEUE_SIZE: u16 = 256;
 const TURN_FRAMES: u32 = 256;
 /// Where num_buffers is in the header.
 const NUM_BUFFERS_OFFSET: u64 = 10;
+/// Where a frame's source address is, behind our header and its destination.
+const SOURCE_OFFSET: u64 = HEADER_BYTES as u64 + 6;
 /// readv(2) takes 1024 pieces; one chain has at most as many as its queue, each in at most a few
 /// regions.
 const MAX_PENDING_SEGMENTS: usize = 512;
@@ -65,6 +67,8 @@ const MAX_PENDING_SEGMENTS: usize = 512;
 /// A network device.
 pub struct Net {
     mac: [u8; 6],
+    /// Of the machine that this one is a child of, if it is another: nothing is sent in its name.
+    former: Option<[u8; 6]>,
     backend: Box<dyn Backend>,
     active: Option<Active>,
     /// What of a frame has no room in guest memory lands here and is dropped.
@@ -114,6 +118,7 @@ impl Net {
     pub fn new(backend: Box<dyn Backend>, mac: [u8; 6]) -> Self {
         Self {
             mac,
+            former: None,
             backend,
             active: None,
             overflow: vec![0; MAX_FRAME_BYTES],
@@ -209,7 +214,7 @@ impl Device for Net {
         };
         match index {
             RX => active.receive(&*self.backend, &mut self.overflow, &mut self.counters),
-            _ => active.send(&*self.backend, &mut self.counters),
+            _ => active.send(&*self.backend, self.former, &mut self.counters),
         }
     }
 
@@ -229,7 +234,7 @@ impl Device for Net {
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        Self::check_state(state)
+        self.take_state(state)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -364,14 +369,19 @@ impl Active {
     }
 
     /// Sends what the driver offers.
-    fn send(&mut self, backend: &dyn Backend, counters: &mut Counters) -> Result<(), DeviceError> {
+    fn send(
+        &mut self,
+        backend: &dyn Backend,
+        former: Option<[u8; 6]>,
+        counters: &mut Counters,
+    ) -> Result<(), DeviceError> {
         let before = self.tx.next_used();
         let mut turn = 0;
         loop {
             self.done.clear();
             while turn < TURN_FRAMES && self.sending.pop(&mut self.tx, &self.memory, TX)? {
                 turn += 1;
-                self.send_one(backend, counters)?;
+                self.send_one(backend, former, counters)?;
                 self.done.push(UsedChain {
                     head: self.sending.head(),
                     len_bytes: 0,
@@ -396,7 +406,12 @@ impl Active {
         Ok(())
     }
 
-    fn send_one(&self, backend: &dyn Backend, counters: &mut Counters) -> Result<(), DeviceError> {
+    fn send_one(
+        &self,
+        backend: &dyn Backend,
+        former: Option<[u8; 6]>,
+        counters: &mut Counters,
+    ) -> Result<(), DeviceError> {
         if !self.sending.writable().is_empty() {
             return Err(DeviceError::Driver("writable buffer in the transmit queue"));
         }
@@ -407,6 +422,14 @@ impl Active {
         if len > MAX_FRAME_BYTES as u64 {
             counters.tx_dropped += 1;
             return Ok(());
+        }
+        if let Some(former) = former {
+            let mut source = [0; 6];
+            let read = self.sending.read(&self.memory, SOURCE_OFFSET, &mut source)?;
+            if read == source.len() && source == former {
+                counters.tx_dropped += 1;
+                return Ok(());
+            }
         }
         let iovecs = Iovecs::new(&self.memory, self.sending.readable(), 0, len)?;
         match iovecs.write_to(backend.fd()) {

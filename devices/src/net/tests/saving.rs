@@ -78,6 +78,40 @@ fn a_frame_that_the_guest_had_queued_is_sent_once_by_the_new_device() {
 }
 
 #[test]
+fn a_child_sends_nothing_in_the_name_of_its_parent() {
+    let addressed = |source: [u8; 6], byte: u8| {
+        let mut frame = frame(byte, 60);
+        frame[HEADER_BYTES + 6..][..6].copy_from_slice(&source);
+        frame
+    };
+    let child = [2, 0, 0, 0, 0, 8];
+    let (mut driver, _wire) = driver(EVENT_IDX);
+    driver.send(TX, &[&addressed(MAC, 1)], &[]);
+    let state = through_json(&driver.transport.save());
+    let (wire, theirs) = UnixDatagram::pair().unwrap();
+    wire.set_nonblocking(true).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let net = Net::new(Box::new(Wire(theirs)), child);
+    driver.restore(net, &state).unwrap();
+    let split = addressed(MAC, 2);
+    driver.send(TX, &[&split[..20], &split[20..]], &[]);
+    driver.send(TX, &[&addressed(child, 3)], &[]);
+    // Of a bridge in the guest.
+    driver.send(TX, &[&addressed([2, 0, 0, 0, 0, 9], 4)], &[]);
+    driver.send(TX, &[&HEADER], &[]);
+    driver.run_kicks();
+    driver.kick(TX);
+    let mut buffer = [0; 100];
+    let mut sent = Vec::new();
+    while let Ok(len) = wire.recv(&mut buffer) {
+        sent.push((len, buffer[HEADER_BYTES]));
+    }
+    assert_eq!(sent[..2], [(72, 3), (72, 4)]);
+    assert_eq!(counter(&driver, "tx_dropped"), 2);
+    assert_eq!(driver.used(TX).len(), 5, "the guest has its buffers back");
+}
+
+#[test]
 fn segmentation_without_checksums_is_refused_in_a_state_too() {
     let (mut driver, _wire) = driver(LARGE);
     let mut state = driver.transport.save();
