@@ -142,11 +142,12 @@ impl Server {
             }
             Call::Thaw(params) => self.work(at, system::thaw(params), false)?,
             Call::ExpectWake => {
-                self.identity.expect_wake();
+                self.identity.expect_wake()?;
                 self.sessions.reply(at, &());
             }
             Call::Wake(params) => {
                 let awake = self.identity.wake(&params)?;
+                self.spawner.set_child(self.identity.child());
                 self.contexts.reseed();
                 if params.thaw
                     && let Err(error) = system::thaw_at_once(self.identity.switch())

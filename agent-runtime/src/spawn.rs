@@ -24,6 +24,9 @@ use rustix::pty::OpenptFlags;
 use crate::groups::{Group, Groups};
 use crate::users::{self, User, UserError};
 
+/// The variable that says which child of a fork the machine is, when it is one.
+pub const CHILD: &str = "RATOON_CHILD";
+
 /// Where programs are looked up when the environment has no `PATH`.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -145,6 +148,8 @@ pub struct Spawner {
     null: OwnedFd,
     stack: Vec<u8>,
     groups: Option<Groups>,
+    /// See [`CHILD`].
+    child: Option<String>,
 }
 
 impl Spawner {
@@ -155,7 +160,19 @@ impl Spawner {
             // Zeroed and so not touched before it is used.
             stack: vec![0; STACK_LEN],
             groups: (!groups).then(Groups::default),
+            child: None,
         }
+    }
+
+    /// Which child of a fork this machine is: programs that are started from now on have it in their
+    /// environment.
+    pub fn set_child(&mut self, index: Option<u32>) {
+        self.child = index.map(|index| index.to_string());
+    }
+
+    /// What the variable [`CHILD`] is to be, unless the caller says otherwise.
+    pub fn child(&self) -> Option<&str> {
+        self.child.as_deref()
     }
 
     /// The control groups, made when they are first wanted.
@@ -201,7 +218,7 @@ impl Spawner {
             None | Some("" | "root" | "0") => User::root(),
             Some(spec) => users::find(spec, Path::new("/etc")).map_err(SpawnError::User)?,
         };
-        let plan = Plan::new(params, &user)?;
+        let plan = Plan::new(params, &user, self.child())?;
         let streams = match params.pty {
             Some(size) => Streams::terminal(size, &user).map_err(SpawnError::Terminal)?,
             None => Streams::pipes(params.stdin).map_err(|source| SpawnError::System {
@@ -313,7 +330,11 @@ fn c_string(text: &str, what: &str) -> Result<CString, SpawnError> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(params: &ExecParams, user: &'a User) -> Result<Self, SpawnError> {
+    fn new(
+        params: &ExecParams,
+        user: &'a User,
+        child: Option<&str>,
+    ) -> Result<Self, SpawnError> {
         let shell;
         let argv = match &params.shell {
             Some(line) if params.argv.is_empty() => {
@@ -329,7 +350,7 @@ impl<'a> Plan<'a> {
         }
         let argv = argv.iter().map(|arg| c_string(arg, "an argument"));
         let argv = argv.collect::<Result<Vec<_>, _>>()?;
-        let mut envp = Vec::with_capacity(params.env.len() + 5);
+        let mut envp = Vec::with_capacity(params.env.len() + 7);
         for (name, value) in &params.env {
             if name.is_empty() || name.contains('=') {
                 let shown = format!("a variable named `{}`", name.escape_debug());
@@ -350,7 +371,8 @@ impl<'a> Plan<'a> {
             ("TERM", "xterm-256color"),
         ];
         let wanted = if params.pty.is_some() { 6 } else { 5 };
-        for (name, value) in defaults.into_iter().take(wanted) {
+        let child = child.map(|index| (CHILD, index));
+        for (name, value) in defaults.into_iter().take(wanted).chain(child) {
             if given(name).is_none() {
                 envp.push(c_string(&format!("{name}={value}"), "a variable")?);
             }

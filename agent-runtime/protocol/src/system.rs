@@ -158,6 +158,11 @@ pub struct Wake {
     pub generation: String,
     /// The VM's id.
     pub id: String,
+    /// This is another machine than the one that was told to expect it, not that one going on: TCP
+    /// connections to elsewhere are reset if it has network devices (that `networks` names), commands get
+    /// RATOON_CHILD, and `index` and `message` are what this call says. Otherwise those two stay.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub child: bool,
     /// Which child of the fork, from 0.
     #[serde(default)]
     pub index: u32,
@@ -181,10 +186,11 @@ pub struct Wake {
     /// As the last step, let all processes go on, as by `thaw`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub thaw: bool,
-    /// A secret for this machine alone, handed to programs that ask; never written to disk.
+    /// A secret for this machine alone, handed to programs that ask; never written to disk, and
+    /// forgotten by `expect_wake`: each `wake` names it, or there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
-    /// A word from the forker, for programs.
+    /// A word from the forker, for programs; see `child`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }

@@ -1,5 +1,5 @@
 # Ratoon's Bash: runs cells in this shell; see code/mod.rs for what is said on descriptor 3.
-# Cells come as 8 digits (bytes) and the code. They are sourced, not eval'ed: an interrupt can leave
+# Cells come as 8 digits (bytes) and the code; R and 7 digits is a seed. They are sourced, not eval'ed: an interrupt can leave
 # a sourced cell from any depth (a DEBUG trap that gives 2 stands for `return`, with extdebug).
 exec 61<&3 3<&-
 __ratoon_leave() {
@@ -30,6 +30,8 @@ while :; do
     if (( __ratoon_hit )); then __ratoon_calm; continue; fi
     break
   fi
+  # The machine has become another one: new random numbers.
+  if [[ $__ratoon_code == R* ]]; then RANDOM=$((10#${__ratoon_code:1})); continue; fi
   IFS= LC_ALL=C read -r -N "$((10#$__ratoon_code))" -u 61 __ratoon_code || break
   if (( __ratoon_hit )); then __ratoon_calm; fi
   __ratoon_last

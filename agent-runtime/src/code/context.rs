@@ -262,10 +262,24 @@ impl Context {
         }
     }
 
-    /// New random numbers, after the machine has become another one.
-    pub fn reseed(&mut self) {
-        if self.params.language == Language::Python && self.up && !self.dying {
-            self.say(b"{\"reseed\":1}\n");
+    /// New random numbers, after the machine has become another one. Python is told by a signal (its
+    /// default is to be ignored), which is there before the process does anything else, though it be in
+    /// the middle of a cell. The others hear of it when they next listen: Node when it waits, Bash after
+    /// its cell. `seed` is of this call alone.
+    pub fn reseed(&mut self, seed: u32) {
+        if self.dying || self.gone {
+            return;
+        }
+        match self.params.language {
+            Language::Python => {
+                // Nobody knows its process before it is up: what it has of random numbers then is
+                // made at its fork.
+                if let Some(pid) = self.pid.and_then(Pid::from_raw) {
+                    let _ = rustix::process::kill_process(pid, Signal::WINCH);
+                }
+            }
+            Language::Node => self.say(b"{\"reseed\":1}\n"),
+            Language::Bash => self.say(format!("R{:07}", seed % 10_000_000).as_bytes()),
         }
     }
 

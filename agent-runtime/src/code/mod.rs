@@ -6,6 +6,7 @@
 //!
 //! ```text
 //!   client --code.run--> Contexts --{"run":code}\n--> driver      (Bash: 8 digits, then the code)
+//!              a wake -->         --{"reseed":1}\n--> Node          (Bash: R and 7 digits; Python: SIGWINCH)
 //!          <--STDOUT,STDERR-- pipes <-- the cell
 //!          <--DATA,REPLY---- socket <-- values, the cell's end
 //! ```
@@ -224,7 +225,10 @@ impl Contexts {
     /// Gives all interpreters new random numbers, after the machine has become another one.
     pub fn reseed(&mut self) {
         for context in self.contexts.values_mut() {
-            context.reseed();
+            let mut seed = [0; 4];
+            // The kernel has been given entropy just now; it does not fail then.
+            let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
+            context.reseed(u32::from_ne_bytes(seed));
         }
     }
 
@@ -312,7 +316,7 @@ impl Contexts {
         let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC).map_err(short)?;
         if let Some(zygote) = self.zygotes.get(&number) {
             let fds: [OwnedFd; 3] = [theirs, child_stdout, child_stderr];
-            if let Err(error) = zygote.fork(&params, &fds) {
+            if let Err(error) = zygote.fork(&params, spawner.child(), &fds) {
                 let message = format!("python's zygote does not answer: {error}");
                 self.lose_zygote(number, true);
                 return Err(ErrorReply::new(ErrorCode::Failed, message));

@@ -146,6 +146,84 @@
     send('C');
   };
 
+  // The machine has become another one. V8's Math.random cannot be seeded, nor can node's OpenSSL, whose
+  // state a sibling has too: from now on both are replaced by the kernel's numbers, which differ.
+  const urandom = (bytes) => {
+    const file = fs.openSync('/dev/urandom', 'r');
+    try {
+      for (let at = 0; at < bytes.length; ) at += fs.readSync(file, bytes, at, bytes.length - at);
+    } finally {
+      fs.closeSync(file);
+    }
+    return bytes;
+  };
+  let state = null; // of Math.random: xorshift128, 32 bits at a time
+  const next = () => {
+    const old = state[3] ^ (state[3] << 11);
+    state.copyWithin(1, 0, 3);
+    state[0] = state[1] ^ (state[1] >>> 19) ^ old ^ (old >>> 8);
+    return state[0];
+  };
+  const reseed = () => {
+    const isFirst = state === null;
+    state = new Uint32Array(urandom(new Uint8Array(16)).buffer);
+    if (!state.some((word) => word)) state[0] = 1;
+    if (!isFirst) return;
+    Math.random = function random() {
+      return ((next() >>> 5) * 0x4000000 + (next() >>> 6)) / 0x20000000000000;
+    };
+    replaceCrypto(require('crypto'));
+    require('module').syncBuiltinESMExports();
+  };
+  // Node's own functions check what they are given and make the answer; its content is then replaced.
+  const replaceCrypto = (crypto) => {
+    const { randomBytes, randomFill, randomFillSync, randomInt } = crypto;
+    const fill = (buffer, offset = 0, size = undefined) => {
+      const unit = ArrayBuffer.isView(buffer) ? buffer.BYTES_PER_ELEMENT || 1 : 1;
+      const [data, from] = ArrayBuffer.isView(buffer) ? [buffer.buffer, buffer.byteOffset] : [buffer, 0];
+      const bytes = new Uint8Array(data, from, buffer.byteLength);
+      urandom(bytes.subarray(offset * unit, size === undefined ? undefined : (offset + size) * unit));
+      return buffer;
+    };
+    const split = (args) => (typeof args.at(-1) === 'function' ? [args.slice(0, -1), args.at(-1)] : [args]);
+    crypto.randomBytes = crypto.pseudoRandomBytes = (...all) => {
+      const [args, callback] = split(all);
+      if (!callback) return fill(randomBytes(...args));
+      randomBytes(...args, (error, bytes) => callback(error, bytes && fill(bytes)));
+    };
+    crypto.randomFillSync = (...args) => {
+      randomFillSync(...args);
+      return fill(...args);
+    };
+    crypto.randomFill = (...all) => {
+      const [args, callback] = split(all);
+      randomFill(...args, callback && ((error, buffer) => callback(error, buffer && fill(...args))));
+    };
+    crypto.randomInt = (...all) => {
+      const [args, callback] = split(all);
+      randomInt(...args);
+      const [low, high] = args.length > 1 ? args : [0, args[0]];
+      const most = 2 ** 48 - (2 ** 48 % (high - low));
+      let number = most;
+      while (number >= most) number = urandom(Buffer.alloc(6)).readUIntBE(0, 6);
+      number = low + (number % (high - low));
+      if (!callback) return number;
+      process.nextTick(callback, undefined, number);
+    };
+    crypto.randomUUID = () => {
+      const bytes = urandom(Buffer.alloc(16));
+      bytes[6] = (bytes[6] & 0x0f) | 0x40;
+      bytes[8] = (bytes[8] & 0x3f) | 0x80;
+      return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
+    };
+    const web = Object.getPrototypeOf(crypto.webcrypto);
+    const { getRandomValues } = web;
+    web.getRandomValues = function (array) {
+      return fill(getRandomValues.call(this, array));
+    };
+    web.randomUUID = () => crypto.randomUUID();
+  };
+
   let rest = [];
   control.on('data', (bytes) => {
     rest.push(bytes);
@@ -157,6 +235,7 @@
       const request = JSON.parse(line);
       if ('run' in request) run(request.run);
       if ('calm' in request) calm();
+      if ('reseed' in request) reseed();
     }
   });
   control.on('end', () => process.exit(0));

@@ -309,13 +309,20 @@ def run(text, number, names):
     send(b"".join(parts))
 
 
-def reseed():
+def on_wake(signum, frame):
+    """The machine has become another one: what makes random numbers by itself begins anew. Generators
+    that the cells have made are theirs."""
+    if not State.alive:
+        return
     random = sys.modules.get("random")
     if random is not None:
         random.seed()
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         numpy.seed(int.from_bytes(os.urandom(4), "little"))
+    openssl = sys.modules.get("_ssl")
+    if openssl is not None:
+        openssl.RAND_add(os.urandom(32), 32.0)
 
 
 def forked():
@@ -382,8 +389,6 @@ def context(request, descriptors):
         if "run" in request:
             number += 1
             run(request["run"], number, main.__dict__)
-        elif "reseed" in request:
-            reseed()
 
 
 def zygote():
@@ -426,6 +431,8 @@ def begin():
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGURG, on_tick)
     signal.siginterrupt(signal.SIGURG, False)
+    signal.signal(signal.SIGWINCH, on_wake)
+    signal.siginterrupt(signal.SIGWINCH, False)
     warnings.filterwarnings("ignore", "(FigureCanvasAgg is non-interactive|Matplotlib is currently using agg)")
     faulthandler.enable(2)
     # Nothing that is here now is garbage; untouched, it stays shared with the contexts.

@@ -299,6 +299,82 @@ fn the_second_context_costs_no_interpreter_and_shares_nothing() {
     assert_ne!(a.value(), b.value());
 }
 
+/// What a sibling would see too, if it were not for the reseeding: a program is a twin of itself when
+/// it begins with the same seed.
+#[test]
+fn after_a_wake_generators_that_were_seeded_give_other_numbers() {
+    // Its own state is the one thing of a generator that a test can put back.
+    let python = "random.seed(5); ssl.RAND_bytes(1)";
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    host.run("p", "import random, ssl, time");
+    let mut drawn = Vec::new();
+    for wakes in [false, true, true] {
+        host.run("p", python);
+        if wakes {
+            host.contexts.reseed();
+        }
+        drawn.push(host.run("p", "random.random()").value().map(str::to_owned));
+    }
+    assert_eq!(drawn[0].as_deref(), Some("0.6229016948897019"));
+    assert!(drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2], "{drawn:?}");
+
+    host.context(Language::Bash, "b");
+    let mut drawn = Vec::new();
+    for wakes in [false, true, true] {
+        host.run("b", "RANDOM=5");
+        if wakes {
+            host.contexts.reseed();
+        }
+        drawn.push(host.run("b", "echo $RANDOM $RANDOM $RANDOM").stdout);
+    }
+    assert!(drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2], "{drawn:?}");
+    assert_eq!(host.run("b", "(exit 3)").end.status, CodeStatus::Error);
+}
+
+#[test]
+fn a_cell_that_runs_has_other_random_numbers_from_the_wake_on() {
+    let mut host = Host::new();
+    host.context(Language::Python, "p");
+    let cell = "import random, time\nrandom.seed(5)\nbefore = random.getstate()\nprint('go', flush=True)\n\
+                for _ in range(1000):\n    if random.getstate() != before: break\n    time.sleep(0.01)\n\
+                random.getstate() != before";
+    let at = host.begin("p", cell);
+    host.wait_until(|host| host.fake.outputs.get(&at.call).is_some_and(|all| !all[0].is_empty()));
+    host.contexts.reseed();
+    assert_eq!(host.end(at).value(), Some("True"));
+}
+
+#[test]
+fn after_a_wake_node_has_the_kernels_random_numbers() {
+    let mut host = Host::new();
+    host.context(Language::Node, "n");
+    let native = "const crypto = require('crypto'); \
+                  [Math.random, crypto.randomBytes, crypto.randomUUID].map((f) => /native|internal|entropy/.test(String(f)))";
+    host.run("n", native);
+    host.contexts.reseed();
+    // Each gives what node's own would, and never the same twice.
+    let all = "\
+        const a = new Set(Array.from({ length: 1000 }, () => Math.random())); \
+        const inRange = [...a].every((x) => x >= 0 && x < 1); \
+        const ints = Array.from({ length: 1000 }, () => crypto.randomInt(-3, 4)); \
+        const filled = crypto.randomFillSync(new Uint16Array(64), 32, 16); \
+        const uuid = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/; \
+        const later = await new Promise((done) => crypto.randomBytes(16, (error, bytes) => done(bytes))); \
+        const refused = [() => crypto.randomBytes(-1), () => crypto.randomInt(3, 3), () => crypto.randomFillSync(1)] \
+          .every((f) => { try { f(); return false; } catch (error) { return error.code.startsWith('ERR_'); } }); \
+        [a.size, inRange, Math.min(...ints), Math.max(...ints), uuid.test(crypto.randomUUID()), \
+         crypto.randomUUID() !== crypto.randomUUID(), crypto.randomBytes(40).length, later.length, \
+         filled.slice(0, 32).every((x) => x === 0), filled.slice(32, 48).some((x) => x !== 0), \
+         filled.slice(48).every((x) => x === 0), \
+         globalThis.crypto.getRandomValues(new Uint8Array(32)).some((x) => x !== 0), refused].join()";
+    let ran = host.run("n", all);
+    let expected = "'1000,true,-3,3,true,true,40,16,true,true,true,true,true'";
+    assert_eq!(ran.value(), Some(expected), "{:?}", ran.end);
+    let name = host.run("n", "Math.random.name + Math.random.length");
+    assert_eq!(name.value(), Some("'random0'"));
+}
+
 #[test]
 fn one_cell_at_a_time_runs_in_a_context_and_others_go_on() {
     let mut host = Host::new();

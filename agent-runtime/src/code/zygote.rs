@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::groups::Group;
-use crate::spawn::{Spawner, read_now};
+use crate::spawn::{CHILD, Spawner, read_now};
 
 use super::context::{refusal, socket_pair};
 use super::wire::{Step, Wire};
@@ -88,17 +88,25 @@ impl Zygote {
         self.control.as_raw_fd()
     }
 
-    /// Asks for a context with these as its control socket, standard output and error.
+    /// Asks for a context with these as its control socket, standard output and error. `child`: which
+    /// child of a fork this machine is, which its own environment may not say yet.
     ///
     /// # Errors
     /// It is gone, or far behind.
-    pub fn fork(&self, params: &CodeStart, fds: &[OwnedFd; 3]) -> rustix::io::Result<()> {
+    pub fn fork(
+        &self,
+        params: &CodeStart,
+        child: Option<&str>,
+        fds: &[OwnedFd; 3],
+    ) -> rustix::io::Result<()> {
         let mut request = serde_json::Map::new();
         if let Some(cwd) = &params.cwd {
             request.insert("cwd".into(), cwd.as_str().into());
         }
+        let child = child.map(|index| (CHILD.to_owned(), index.into()));
         let env = params.env.iter();
         let env = env.map(|(name, value)| (name.clone(), value.as_str().into()));
+        let env = child.into_iter().chain(env);
         request.insert("env".into(), serde_json::Value::Object(env.collect()));
         let mut line = serde_json::Value::Object(request).to_string();
         line.push('\n');

@@ -38,6 +38,16 @@ pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Errno>
     }
 }
 
+/// Writes over the beginning of a file that is there; one that is not there is no error.
+pub(super) fn write_over(path: &Path, bytes: &[u8]) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    match open(path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error),
+        Ok(file) => write_all(&file, bytes),
+    }
+}
+
 /// Removes a file; one that is not there is no error.
 pub(super) fn remove(path: &Path) -> Result<(), Errno> {
     match rustix::fs::unlink(path) {

@@ -5,10 +5,12 @@
 //! ```
 //!
 //! The steps of a wake: entropy, time, thaw of file systems (the next ones write to `/`), hostname,
-//! machine-id, network, files of `/run/ratoon`; interpreters get new random numbers; processes go on
-//! last, here with `thaw` in the parameters and else by a call of its own. All parameters are checked
-//! before the first. What `expect_wake` could open ahead makes them cheap: see `prepared.rs`. How it fails: the message names the step; those before it are done, and a second wake
-//! does them again.
+//! machine-id, a child's TCP connections, network, files of `/run/ratoon`; interpreters get new random
+//! numbers; processes go on last, here with `thaw` in the parameters and else by a call of its own. All
+//! parameters are checked before the first. What `expect_wake` could open ahead makes them cheap: see
+//! `prepared.rs`. The token is gone from here and from its file when `expect_wake` answers, so that no
+//! generation has one that is in use. How it fails: the message names the step; those before it are
+//! done, and a second wake does them again.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -19,7 +21,7 @@ use rustix::io::Errno;
 use super::network::Plan;
 use super::prepared::{Directory, Etc, Prepared};
 use super::settings::{self, ETC};
-use super::{bad_request, failed, files, quiet, shown};
+use super::{bad_request, connections, failed, files, quiet, shown};
 
 /// Where programs read who the machine is.
 const DIR: &str = "/run/ratoon";
@@ -52,6 +54,8 @@ pub(super) const FILES: [(&str, bool); 6] = [
 pub struct Identity {
     waiting: bool,
     awake: Awake,
+    /// Which child of a fork, if it is one.
+    child: Option<u32>,
     token: Option<String>,
     /// `None` on somebody's host.
     dir: Option<PathBuf>,
@@ -72,6 +76,7 @@ impl Identity {
         Self {
             waiting: false,
             awake: Awake::default(),
+            child: None,
             token: None,
             dir,
             prepared: None,
@@ -80,10 +85,37 @@ impl Identity {
     }
 
     /// From now on calls wait for [`Identity::wake`].
-    pub fn expect_wake(&mut self) {
+    ///
+    /// # Errors
+    /// The token's file cannot be removed: the machine goes on as it was.
+    pub fn expect_wake(&mut self) -> Result<(), ErrorReply> {
+        self.forget_token()?;
         self.waiting = true;
         self.spent = None;
         self.prepared = self.dir.as_deref().and_then(Prepared::open);
+        Ok(())
+    }
+
+    /// Overwrites the token where we have it, so that it is in no generation.
+    fn forget_token(&mut self) -> Result<(), ErrorReply> {
+        let Some(token) = self.token.take() else {
+            return Ok(());
+        };
+        let mut bytes = token.into_bytes();
+        bytes.fill(0);
+        // Or the compiler sees that nobody reads it.
+        std::hint::black_box(&bytes);
+        let Some(dir) = &self.dir else { return Ok(()) };
+        let path = dir.join("token");
+        // The file's memory is not cleared when it is given back.
+        files::write_over(&path, &bytes)
+            .and_then(|()| files::remove(&path))
+            .map_err(|error| failed(path.display(), error))
+    }
+
+    /// Which child of a fork this machine is, if it is one.
+    pub fn child(&self) -> Option<u32> {
+        self.child
     }
 
     /// After a wake: the switch by which processes go on, if it was opened ahead.
@@ -170,22 +202,33 @@ impl Identity {
         if let Some(id) = machine_id {
             settings::apply_machine_id(&id, etc).map_err(step("machine-id"))?;
         }
+        if wake.child && !networks.is_empty() {
+            super::only_init("TCP connections").map_err(step("connections"))?;
+            connections::reset().map_err(step("connections"))?;
+        }
         for plan in networks {
             super::only_init("the network").map_err(step("network"))?;
             plan.apply(Path::new(ETC)).map_err(step("network"))?;
         }
+        let (index, message) = match wake.child {
+            true => (wake.index, wake.message.clone()),
+            false => (self.awake.index, self.awake.message.clone()),
+        };
         let awake = Awake {
             generation: wake.generation.clone(),
             id: wake.id.clone(),
-            index: wake.index,
+            index,
             wakes: self.awake.wakes.saturating_add(1),
-            message: wake.message.clone(),
+            message,
         };
         if let Some(dir) = &self.dir {
             let directory = ahead.as_mut().and_then(|ahead| ahead.directory.as_mut());
             write_files(dir, directory, &awake, wake.token.as_deref()).map_err(step("files"))?;
         }
         self.awake = awake;
+        if wake.child {
+            self.child = Some(wake.index);
+        }
         self.token.clone_from(&wake.token);
         self.waiting = false;
         self.spent = ahead;
@@ -278,6 +321,7 @@ mod tests {
         Wake {
             generation: "g1".into(),
             id: "vm-1".into(),
+            child: true,
             index: 3,
             entropy: "5a".repeat(32),
             ..Wake::default()
@@ -288,7 +332,7 @@ mod tests {
     fn nothing_is_waited_for_unless_told() {
         let mut identity = Identity::new(None);
         assert!(!identity.is_waiting());
-        identity.expect_wake();
+        identity.expect_wake().unwrap();
         assert!(identity.is_waiting());
         assert_eq!(identity.whoami(), Awake::default());
     }
@@ -313,7 +357,7 @@ mod tests {
         ];
         for (step, spoil) in spoil {
             let mut identity = Identity::new(None);
-            identity.expect_wake();
+            identity.expect_wake().unwrap();
             let mut wake = wake();
             spoil(&mut wake);
             let error = identity.wake(&wake).unwrap_err();
@@ -332,7 +376,7 @@ mod tests {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let dir = dir.path().join("ratoon");
         let mut identity = Identity::new(Some(dir.clone()));
-        identity.expect_wake();
+        identity.expect_wake().unwrap();
         let first = Wake {
             token: Some("secret".into()),
             message: Some("hello".into()),
@@ -357,6 +401,49 @@ mod tests {
         assert_eq!(identity.token(), None);
         assert_eq!(read("wakes"), "2\n");
         assert!(!dir.join("token").exists() && !dir.join("message").exists());
+    }
+
+    #[test]
+    fn a_machine_that_goes_on_as_itself_is_the_child_that_it_was() {
+        let mut identity = Identity::new(None);
+        assert_eq!(identity.child(), None);
+        let itself = Wake {
+            child: false,
+            index: 0,
+            ..wake()
+        };
+        identity.wake(&itself).unwrap();
+        assert_eq!((identity.child(), identity.whoami().index), (None, 0));
+        let child = Wake {
+            message: Some("try the left".into()),
+            ..wake()
+        };
+        identity.wake(&child).unwrap();
+        let woken = identity.wake(&itself).unwrap();
+        assert_eq!((identity.child(), woken.index), (Some(3), 3));
+        assert_eq!(woken.message.as_deref(), Some("try the left"));
+        let woken = identity.wake(&wake()).unwrap();
+        assert_eq!(woken.message, None, "of another forker");
+    }
+
+    #[test]
+    fn whoever_is_frozen_has_no_token_as_root() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = dir.path().join("ratoon");
+        let mut identity = Identity::new(Some(dir.clone()));
+        let first = Wake {
+            token: Some("secret".into()),
+            ..wake()
+        };
+        identity.wake(&first).unwrap();
+        // What is behind the name now is what was there when the token was.
+        let mut file = fs::File::open(dir.join("token")).unwrap();
+        identity.expect_wake().unwrap();
+        assert_eq!(identity.token(), None);
+        assert!(!dir.join("token").exists());
+        let mut left = Vec::new();
+        std::io::Read::read_to_end(&mut file, &mut left).unwrap();
+        assert_eq!(left, [0; 6]);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! **What programs see.** After `wake` these files are in `/run/ratoon/`, which must be a tmpfs,
 //! each with its value and a newline: `generation`, `id`, `index`, `wakes`, `message` (mode 0644,
 //! absent when there is none), and `token` (mode 0400 of root, without newline, absent when there
-//! is none). `wakes` is written last: a program that has seen it grow sees the rest.
+//! is none). `wakes` is written last: a program that has seen it grow sees the rest (docs/fork-safety.md).
 //!
 //! **Whom it touches.** A runtime that is not the machine's init (a test on somebody's host) sets
 //! no clock, name, network and freezes nothing: these calls answer `unsupported`.
@@ -18,6 +18,7 @@
 //! How it fails: an [`ErrorReply`] that names what was to be done, on what, and the system's
 //! reason. Parameters are checked whole before the first thing is done.
 
+mod connections;
 mod dial;
 mod files;
 mod identity;

@@ -1,20 +1,22 @@
-//! Route netlink, as much of it as one network device takes (rtnetlink(7)): an encoder of requests
-//! and a reader of answers.
+//! Netlink, as much of it as one network device and its connections take (rtnetlink(7),
+//! sock_diag(7)): an encoder of requests and a reader of answers.
 //!
 //! ```text
 //!   header 16: length u32, type u16, flags u16, sequence u32, port u32
-//!   body: a fixed structure (ifinfomsg 16, ifaddrmsg 8, rtmsg 12)
+//!   body: a fixed structure (ifinfomsg 16, ifaddrmsg 8, rtmsg 12, inet_diag_req_v2 56)
 //!   attributes: length u16 (with these 4), type u16, value, padded to 4
 //! ```
 //!
 //! Numbers are in the machine's byte order. How it fails: the kernel's own error; an answer that
-//! does not come at once or does not fit is EBADMSG. It never waits: the kernel answers route
-//! requests while they are sent.
+//! does not come at once or does not fit is EBADMSG. It never waits: the kernel answers while
+//! requests are sent and answers read.
 
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socket_with};
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, socket_with,
+};
 
 /// Bytes of `struct nlmsghdr` (linux/netlink.h).
 const HEADER_LEN: usize = 16;
@@ -24,7 +26,7 @@ const HEADER_LEN: usize = 16;
 const ANSWER_LEN: usize = 16 * 1024;
 
 /// How many datagrams an answer may take.
-const MAX_DATAGRAMS: usize = 256;
+const MAX_DATAGRAMS: usize = 1024;
 
 /// A request.
 #[derive(Debug, Clone)]
@@ -121,14 +123,23 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// In the network namespace of this thread.
+    /// For devices, addresses and routes, in the network namespace of this thread.
     pub(super) fn open() -> Result<Self, Errno> {
         // No protocol: NETLINK_ROUTE is 0.
+        Self::with(None)
+    }
+
+    /// For sockets, in the same.
+    pub(super) fn diag() -> Result<Self, Errno> {
+        Self::with(Some(netlink::SOCK_DIAG))
+    }
+
+    fn with(protocol: Option<Protocol>) -> Result<Self, Errno> {
         let fd = socket_with(
             AddressFamily::NETLINK,
             SocketType::RAW,
             SocketFlags::CLOEXEC,
-            None,
+            protocol,
         )?;
         Ok(Self {
             fd,
