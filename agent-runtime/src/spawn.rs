@@ -330,11 +330,7 @@ fn c_string(text: &str, what: &str) -> Result<CString, SpawnError> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(
-        params: &ExecParams,
-        user: &'a User,
-        child: Option<&str>,
-    ) -> Result<Self, SpawnError> {
+    fn new(params: &ExecParams, user: &'a User, child: Option<&str>) -> Result<Self, SpawnError> {
         let shell;
         let argv = match &params.shell {
             Some(line) if params.argv.is_empty() => {

@@ -298,7 +298,8 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     let mut wake = Wake {
         generation: "g".into(),
         id: "child-3".into(),
-        index: 3,
+        child: true,
+        index: Some(3),
         hostname: Some("child3".into()),
         machine_id: Some("0123456789abcdef0123456789abcdef".into()),
         time_us: Some(2_000_000_000_000_000),

@@ -3,6 +3,7 @@
 //! `cargo test -p ratoon-tests` runs them; a word after `--` selects. Without a usable /dev/kvm they
 //! are counted as ignored, and a line on stderr says why.
 
+mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
@@ -39,6 +40,7 @@ macro_rules! promises {
 fn main() {
     let arguments = Arguments::from_args();
     let need_a_guest = [
+        a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),

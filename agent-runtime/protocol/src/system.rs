@@ -159,13 +159,13 @@ pub struct Wake {
     /// The VM's id.
     pub id: String,
     /// This is another machine than the one that was told to expect it, not that one going on: TCP
-    /// connections to elsewhere are reset if it has network devices (that `networks` names), commands get
-    /// RATOON_CHILD, and `index` and `message` are what this call says. Otherwise those two stay.
+    /// connections to elsewhere are reset if it has network devices (that `networks` names), and `index`
+    /// and `message` are what this call says. Otherwise those two stay.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub child: bool,
-    /// Which child of the fork, from 0.
-    #[serde(default)]
-    pub index: u32,
+    /// Which child of a fork, from 0: commands have it as RATOON_CHILD. None: it is not of a fork.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
     /// As for `hostname.set`; default: stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
@@ -202,7 +202,7 @@ pub struct Awake {
     pub generation: String,
     /// As `wake` said.
     pub id: String,
-    /// As `wake` said.
+    /// As `wake` said, else 0.
     pub index: u32,
     /// How often this machine was woken.
     pub wakes: u64,

@@ -317,7 +317,10 @@ fn after_a_wake_generators_that_were_seeded_give_other_numbers() {
         drawn.push(host.run("p", "random.random()").value().map(str::to_owned));
     }
     assert_eq!(drawn[0].as_deref(), Some("0.6229016948897019"));
-    assert!(drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2], "{drawn:?}");
+    assert!(
+        drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2],
+        "{drawn:?}"
+    );
 
     host.context(Language::Bash, "b");
     let mut drawn = Vec::new();
@@ -328,7 +331,10 @@ fn after_a_wake_generators_that_were_seeded_give_other_numbers() {
         }
         drawn.push(host.run("b", "echo $RANDOM $RANDOM $RANDOM").stdout);
     }
-    assert!(drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2], "{drawn:?}");
+    assert!(
+        drawn[1] != drawn[0] && drawn[2] != drawn[0] && drawn[1] != drawn[2],
+        "{drawn:?}"
+    );
     assert_eq!(host.run("b", "(exit 3)").end.status, CodeStatus::Error);
 }
 
@@ -340,7 +346,12 @@ fn a_cell_that_runs_has_other_random_numbers_from_the_wake_on() {
                 for _ in range(1000):\n    if random.getstate() != before: break\n    time.sleep(0.01)\n\
                 random.getstate() != before";
     let at = host.begin("p", cell);
-    host.wait_until(|host| host.fake.outputs.get(&at.call).is_some_and(|all| !all[0].is_empty()));
+    host.wait_until(|host| {
+        host.fake
+            .outputs
+            .get(&at.call)
+            .is_some_and(|all| !all[0].is_empty())
+    });
     host.contexts.reseed();
     assert_eq!(host.end(at).value(), Some("True"));
 }

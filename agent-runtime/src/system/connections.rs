@@ -169,7 +169,12 @@ mod tests {
             (libc::AF_INET6, "fd00::2", "fd00::1", true),
             (libc::AF_INET6, "::1", "::1", false),
             (libc::AF_INET6, "fd00::2", "fd00::2", false),
-            (libc::AF_INET6, "::ffff:127.0.0.1", "::ffff:127.0.0.1", false),
+            (
+                libc::AF_INET6,
+                "::ffff:127.0.0.1",
+                "::ffff:127.0.0.1",
+                false,
+            ),
             (libc::AF_INET6, "::ffff:10.0.0.2", "::ffff:10.0.0.1", true),
         ] {
             let answer = answer(family, own, peer);
@@ -182,7 +187,8 @@ mod tests {
 
     #[test]
     fn sockets_are_counted_by_family() {
-        let text = "sockets: used 9\nTCP: inuse 5 orphan 0 tw 3 alloc 7 mem 1\nUDP: inuse 2 mem 0\n";
+        let text =
+            "sockets: used 9\nTCP: inuse 5 orphan 0 tw 3 alloc 7 mem 1\nUDP: inuse 2 mem 0\n";
         assert_eq!(in_use(text, "TCP:"), Some(5));
         assert_eq!(in_use(text, "TCP6:"), None);
         assert_eq!(in_use("TCP6: inuse 0\n", "TCP6:"), Some(0));
@@ -255,7 +261,11 @@ mod tests {
     fn connections_to_elsewhere_end_and_those_within_the_machine_stay_as_root() {
         in_own_network(|| {
             assert_eq!(reset(), Ok(0), "no socket at all");
-            let stay = [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("10.9.9.1", "10.9.9.1")];
+            let stay = [
+                ("127.0.0.1", "127.0.0.1"),
+                ("::1", "::1"),
+                ("10.9.9.1", "10.9.9.1"),
+            ];
             let stay = stay.map(|(from, to)| connected(from, to));
             let listener = TcpListener::bind("10.9.9.1:0").unwrap();
             assert_eq!(reset(), Ok(0), "none leads elsewhere");

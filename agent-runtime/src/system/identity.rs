@@ -212,12 +212,12 @@ impl Identity {
         }
         let (index, message) = match wake.child {
             true => (wake.index, wake.message.clone()),
-            false => (self.awake.index, self.awake.message.clone()),
+            false => (self.child, self.awake.message.clone()),
         };
         let awake = Awake {
             generation: wake.generation.clone(),
             id: wake.id.clone(),
-            index,
+            index: index.unwrap_or(0),
             wakes: self.awake.wakes.saturating_add(1),
             message,
         };
@@ -226,9 +226,7 @@ impl Identity {
             write_files(dir, directory, &awake, wake.token.as_deref()).map_err(step("files"))?;
         }
         self.awake = awake;
-        if wake.child {
-            self.child = Some(wake.index);
-        }
+        self.child = index;
         self.token.clone_from(&wake.token);
         self.waiting = false;
         self.spent = ahead;
@@ -322,7 +320,7 @@ mod tests {
             generation: "g1".into(),
             id: "vm-1".into(),
             child: true,
-            index: 3,
+            index: Some(3),
             entropy: "5a".repeat(32),
             ..Wake::default()
         }
@@ -409,7 +407,7 @@ mod tests {
         assert_eq!(identity.child(), None);
         let itself = Wake {
             child: false,
-            index: 0,
+            index: None,
             ..wake()
         };
         identity.wake(&itself).unwrap();
@@ -424,6 +422,12 @@ mod tests {
         assert_eq!(woken.message.as_deref(), Some("try the left"));
         let woken = identity.wake(&wake()).unwrap();
         assert_eq!(woken.message, None, "of another forker");
+        let restored = Wake {
+            index: None,
+            ..wake()
+        };
+        identity.wake(&restored).unwrap();
+        assert_eq!(identity.child(), None, "no child of a fork");
     }
 
     #[test]

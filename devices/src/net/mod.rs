@@ -425,7 +425,9 @@ impl Active {
         }
         if let Some(former) = former {
             let mut source = [0; 6];
-            let read = self.sending.read(&self.memory, SOURCE_OFFSET, &mut source)?;
+            let read = self
+                .sending
+                .read(&self.memory, SOURCE_OFFSET, &mut source)?;
             if read == source.len() && source == former {
                 counters.tx_dropped += 1;
                 return Ok(());

@@ -279,8 +279,8 @@ pub struct Child {
     pub hostname: Option<String>,
     /// Hardware addresses of its network devices.
     pub macs: Vec<String>,
-    /// Which child of a fork, from 0.
-    pub index: u32,
+    /// Which child of a fork, from 0, if it is one.
+    pub index: Option<u32>,
     /// What the forker has to say to it.
     pub message: Option<String>,
 }
@@ -295,7 +295,7 @@ impl Child {
             macs: networks
                 .map(|(index, net)| net.mac_of(&config.id, index))
                 .collect(),
-            index: record.parent.as_ref().map_or(0, |parent| parent.index),
+            index: record.parent.as_ref().map(|parent| parent.index),
             message: None,
         }
     }
@@ -327,6 +327,7 @@ pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, Freeze
         ..Wake::default()
     };
     if let Some(child) = &waking.child {
+        wake.child = true;
         wake.hostname.clone_from(&child.hostname);
         wake.index = child.index;
         wake.message.clone_from(&child.message);
