@@ -313,6 +313,9 @@ impl Engine {
         let plan = self.with_pager(store, snapshot, plan)?;
         working_set::read_ahead(snapshot);
         let mut vm = launch(self.store(), &plan, cancel)?;
+        if let Some(shells) = self.shells() {
+            shells.refill();
+        }
         if let Err(error) = wake(&mut vm, id) {
             // Why the VM ended says more than that it cannot be talked to.
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
@@ -418,6 +421,7 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: self.shells().cloned(),
         };
         Ok((image, plan))
     }
@@ -446,7 +450,7 @@ fn was_changed(then: &str, now: &str) -> bool {
 }
 
 /// Tells a restored VM who it is.
-fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
+pub(crate) fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
     let waking = Waking {
         id: vm.dir().id(),

@@ -31,6 +31,7 @@ pub use super::handle::Vm;
 use super::handle::{KillOnDrop, Parts, Runtime};
 use super::process::ProcessRef;
 use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
+use super::shells::Shells;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::runtime::RuntimeClient;
@@ -86,6 +87,8 @@ pub struct Launch {
     pub parent: Option<Parent>,
     /// The user's own words.
     pub labels: BTreeMap<String, String>,
+    /// Processes made ahead.
+    pub shells: Option<Shells>,
 }
 
 /// A generation to start from.
@@ -271,6 +274,32 @@ pub(crate) fn launch_in(
     started
 }
 
+/// Starts another VM in the folder of one that has a record there and whose sockets are out of the way.
+///
+/// # Errors
+/// [`LaunchError`]; its record then names a VMM that has ended, and its folder is still there.
+pub(crate) fn restart(
+    store: &Store,
+    launch: &Launch,
+    dir: &VmDir,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    // Not the end of this one.
+    let _ = std::fs::remove_file(dir.exit_report());
+    let config = config(launch, dir);
+    config.check()?;
+    let from = launch.generation.as_deref();
+    store.update(dir, |record| {
+        record.config = config;
+        // Until it is ready it is this process's.
+        record.owner = ProcessRef::current();
+        record.ready = false;
+        record.ancestors = from.map_or_else(Vec::new, |from| from.ancestors.clone());
+        record.restored_from = from.and_then(|from| from.restored_from.clone());
+    })?;
+    start(store, launch, dir, cancel)
+}
+
 fn start(
     store: &Store,
     launch: &Launch,
@@ -311,6 +340,7 @@ fn start(
             generation: from.map_or(&[], |from| &from.files),
             keep_open: &launch.keep_open,
         },
+        launch.shells.as_ref(),
     )
     .map_err(|source| LaunchError::Spawn {
         program: launch.vmm.clone(),
@@ -430,7 +460,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
                 }
                 None => Vec::new(),
             },
-            layer: Some(dir.layer()),
+            layer: Some(dir.free_layer()),
         }],
         vsock: Some(VsockConfig {
             guest_cid: GUEST_CID,
