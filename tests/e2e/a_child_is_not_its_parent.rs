@@ -51,8 +51,8 @@ fn ask(ratoon: &Ratoon, vm: &str) -> BTreeMap<String, Value> {
     let said = exec(
         ratoon,
         vm,
-        "cd /root; echo > asks; cat answers; echo; hostname; cat /etc/hostname /etc/machine-id \
-         /run/ratoon/id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; \
+        "cd /root; echo > asks; cat answers; echo; hostname; cat /etc/hostname; \
+         echo $(cat /etc/machine-id); cat /run/ratoon/id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; \
          date +%s.%N; cat /run/ratoon/wakes /proc/sys/kernel/random/boot_id; \
          cd /run/ratoon; stat -c '%n %a' * | tr '\\n' ' '",
     );
