@@ -296,6 +296,7 @@ impl Engine {
             parent: None,
             labels: BTreeMap::new(),
             shells: None,
+            family: None,
         };
         Ok((image, plan))
     }

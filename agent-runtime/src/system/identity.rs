@@ -212,7 +212,7 @@ impl Identity {
         }
         let (index, message) = match wake.child {
             true => (wake.index, wake.message.clone()),
-            false => (self.child, self.awake.message.clone()),
+            false => (wake.index.or(self.child), self.awake.message.clone()),
         };
         let awake = Awake {
             generation: wake.generation.clone(),

@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use ratoon_vmm_api::{ExitReport, VmConfig};
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Group;
 use super::process::ProcessRef;
 
 /// The record format that this version writes.
@@ -86,6 +87,9 @@ pub struct Record {
     /// The user's own words.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Its control group, if its memory is limited.
+    #[serde(default)]
+    pub group: Option<Group>,
 }
 
 /// Why a record cannot be read or written.
@@ -341,7 +345,13 @@ impl Record {
             restored_from: None,
             parent: None,
             labels: BTreeMap::new(),
+            group: None,
         }
+    }
+
+    /// Which child of its fork it is, from 0, if it is one.
+    pub fn index(&self) -> Option<u32> {
+        self.parent.as_ref().map(|parent| parent.index)
     }
 
     /// Whether its VMM runs.
