@@ -141,7 +141,7 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     let waking = Waking {
         id: "steady".into(),
         generation: "bench".into(),
-        index: 0,
+        index: None,
         child: Some(Child {
             hostname: Some(hostname),
             ..Child::default()
