@@ -8,7 +8,8 @@
 //! The connection over which this is asked goes on in every child (the VMM is told which it is): `wake` is
 //! simply the next call on it, without a handshake.
 //!
-//! Whatever fails, the VM goes on: a freeze that did not happen is undone.
+//! Whatever fails, the VM goes on: a freeze that did not happen is undone. When this process is killed in
+//! the middle, the next one that turns to the VM wakes it (`standstill.rs`).
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read};
@@ -27,6 +28,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::control::{Control, ControlError};
 use super::process::timespec;
 use super::record::VmDir;
+use super::standstill::Standstill;
 use crate::lineage::ROOT;
 use crate::runtime::RuntimeClient;
 
@@ -97,6 +99,12 @@ pub enum FreezeError {
         #[source]
         source: std::io::Error,
     },
+    /// Another process is in the middle of a freeze.
+    #[error("another process has been freezing the VM for {} s; try again when it has ended", after.as_secs())]
+    Busy {
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// The system has no random numbers.
     #[error("no random numbers: {0}")]
     Random(getrandom::Error),
@@ -106,7 +114,7 @@ fn guest(what: &'static str) -> impl FnOnce(RuntimeError) -> FreezeError {
     move |source| FreezeError::Runtime { what, source }
 }
 
-fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
+pub(super) fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
     move |source| FreezeError::Transfer { what, source }
 }
 
@@ -119,22 +127,29 @@ pub fn freeze(
     client: &mut RuntimeClient,
     generation: &str,
 ) -> Result<Generation, FreezeError> {
-    // Two at once would thaw each other's processes and take each other's files. Held until the wake.
-    let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
-    alone.lock().map_err(transfer("its directory"))?;
+    let standstill = Standstill::begin(dir, client, generation)?;
     let still = FreezeParams {
         processes: true,
         file_systems: false,
     };
-    client
-        .call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
-        .map_err(guest("it cannot stop its processes"))?;
+    if let Err(error) =
+        client.call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
+    {
+        if matches!(error, RuntimeError::Call(_)) {
+            // It has undone what it had done.
+            standstill.over();
+        }
+        return Err(guest("it cannot stop its processes")(error));
+    }
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
     let woken = wake(client, &Waking::of(dir.id(), generation));
+    if woken.is_ok() {
+        standstill.over();
+    }
     let frozen = frozen?;
     woken?;
     Ok(frozen)

@@ -30,6 +30,7 @@ use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef};
 use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
 use super::spawn::{Inherited, spawn};
+use super::standstill;
 use super::store::{Store, StoreError};
 use crate::runtime::RuntimeClient;
 
@@ -494,7 +495,11 @@ impl Vm {
         match kept {
             Some(Runtime::Client(client)) => Ok(*client),
             Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
-            None => RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT),
+            None => {
+                // What keeps it from being mended keeps its runtime from answering: that is told then.
+                let _ = standstill::mend(self.dir(), HELLO_TIMEOUT);
+                RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT)
+            }
         }
     }
 

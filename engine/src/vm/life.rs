@@ -13,6 +13,7 @@ use super::control::Control;
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef};
 use super::record::RecordError;
+use super::standstill;
 use super::store::{Entry, Store, StoreError};
 use crate::runtime::RuntimeClient;
 
@@ -236,6 +237,7 @@ pub fn stop(entry: &Entry, timeout: Duration) -> Result<Stopped, LifeError> {
     }
     // Whatever goes wrong between us and the guest, the VMM can still end it.
     let asked = !left().is_zero()
+        && standstill::mend(&entry.dir, left()).is_ok()
         && RuntimeClient::connect(&entry.dir.vsock_socket(), left())
             .and_then(|mut client| client.shutdown(left()))
             .is_ok();

@@ -182,6 +182,11 @@ impl VmDir {
         self.0.join("freeze.sock")
     }
 
+    /// There while the VM may stand still for a freeze; holds the generation. See [`super::standstill`].
+    pub fn standstill(&self) -> PathBuf {
+        self.0.join("standstill")
+    }
+
     /// What the guest writes to its root disk after its next freeze: a name that is free.
     pub fn next_layer(&self) -> PathBuf {
         let name = |number: u64| self.0.join(format!("layer-{number}.qcow2"));
