@@ -9,15 +9,22 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
 
 /// So many digits of a snapshot's id name its socket.
 const NAME_LEN: usize = 24;
 /// Clones that may wait to be served.
 const BACKLOG: i32 = 128;
+/// How long a pager whose backlog is full may take to take one of them, and how long somebody may look for a
+/// pager or end one. Only who was stopped takes so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often the folder's lock is tried.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Why a snapshot's memory cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +65,28 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     )
 }
 
+/// What is said of a process that was stopped.
+fn hangs(what: &str) -> std::io::Error {
+    let text = format!(
+        "{what} for {} s: let it go on (kill -CONT) or end it",
+        PATIENCE.as_secs()
+    );
+    std::io::Error::new(std::io::ErrorKind::TimedOut, text)
+}
+
 /// A connection to whoever listens there; `None` when nobody does.
-fn call(path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+fn call(path: &Path) -> std::io::Result<Option<OwnedFd>> {
     let socket = socket()?;
+    // unix(7): a connection to a full backlog waits as a send does.
+    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
     match connect(&socket, &SocketAddrUnix::new(path)?) {
-        Ok(()) => Ok(Some(socket)),
+        Ok(()) => {
+            set_socket_timeout(&socket, Timeout::Send, None)?;
+            Ok(Some(socket))
+        }
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(None),
-        Err(error) => Err(error),
+        Err(Errno::AGAIN) => Err(hangs("`ratoon-pager` has taken no connection")),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -74,8 +96,18 @@ fn lock(folder: &Path) -> std::io::Result<File> {
         .mode(0o700)
         .create(folder)?;
     let lock = File::open(folder)?;
-    flock(&lock, FlockOperation::LockExclusive)?;
-    Ok(lock)
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(LOOK),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(hangs("another process has held the folder of pagers"));
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A connection to the pager of the snapshot in this folder, started if there is none, for one VM.
@@ -94,7 +126,7 @@ pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<Owned
         source,
     };
     let _lock = lock(folder).map_err(failed)?;
-    if let Some(socket) = call(&path).map_err(|error| failed(error.into()))? {
+    if let Some(socket) = call(&path).map_err(failed)? {
         return Ok(socket);
     }
     let listener = listen_at(&path).map_err(failed)?;
@@ -122,9 +154,7 @@ pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<Owned
         .name("pager".into())
         .spawn(move || child.wait());
     let gone = || failed(std::io::ErrorKind::ConnectionRefused.into());
-    call(&path)
-        .map_err(|error| failed(error.into()))?
-        .ok_or_else(gone)
+    call(&path).map_err(failed)?.ok_or_else(gone)
 }
 
 fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
