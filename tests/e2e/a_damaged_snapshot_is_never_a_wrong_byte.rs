@@ -20,7 +20,7 @@ const EARLY: u32 = 24;
 const LATE: u32 = 8;
 
 /// A pattern in memory (/run is no disk) and one on the disk; their sums.
-const FILL: &str = "seq 1 700000 > /run/pattern; seq 500000 900000 > /root/pattern; sync";
+const FILL: &str = "seq 1 150000 > /run/pattern; seq 200000 300000 > /root/pattern; sync";
 const SUM: &str = "sha256sum /run/pattern /root/pattern";
 
 fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {

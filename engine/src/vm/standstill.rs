@@ -50,6 +50,7 @@ impl Standstill {
         // Two at once would thaw each other's processes and take each other's files.
         let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
         alone.lock().map_err(transfer("its directory"))?;
+        dir.sweep_freeze_sockets();
         let note = dir.standstill();
         if note.exists() {
             wake_again(dir, client, SETTLE)?;
@@ -243,6 +244,28 @@ mod tests {
             drop(other);
             waits.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn what_killed_processes_left_in_its_folder_goes_and_what_living_ones_use_stays() {
+        let (_temp, dir) = folder();
+        let dead = std::process::Command::new("true").spawn().unwrap();
+        let dead_pid = dead.id();
+        dead.wait_with_output().unwrap();
+        for name in [
+            format!("freeze-{dead_pid}.sock"),
+            format!("merged-{dead_pid}.qcow2"),
+            "layer-1.qcow2".into(),
+        ] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::fs::write(dir.merged_layer(), "").unwrap();
+        dir.sweep_freeze_sockets();
+        dir.sweep_merged_layers();
+        let left = std::fs::read_dir(dir.path()).unwrap();
+        let mut left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+        left.sort();
+        assert_eq!(left, [dir.path().join("layer-1.qcow2"), dir.merged_layer()]);
     }
 
     #[test]
