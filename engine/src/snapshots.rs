@@ -447,7 +447,7 @@ fn was_changed(then: &str, now: &str) -> bool {
 }
 
 /// Tells a restored VM who it is.
-fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
+pub(crate) fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
     let waking = Waking {
         id: vm.dir().id(),

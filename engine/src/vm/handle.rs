@@ -114,11 +114,7 @@ impl Vm {
         match kept {
             Some(Runtime::Client(client)) => Ok(*client),
             Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
-            None => {
-                // What keeps it from being mended keeps its runtime from answering: that is told then.
-                let _ = standstill::mend(self.dir(), HELLO_TIMEOUT);
-                RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT)
-            }
+            None => standstill::connect(self.dir(), HELLO_TIMEOUT),
         }
     }
 
@@ -164,6 +160,13 @@ impl Vm {
         self.parts.take().map_or(Ok(()), Parts::end)
     }
 
+    /// Ends its process and leaves its files: another goes on in its folder.
+    pub(crate) fn give_up(mut self) {
+        if let Some(mut parts) = self.parts.take() {
+            parts.kill();
+        }
+    }
+
     /// Lets the VM live on without this process.
     pub fn detach(mut self) -> Option<Record> {
         let parts = self.parts.take()?;
@@ -175,12 +178,16 @@ impl Vm {
 
 impl Parts {
     fn end(mut self) -> Result<(), StoreError> {
+        self.kill();
+        self.store.remove(&self.dir)
+    }
+
+    fn kill(&mut self) {
         let _ = self.child.kill();
         // Bounded: a VMM in an uninterruptible wait must not hang the caller.
         if self.process.wait(KILL_TIMEOUT).unwrap_or(false) {
             let _ = self.child.wait();
         }
-        self.store.remove(&self.dir)
     }
 }
 

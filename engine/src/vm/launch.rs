@@ -271,6 +271,32 @@ pub(crate) fn launch_in(
     started
 }
 
+/// Starts another VM in the folder of one that has a record there and whose sockets are out of the way.
+///
+/// # Errors
+/// [`LaunchError`]; its record then names a VMM that has ended, and its folder is still there.
+pub(crate) fn restart(
+    store: &Store,
+    launch: &Launch,
+    dir: &VmDir,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    // Not the end of this one.
+    let _ = std::fs::remove_file(dir.exit_report());
+    let config = config(launch, dir);
+    config.check()?;
+    let from = launch.generation.as_deref();
+    store.update(dir, |record| {
+        record.config = config;
+        // Until it is ready it is this process's.
+        record.owner = ProcessRef::current();
+        record.ready = false;
+        record.ancestors = from.map_or_else(Vec::new, |from| from.ancestors.clone());
+        record.restored_from = from.and_then(|from| from.restored_from.clone());
+    })?;
+    start(store, launch, dir, cancel)
+}
+
 fn start(
     store: &Store,
     launch: &Launch,
@@ -430,7 +456,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
                 }
                 None => Vec::new(),
             },
-            layer: Some(dir.layer()),
+            layer: Some(dir.free_layer()),
         }],
         vsock: Some(VsockConfig {
             guest_cid: GUEST_CID,

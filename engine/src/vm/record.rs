@@ -195,6 +195,15 @@ impl VmDir {
         self.0.join("layer.qcow2")
     }
 
+    /// The first name that is free for it.
+    pub fn free_layer(&self) -> PathBuf {
+        let first = self.layer();
+        match first.exists() {
+            true => self.next_layer(),
+            false => first,
+        }
+    }
+
     /// The Unix socket on which a generation comes to this process: a VMM that was asked by another one,
     /// killed since, must not find us there.
     pub fn freeze_socket(&self) -> PathBuf {

@@ -108,6 +108,16 @@ pub fn mend(dir: &VmDir, patience: Duration) -> Result<(), FreezeError> {
     std::fs::remove_file(&note).map_err(transfer("the note that it stands still"))
 }
 
+/// A connection to the runtime of the VM in `dir`, which goes on first if it was left frozen.
+///
+/// # Errors
+/// Those of [`RuntimeClient::connect`].
+pub(crate) fn connect(dir: &VmDir, timeout: Duration) -> Result<RuntimeClient, RuntimeError> {
+    // What keeps it from being mended keeps its runtime from answering: that is told then.
+    let _ = mend(dir, timeout);
+    RuntimeClient::connect(&dir.vsock_socket(), timeout)
+}
+
 /// As [`mend`], for a VM that nobody asks anything of just now: it waits for nobody, and trouble is told
 /// to whoever needs the VM.
 pub(crate) fn mend_idle(dir: &VmDir) {

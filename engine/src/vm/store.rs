@@ -225,6 +225,28 @@ impl Store {
         Ok(record)
     }
 
+    /// A VM takes the name of `before`, if that has one and is still there, and its place below what that came
+    /// from. Returns what it is called then.
+    ///
+    /// # Errors
+    /// As [`Store::update`].
+    pub fn succeed(&self, dir: &VmDir, before: Option<&str>) -> Result<Option<String>, StoreError> {
+        let _lock = self.lock()?;
+        let mut record = dir.read_record()?;
+        record.parent = None;
+        if let Some(before) = before.map(|id| VmDir::new(self.root.join(id)))
+            && let Ok(mut old) = before.read_record()
+        {
+            record.parent.clone_from(&old.parent);
+            if let Some(name) = old.name.take() {
+                before.write_record(&old)?;
+                record.name = Some(name);
+            }
+        }
+        dir.write_record(&record)?;
+        Ok(record.name)
+    }
+
     /// All VMs, oldest first, broken ones last.
     ///
     /// # Errors
