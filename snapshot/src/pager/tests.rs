@@ -429,7 +429,7 @@ fn a_pager_that_was_stopped_is_silent_and_one_that_works_is_not() {
     // Bound a moment before it listens.
     eventually(|| {
         let address = SocketAddrUnix::new(&path).unwrap();
-        rustix::net::connect(&seqpacket(), &address).is_ok()
+        rustix::net::connect(seqpacket(), &address).is_ok()
     });
     let link = link_to(&path, SHORT);
     link.memory().unwrap();
