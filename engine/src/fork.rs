@@ -83,6 +83,8 @@ pub struct Forked {
     pub generation: String,
     /// How long no vCPU of the VM ran; zero for a stored snapshot.
     pub pause: Duration,
+    /// From the call until all processes of the guest were stopped.
+    pub stopped: Duration,
     /// One for each child that was asked for, by its index. Dropped, a child is ended, unless it is
     /// detached.
     pub children: Vec<Result<Vm, ChildError>>,
@@ -266,6 +268,7 @@ impl Engine {
         Ok(Forked {
             generation,
             pause: Duration::ZERO,
+            stopped: Duration::ZERO,
             children,
         })
     }
@@ -292,14 +295,16 @@ impl Engine {
         let frozen = freeze::freeze_and(dir, client, &id, |generation| {
             self.went_on(dir, &generation.disks, |_| {});
             let pause = generation.pause;
+            let stopped = generation.asked.saturating_duration_since(begun);
             let source = self.source(dir, record, generation, spec)?;
             let children = self.children(source, &id, spec, begun, cancel)?;
-            Ok::<_, ForkError>((pause, children))
+            Ok::<_, ForkError>((pause, stopped, children))
         });
-        let (pause, children) = frozen??;
+        let (pause, stopped, children) = frozen??;
         Ok(Forked {
             generation: id,
             pause,
+            stopped,
             children,
         })
     }

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use ratoon_tests::Ratoon;
+use ratoon_engine::dirs::Dirs;
+use ratoon_engine::{Engine, Programs};
+use ratoon_tests::{Ratoon, cache_dir, program};
 use serde_json::Value;
 
 crate::promises![
@@ -11,7 +13,26 @@ crate::promises![
     a_command_runs_in_each_child_and_the_best_one_takes_its_parents_place,
     a_machine_goes_back_in_place,
     a_fork_that_cannot_be_is_refused_and_leaves_nothing,
+    the_example_of_branches_finds_its_answer,
 ];
+
+#[path = "../../engine/examples/branches.rs"]
+#[allow(dead_code, reason = "its main is the example's")]
+mod branches;
+
+fn the_example_of_branches_finds_its_answer() {
+    let ratoon = Ratoon::new();
+    let programs = Programs {
+        vmm: program("ratoon-vmm"),
+        runtime: program("ratoon-runtime"),
+        pager: program("ratoon-pager"),
+    };
+    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache_dir());
+    let engine = Engine::new(dirs, programs);
+    let answer = branches::solve(&engine).expect("an answer");
+    assert_eq!(answer, "842");
+    ratoon.nothing_is_left();
+}
 
 fn start(ratoon: &Ratoon, name: &str) {
     let args = ["run", "-d", "--name", name, "--memory", "256M"];

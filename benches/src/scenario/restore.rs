@@ -143,7 +143,7 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
         generation: "bench".into(),
         child: Some(Child {
             hostname: Some(hostname),
-            macs: Vec::new(),
+            ..Child::default()
         }),
     };
     let from = Instant::now();

@@ -17,7 +17,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
@@ -52,6 +52,8 @@ pub struct Generation {
     pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
+    /// When the VMM was asked for it: its guest was at rest then.
+    pub asked: Instant,
     /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
     pub control_port: Option<u32>,
 }
@@ -186,6 +188,7 @@ pub fn freeze_and<T>(
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
 pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
+    let begun = Instant::now();
     let socket = dir.freeze_socket();
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
@@ -237,6 +240,7 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
                 .collect(),
             disks: meta.disks,
             pause: Duration::from_nanos(reply.pause_ns),
+            asked: begun,
             control_port,
         })
     });
