@@ -15,6 +15,7 @@ use crate::vm::command::ImageCommand;
 use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
 use crate::vm::life::{self, LifeError, Status, VmInfo};
 use crate::vm::record::ImageRef;
+use crate::vm::shells::{Class, Shells};
 use crate::vm::standstill;
 use crate::vm::store::{Entry, Store, StoreError};
 use crate::warm::{Made, Warm};
@@ -121,6 +122,7 @@ pub struct Engine {
     dirs: Dirs,
     programs: Programs,
     store: Store,
+    shells: Option<Shells>,
 }
 
 impl Programs {
@@ -152,6 +154,7 @@ impl Engine {
             dirs,
             programs,
             store,
+            shells: None,
         }
     }
 
@@ -165,6 +168,29 @@ impl Engine {
         life::sweep(&engine.store)?;
         crate::pager::sweep(&engine.dirs.pagers());
         Ok(engine)
+    }
+
+    /// Keeps so many VMMs' processes ready for each class (vCPUs, memory in MiB), so that restores and forks of
+    /// such machines cost no process start. They are replaced in the background as they are used, and end
+    /// with this engine and all its clones.
+    ///
+    /// # Errors
+    /// When a process cannot be made.
+    pub fn with_shells(self, wanted: BTreeMap<Class, usize>) -> Result<Self, StartError> {
+        let program = absolute(&self.programs.vmm)?;
+        let shells = Shells::new(&program, wanted).map_err(|source| LaunchError::Spawn {
+            program: program.clone(),
+            source,
+        })?;
+        Ok(Self {
+            shells: Some(shells),
+            ..self
+        })
+    }
+
+    /// Its shells, if it has any.
+    pub fn shells(&self) -> Option<&Shells> {
+        self.shells.as_ref()
     }
 
     /// Its directories.
@@ -277,6 +303,7 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: None,
         };
         Ok((image, plan))
     }

@@ -357,6 +357,7 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: self.shells().cloned(),
         };
         Ok(Source {
             plan,
@@ -400,6 +401,9 @@ impl Engine {
             snapshot: source.snapshot,
         };
         let done = fan_out(spec.count as usize, children, deadline, cancel);
+        if let Some(shells) = self.shells() {
+            shells.refill();
+        }
         let done = done.map_err(|source| ForkError::System {
             what: "a thread to start children",
             source,
@@ -512,6 +516,7 @@ impl Source {
                 index,
             }),
             labels: spec.labels.clone(),
+            shells: self.plan.shells.clone(),
         }
     }
 }

@@ -314,6 +314,9 @@ impl Engine {
         let plan = self.with_pager(store, snapshot, plan)?;
         working_set::read_ahead(snapshot);
         let mut vm = launch(self.store(), &plan, cancel)?;
+        if let Some(shells) = self.shells() {
+            shells.refill();
+        }
         if let Err(error) = wake(&mut vm, id) {
             // Why the VM ended says more than that it cannot be talked to.
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
@@ -419,6 +422,7 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: self.shells().cloned(),
         };
         Ok((image, plan))
     }

@@ -127,6 +127,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         generation,
         pause,
         children,
+        ..
     } = forked.map_err(refused)?;
     if let Some(ended) = interrupts.ended() {
         return Err(Failure::silent(ended.code()));

@@ -31,6 +31,7 @@ pub use super::handle::Vm;
 use super::handle::{KillOnDrop, Parts, Runtime};
 use super::process::ProcessRef;
 use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
+use super::shells::Shells;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::runtime::RuntimeClient;
@@ -86,6 +87,8 @@ pub struct Launch {
     pub parent: Option<Parent>,
     /// The user's own words.
     pub labels: BTreeMap<String, String>,
+    /// Processes made ahead.
+    pub shells: Option<Shells>,
 }
 
 /// A generation to start from.
@@ -337,6 +340,7 @@ fn start(
             generation: from.map_or(&[], |from| &from.files),
             keep_open: &launch.keep_open,
         },
+        launch.shells.as_ref(),
     )
     .map_err(|source| LaunchError::Spawn {
         program: launch.vmm.clone(),

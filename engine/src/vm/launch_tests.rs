@@ -58,6 +58,7 @@ fn bench(mode: &str) -> Bench {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: None,
         },
         temp,
     }

@@ -23,6 +23,7 @@ pub mod life;
 pub mod process;
 pub mod record;
 pub mod serial;
+pub mod shells;
 mod spawn;
 pub mod standstill;
 pub mod store;
