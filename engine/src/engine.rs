@@ -304,6 +304,7 @@ impl Engine {
             parent: None,
             labels: BTreeMap::new(),
             shells: None,
+            family: None,
         };
         Ok((image, plan))
     }

@@ -29,8 +29,9 @@ use crate::image;
 use crate::lineage::ROOT;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
+use crate::vm::cgroup::{self, Group, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::freeze::{self, FreezeError, Generation, Waking};
 use crate::vm::launch::{self, From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Parent, Record, RecordError, VmDir};
 use crate::vm::store::Store;
@@ -62,6 +63,8 @@ pub struct ForkSpec {
     pub networks: Vec<Vec<NetConfig>>,
     /// What programs in each child read in `/run/ratoon/message`.
     pub message: Option<String>,
+    /// How much memory of the host they may take.
+    pub limits: Limits,
     /// What is written into each child's record.
     pub labels: BTreeMap<String, String>,
 }
@@ -262,6 +265,8 @@ impl Engine {
         let source = Source {
             plan,
             parent: None,
+            group: None,
+            family: None,
             snapshot: paged.then(|| (self.clone(), store, snapshot)),
         };
         let children = self.children(source, &generation, spec, begun, cancel)?;
@@ -358,17 +363,20 @@ impl Engine {
             parent: None,
             labels: BTreeMap::new(),
             shells: self.shells().cloned(),
+            family: None,
         };
         Ok(Source {
             plan,
             parent: Some(record.id.clone()),
+            group: record.group.clone(),
+            family: None,
             snapshot: None,
         })
     }
 
     fn children(
         &self,
-        source: Source,
+        mut source: Source,
         generation: &str,
         spec: &ForkSpec,
         begun: Instant,
@@ -387,6 +395,8 @@ impl Engine {
         {
             return Ok((0..spec.count).map(|_| late(after)).collect());
         }
+        source.family = cgroup::family(source.group.as_ref(), generation, spec.limits)
+            .map_err(LaunchError::from)?;
         let launches: Vec<_> = (0..spec.count)
             .map(|index| source.launch(generation, spec, index))
             .collect();
@@ -489,6 +499,10 @@ struct Source {
     plan: Launch,
     /// The VM that was forked.
     parent: Option<String>,
+    /// Its control group.
+    group: Option<Group>,
+    /// That of the children.
+    family: Option<PathBuf>,
     /// Memory comes from a pager.
     snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
 }
@@ -517,6 +531,7 @@ impl Source {
             }),
             labels: spec.labels.clone(),
             shells: self.plan.shells.clone(),
+            family: self.family.clone().map(|family| (family, spec.limits)),
         }
     }
 }
@@ -565,14 +580,10 @@ impl Children {
     fn wake(&self, vm: &mut Vm) -> Result<(), ChildError> {
         let runtime = vm.runtime();
         let mut client = runtime.map_err(|source| LaunchError::Runtime { source })?;
-        let waking = Waking {
-            id: vm.dir().id(),
-            generation: self.generation.clone(),
-            child: Some(Child {
-                message: self.message.clone(),
-                ..Child::of(vm.record())
-            }),
-        };
+        let mut waking = Waking::child(vm.record(), &self.generation);
+        if let Some(child) = &mut waking.child {
+            child.message.clone_from(&self.message);
+        }
         freeze::wake(&mut client, &waking)?;
         vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);

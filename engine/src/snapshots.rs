@@ -27,7 +27,7 @@ use crate::image::{self, Image};
 use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::freeze::{self, FreezeError, Generation, Waking};
 use crate::vm::launch::{
     From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
 };
@@ -423,6 +423,7 @@ impl Engine {
             parent: None,
             labels: BTreeMap::new(),
             shells: self.shells().cloned(),
+            family: None,
         };
         Ok((image, plan))
     }
@@ -453,11 +454,7 @@ fn was_changed(then: &str, now: &str) -> bool {
 /// Tells a restored VM who it is.
 pub(crate) fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
-    let waking = Waking {
-        id: vm.dir().id(),
-        generation,
-        child: Some(Child::of(vm.record())),
-    };
+    let waking = Waking::child(vm.record(), &generation);
     freeze::wake(&mut client, &waking)?;
     vm.awake().map_err(LaunchError::from)?;
     vm.keep_runtime(client);

@@ -13,8 +13,48 @@ crate::promises![
     a_command_runs_in_each_child_and_the_best_one_takes_its_parents_place,
     a_machine_goes_back_in_place,
     a_fork_that_cannot_be_is_refused_and_leaves_nothing,
+    a_child_over_its_memory_limit_dies_alone_as_root,
     the_example_of_branches_finds_its_answer,
 ];
+
+fn a_child_over_its_memory_limit_dies_alone_as_root() {
+    let ratoon = Ratoon::new();
+    start(&ratoon, "box");
+    let groups = groups();
+    let args = "fork box -n 2 --name kid --memory-limit 64M --json --keep -- sh -c";
+    let mut args: Vec<_> = args.split(' ').collect();
+    // A file system in memory: the cheapest way to take much of it.
+    args.push("[ $RATOON_CHILD = 0 ] || head -c 100M /dev/zero > /run/much; echo lives");
+    let done = ratoon.run(&args);
+    let done: Value = serde_json::from_str(&done.stdout).expect("JSON");
+    assert_eq!(done["children"][0]["stdout"], "lives\n", "{done}");
+    let why = "it took more memory than its limit of 64 MiB";
+    let error = done["children"][1]["error"].as_str().expect("an error");
+    assert!(error.contains(why), "{done}");
+    let listed = ratoon.run(["ps", "-a", "--json"]).ok().stdout;
+    assert!(listed.contains(why), "{listed}");
+    assert_eq!(exec(&ratoon, "kid-0", "echo on"), "on\n");
+    assert_eq!(exec(&ratoon, "box", "echo on"), "on\n");
+    ratoon.run(["rm", "-f", "box", "kid-0", "kid-1"]).ok();
+    ratoon.nothing_is_left();
+    assert_eq!(self::groups(), groups, "control groups are left");
+}
+
+/// How many control groups are there under the name of Ratoon.
+fn groups() -> usize {
+    let mut found = 0;
+    let mut todo = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
+    while let Some(path) = todo.pop() {
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let path = entry.path();
+                found += usize::from(path.to_string_lossy().contains("/ratoon/"));
+                todo.push(path);
+            }
+        }
+    }
+    found
+}
 
 #[path = "../../engine/examples/branches.rs"]
 #[allow(dead_code, reason = "its main is the example's")]

@@ -141,6 +141,7 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     let waking = Waking {
         id: "steady".into(),
         generation: "bench".into(),
+        index: 0,
         child: Some(Child {
             hostname: Some(hostname),
             ..Child::default()

@@ -162,7 +162,10 @@ pub fn freeze_and<T>(
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
-    let waking = Waking::of(dir.id(), generation);
+    let waking = Waking {
+        index: dir.read_record().map_or(0, |record| record.index()),
+        ..Waking::of(dir.id(), generation)
+    };
     std::thread::scope(|scope| {
         let woken = scope.spawn(|| {
             let woken = wake(client, &waking);
@@ -287,6 +290,8 @@ pub struct Waking {
     pub id: String,
     /// What it comes from.
     pub generation: String,
+    /// Which child of a fork it is, from 0.
+    pub index: u32,
     /// It is another machine than the one that was frozen.
     pub child: Option<Child>,
 }
@@ -298,8 +303,6 @@ pub struct Child {
     pub hostname: Option<String>,
     /// Hardware addresses of its network devices.
     pub macs: Vec<String>,
-    /// Which child of a fork, from 0.
-    pub index: u32,
     /// What the forker has to say to it.
     pub message: Option<String>,
 }
@@ -314,7 +317,6 @@ impl Child {
             macs: networks
                 .map(|(index, net)| net.mac_of(&config.id, index))
                 .collect(),
-            index: record.parent.as_ref().map_or(0, |parent| parent.index),
             message: None,
         }
     }
@@ -326,7 +328,16 @@ impl Waking {
         Self {
             id,
             generation: generation.into(),
-            child: None,
+            ..Self::default()
+        }
+    }
+
+    /// A child that has this record.
+    pub fn child(record: &Record, generation: &str) -> Self {
+        Self {
+            index: record.index(),
+            child: Some(Child::of(record)),
+            ..Self::of(record.id.clone(), generation)
         }
     }
 }
@@ -342,12 +353,12 @@ pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, Freeze
         generation: waking.generation.clone(),
         id: waking.id.clone(),
         entropy: hex(&entropy),
+        index: waking.index,
         thaw: true,
         ..Wake::default()
     };
     if let Some(child) = &waking.child {
         wake.hostname.clone_from(&child.hostname);
-        wake.index = child.index;
         wake.message.clone_from(&child.message);
         wake.machine_id = Some(machine_id()?);
         let device = |(index, mac): (usize, &String)| NetworkSet {

@@ -25,6 +25,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use ratoon_client::RuntimeError;
 
+use super::cgroup::{Group, GroupError, Limits};
 use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
 pub use super::handle::Vm;
@@ -89,6 +90,8 @@ pub struct Launch {
     pub labels: BTreeMap<String, String>,
     /// Processes made ahead.
     pub shells: Option<Shells>,
+    /// The control group of its family, and its limits.
+    pub family: Option<(PathBuf, Limits)>,
 }
 
 /// A generation to start from.
@@ -153,6 +156,9 @@ pub enum LaunchError {
     /// The VM's record.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Its limit on memory.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// A socket or pipe.
     #[error("{action} for VM {id}")]
     System {
@@ -246,6 +252,7 @@ pub(crate) fn create(store: &Store, launches: &[Launch]) -> Result<Vec<VmDir>, L
             restored_from: from.and_then(|from| from.restored_from.clone()),
             parent: launch.parent.clone(),
             labels: launch.labels.clone(),
+            group: group(launch, dir),
             ..Record::new(
                 config(launch, dir),
                 launch.name.clone(),
@@ -347,6 +354,9 @@ fn start(
         source,
     })?;
     let child = KillOnDrop(Some(child));
+    if let Some(group) = group(launch, dir) {
+        group.take_in(child.id())?;
+    }
     let pid = i32::try_from(child.id()).unwrap_or(0);
     let process = ProcessRef::of(pid);
     let Some((process, handle)) = process.and_then(|p| p.open().map(|handle| (p, handle))) else {
@@ -385,6 +395,11 @@ fn start(
             lifeline: held,
         }),
     })
+}
+
+fn group(launch: &Launch, dir: &VmDir) -> Option<Group> {
+    let (family, limits) = launch.family.as_ref()?;
+    Some(Group::of(family, &dir.id(), *limits))
 }
 
 /// The directory is its owner's alone already; the mode says so on the socket too.

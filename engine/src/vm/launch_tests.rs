@@ -59,6 +59,7 @@ fn bench(mode: &str) -> Bench {
             parent: None,
             labels: BTreeMap::new(),
             shells: None,
+            family: None,
         },
         temp,
     }

@@ -12,6 +12,7 @@
 //! * [`freeze`]: a generation of a running VM. [`standstill`]: what becomes of a VM whose freeze was cut short.
 //! * [`control`]: client of a VMM's control socket. [`serial`]: its console's log.
 
+pub mod cgroup;
 pub mod command;
 mod connect;
 pub mod control;

@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use ratoon_vmm_api::{ExitReport, VmConfig};
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Group;
 use super::process::ProcessRef;
 
 /// The record format that this version writes.
@@ -86,6 +87,9 @@ pub struct Record {
     /// The user's own words.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Its control group, if its memory is limited.
+    #[serde(default)]
+    pub group: Option<Group>,
 }
 
 /// Why a record cannot be read or written.
@@ -375,7 +379,13 @@ impl Record {
             restored_from: None,
             parent: None,
             labels: BTreeMap::new(),
+            group: None,
         }
+    }
+
+    /// Which child of its fork it is, from 0; 0 also if it is none.
+    pub fn index(&self) -> u32 {
+        self.parent.as_ref().map_or(0, |parent| parent.index)
     }
 
     /// Whether its VMM runs.

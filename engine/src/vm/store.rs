@@ -301,6 +301,10 @@ impl Store {
     /// [`StoreError::Io`] when a file cannot be removed.
     pub fn remove(&self, dir: &VmDir) -> Result<(), StoreError> {
         let trash = self.root.join(format!(".trash-{}", dir.id()));
+        let group = dir.read_record().ok().and_then(|record| record.group);
+        if let Some(group) = group {
+            group.remove();
+        }
         {
             let _lock = self.lock()?;
             match std::fs::rename(dir.path(), &trash) {
@@ -340,6 +344,9 @@ impl Store {
                     if record.vmm_is_alive() || record.vmm.is_none() {
                         left.push(entry);
                         continue;
+                    }
+                    if let Some(group) = &record.group {
+                        group.remove();
                     }
                     let target = self.root.join(format!(".trash-{name}"));
                     std::fs::rename(entry.dir.path(), &target)
