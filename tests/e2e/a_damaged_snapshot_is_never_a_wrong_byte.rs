@@ -97,17 +97,16 @@ fn check_refused(done: &Done, store: &Path, what: &str) {
     assert!(names_it, "{what}: {}", done.stderr);
 }
 
-/// A machine with the patterns; of it a plain snapshot `plain`, and `point`, compressed, whose disk lies over the
-/// other's; both signed. The patterns' sums and the public key.
-fn snapshots(ratoon: &Ratoon) -> (String, String) {
+/// A machine that has done `fill`; of it a plain snapshot `plain`, and `point`, compressed, whose disk lies over the
+/// other's; both signed. What `fill` said, and the public key.
+fn snapshots(ratoon: &Ratoon, fill: &str) -> (String, String) {
     let key = ratoon.state_dir().join("key");
     let key = key.to_str().expect("a plain path");
     ratoon.run(["snapshots", "key", "new", key]).ok();
     ratoon
         .run(["run", "-d", "--name", "first", "--memory", "256M"])
         .ok();
-    exec(ratoon, "first", FILL);
-    let sums = exec(ratoon, "first", SUM);
+    let sums = exec(ratoon, "first", fill);
     ratoon
         .run(["snapshot", "first", "plain", "--sign-key", key])
         .ok();
@@ -127,7 +126,7 @@ fn snapshots(ratoon: &Ratoon) -> (String, String) {
 
 fn a_flipped_bit_anywhere_is_refused_or_ends_the_machine_or_makes_no_difference() {
     let ratoon = Ratoon::new();
-    let (sums, key) = snapshots(&ratoon);
+    let (sums, key) = snapshots(&ratoon, &format!("{FILL}; {SUM}"));
     let folder = |name: &str| store(&ratoon).join(id(&ratoon, name));
     let run = ["run", "--snapshot", "point", "--", "sh", "-c", SUM];
     // This leaves a working set, too.
@@ -248,7 +247,7 @@ fn resealed(ratoon: &Ratoon, change: &dyn Fn(&mut Value, &Path)) -> Ratoon {
 
 fn what_a_snapshot_needs_and_has_not_is_named_before_its_machine_runs() {
     let ratoon = Ratoon::new();
-    snapshots(&ratoon);
+    snapshots(&ratoon, "echo > /root/pattern; sync");
     type Change = fn(&mut Value, &Path);
     let cases: [(&str, Change, &[&str]); 8] = [
         (
