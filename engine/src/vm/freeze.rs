@@ -162,10 +162,7 @@ pub fn freeze_and<T>(
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
-    let waking = Waking {
-        index: dir.read_record().map_or(0, |record| record.index()),
-        ..Waking::of(dir.id(), generation)
-    };
+    let waking = Waking::itself(dir, generation);
     std::thread::scope(|scope| {
         let woken = scope.spawn(|| {
             let woken = wake(client, &waking);
@@ -323,12 +320,20 @@ impl Child {
 }
 
 impl Waking {
-    /// The frozen VM itself.
+    /// A VM of this id.
     pub fn of(id: String, generation: &str) -> Self {
         Self {
             id,
             generation: generation.into(),
             ..Self::default()
+        }
+    }
+
+    /// The frozen VM in `dir` itself.
+    pub(super) fn itself(dir: &VmDir, generation: &str) -> Self {
+        Self {
+            index: dir.read_record().map_or(0, |record| record.index()),
+            ..Self::of(dir.id(), generation)
         }
     }
 

@@ -143,7 +143,7 @@ fn wake_again(
         false => machine_id()?,
     };
     loop {
-        match wake(client, &Waking::of(dir.id(), &generation)) {
+        match wake(client, &Waking::itself(dir, &generation)) {
             Err(FreezeError::Runtime {
                 source: RuntimeError::Call(_),
                 ..
