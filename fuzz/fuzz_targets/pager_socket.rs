@@ -155,7 +155,9 @@ fn clone(input: &mut Unstructured<'_>) -> Result<()> {
     // Until it has hung up.
     let mut bytes = [0; 4096];
     while let Ok((1.., _)) = rustix::net::recv(&ours, &mut bytes[..], RecvFlags::empty()) {}
-    let (_, memory_bytes) = Link::new(connect()).memory().expect("it serves the next one");
+    let (_, memory_bytes) = Link::new(connect())
+        .memory()
+        .expect("it serves the next one");
     assert_eq!(memory_bytes, MEMORY);
     Ok(())
 }
