@@ -5,8 +5,10 @@
 
 mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
+mod a_damaged_snapshot_is_never_a_wrong_byte;
 mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
+mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
 mod a_restored_machine_is_the_same_machine;
@@ -43,8 +45,10 @@ fn main() {
     let need_a_guest = [
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
+        a_damaged_snapshot_is_never_a_wrong_byte::trials(),
         a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
+        a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_restored_machine_is_the_same_machine::trials(),
