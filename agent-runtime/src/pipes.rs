@@ -8,13 +8,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use serde::{Deserialize, Serialize};
 
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
 use crate::spawn::{read_now, write_now};
+use crate::swap::forms::{self, Fd};
 
 /// What kind of descriptor it is: how to read, write and end it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Medium {
     /// A pipe, blocking: another process may have the same one open.
     Pipe,
@@ -26,9 +28,9 @@ pub enum Medium {
     File,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct End {
-    fd: OwnedFd,
+    fd: Fd,
     medium: Medium,
     /// Files: read no more than this.
     left: u64,
@@ -46,15 +48,17 @@ pub enum Read {
 }
 
 /// The descriptors of one call. See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Pipes {
     stdin: Option<End>,
+    #[serde(with = "forms::bytes")]
     queue: VecDeque<u8>,
     stdin_ends: bool,
     outputs: [Option<End>; 3],
     /// Bytes that went in.
     pub written: u64,
     /// Why writing ended, other than by a reader that has gone.
+    #[serde(skip)]
     pub failure: Option<Errno>,
 }
 
@@ -62,7 +66,7 @@ impl Pipes {
     /// Input goes here.
     pub fn set_input(&mut self, fd: OwnedFd, medium: Medium) {
         self.stdin = Some(End {
-            fd,
+            fd: fd.into(),
             medium,
             left: 0,
         });
@@ -71,7 +75,7 @@ impl Pipes {
     /// This output comes from here; `limit` is how much of a file is read.
     pub fn set_output(&mut self, output: Output, fd: OwnedFd, medium: Medium, limit: Option<u64>) {
         self.outputs[output as usize] = Some(End {
-            fd,
+            fd: fd.into(),
             medium,
             left: limit.unwrap_or(u64::MAX),
         });
@@ -80,6 +84,11 @@ impl Pipes {
     /// Whether the output is still open.
     pub fn has_output(&self, output: Output) -> bool {
         self.outputs[output as usize].is_some()
+    }
+
+    /// How many bytes of input wait.
+    pub fn queued(&self) -> usize {
+        self.queue.len()
     }
 
     /// Whether any output is still open.

@@ -18,6 +18,7 @@ use ratoon_protocol::{
 };
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
 use crate::pipes::{Medium, Pipes, Read};
@@ -25,6 +26,7 @@ use crate::session::Output;
 use crate::sessions::{CallRef, Sessions, earlier};
 use crate::spawn::Child;
 use crate::spool::Spool;
+use crate::swap::forms;
 use crate::sys;
 
 /// How long after its process has ended an output that is still open is listened to.
@@ -37,7 +39,7 @@ const TERM_GRACE: Duration = Duration::from_secs(2);
 const ARGV_LIMIT: usize = 256;
 
 /// How it ended, and what it used.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Ended {
     /// How.
     pub status: ExitStatus,
@@ -48,7 +50,7 @@ pub struct Ended {
 }
 
 /// One process. See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Process {
     /// Its process id.
     pub pid: i32,
@@ -68,6 +70,7 @@ pub struct Process {
     tag: Option<String>,
     started_us: u64,
     /// The next step of its time-out.
+    #[serde(with = "forms::when")]
     due: Option<Instant>,
     grace: Duration,
     timed_out: bool,
@@ -75,11 +78,12 @@ pub struct Process {
 }
 
 /// What is still owed of outputs that outlive their process.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Tail {
     /// Bytes of each output that were in the pipe when the process ended.
     owed: [u64; 2],
     /// Listen until then, but no shorter than until nothing is owed.
+    #[serde(with = "forms::moment")]
     until: Instant,
 }
 
@@ -124,6 +128,22 @@ impl Process {
             tail: None,
         };
         (process, pipes)
+    }
+
+    /// Whether what was read can be what a process was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        // These numbers are signalled.
+        if self.pid <= 1 {
+            return Err("a process has no number of its own");
+        }
+        if self.sent.iter().any(|&sent| sent > 1 << 62) {
+            return Err("an output is longer than any");
+        }
+        let mut spools = self.spools.iter().flatten();
+        spools.try_for_each(Spool::check)
     }
 
     /// Signals the process group; SIGKILL, the whole control group. The process is not yet reaped,

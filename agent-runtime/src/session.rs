@@ -23,7 +23,9 @@ use ratoon_protocol::{
     Call, Decoder, ErrorCode, ErrorReply, Event, Frame, FrameError, HEADER_LEN, Have, HaveInput,
     Hello, Kind, MAX_OPEN_CALLS, MAX_PAYLOAD_LEN, STREAM_WINDOW,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::swap::forms;
 
 /// How many unsent bytes a connection may hold before its input and its tasks' output wait.
 pub const OUT_LIMIT: usize = 256 * 1024;
@@ -38,7 +40,7 @@ const OUTPUT_LEN: usize = MAX_PAYLOAD_LEN - HEADER_LEN;
 const MESSAGE_LIMIT: usize = 4096;
 
 /// Which output of a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Output {
     /// Standard output, or the call's only one.
     Stdout = 0,
@@ -127,6 +129,8 @@ pub enum Violation {
     LateSession,
 }
 
+mod carried;
+
 impl Violation {
     fn reply(&self) -> ErrorReply {
         let code = match self {
@@ -141,7 +145,7 @@ impl Violation {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Inbound {
     received: u64,
     taken: u64,
@@ -151,30 +155,35 @@ struct Inbound {
     stopped: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Outbound {
     sent: u64,
     acked: u64,
     ended: bool,
     /// In a named session: what was sent and not acknowledged.
+    #[serde(with = "forms::bytes")]
     replay: VecDeque<u8>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Open {
     stdin: Option<Inbound>,
     out: [Outbound; 3],
     /// In a named session: the events, whole frames, to be said again.
+    #[serde(with = "forms::bytes")]
     events: Vec<u8>,
     /// In a named session: the last frame, until the client confirms it.
+    #[serde(with = "forms::maybe_bytes")]
     finished: Option<Vec<u8>>,
 }
 
 /// One client. See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Session {
+    #[serde(with = "carried::decoder")]
     decoder: Decoder,
     calls: BTreeMap<u64, Open>,
+    #[serde(with = "forms::bytes")]
     out: Vec<u8>,
     out_sent: usize,
     urgent: bool,

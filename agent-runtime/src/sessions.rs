@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use ratoon_protocol::{ErrorCode, ErrorReply, Event, SessionParams, SessionReply};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::session::{Action, Output, Session, Violation};
+use crate::swap::forms::{self, Fd};
 
 /// How long a frame that is not urgent may wait.
 pub const LAZY: Duration = Duration::from_millis(250);
@@ -25,7 +26,7 @@ const LINGER: Duration = Duration::from_secs(60);
 const MAX_LINGER: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which call, of which session. Sessions are numbered by the server; numbers are not used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct CallRef {
     /// The session's number.
     pub session: u64,
@@ -33,11 +34,13 @@ pub struct CallRef {
     pub call: u64,
 }
 
+#[derive(Serialize, Deserialize)]
 struct Socket {
-    fd: OwnedFd,
+    fd: Fd,
     /// Whether connect(2) is decided.
     connected: bool,
     /// When unsent frames that are not urgent go out.
+    #[serde(with = "forms::when")]
     flush_at: Option<Instant>,
     /// Send what is unsent, then close.
     closing: bool,
@@ -45,12 +48,14 @@ struct Socket {
     blocked: bool,
 }
 
+#[derive(Serialize, Deserialize)]
 struct Client {
     session: Session,
     socket: Option<Socket>,
     name: Option<String>,
     linger: Duration,
     /// When a session without a socket ends.
+    #[serde(with = "forms::when")]
     ends_at: Option<Instant>,
 }
 
@@ -70,6 +75,7 @@ pub enum Heard {
 }
 
 /// All clients. See the module.
+#[derive(Serialize, Deserialize)]
 pub struct Sessions {
     clients: BTreeMap<u64, Client>,
     next: u64,
@@ -89,7 +95,7 @@ impl Sessions {
     /// Serves a connection that was made, or is being made, elsewhere.
     pub fn add(&mut self, fd: OwnedFd, connected: bool) {
         let socket = Socket {
-            fd,
+            fd: fd.into(),
             connected,
             flush_at: None,
             closing: false,
@@ -104,6 +110,24 @@ impl Sessions {
         };
         self.clients.insert(self.next, client);
         self.next += 1;
+    }
+
+    /// How many bytes are held for clients.
+    pub fn held(&self) -> usize {
+        let sessions = self.clients.values().map(|client| client.session.held());
+        sessions.sum()
+    }
+
+    /// Whether what was read can be what sessions were.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if self.clients.keys().any(|&id| id >= self.next) {
+            return Err("a session has a number that was not given");
+        }
+        let mut clients = self.clients.values();
+        clients.try_for_each(|client| client.session.check())
     }
 
     /// Whether one more connection is welcome.

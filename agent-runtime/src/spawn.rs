@@ -20,12 +20,14 @@ use std::ptr;
 use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams, Size};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::OpenptFlags;
+use serde::{Deserialize, Serialize};
 
 mod child;
 
 use child::{CLONE_INTO_CGROUP, CloneArgs, Shared, Step, clone_and_run};
 
 use crate::groups::{Group, Groups};
+use crate::swap::forms::Fd;
 use crate::users::{self, User, UserError};
 
 /// Where programs are looked up when the environment has no `PATH`.
@@ -144,20 +146,25 @@ impl SpawnError {
 }
 
 /// Makes processes. Keeps what all of them need.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Spawner {
-    null: OwnedFd,
+    null: Fd,
+    #[serde(skip, default = "stack")]
     stack: Vec<u8>,
     groups: Option<Groups>,
+}
+
+/// Zeroed and so not touched before it is used.
+fn stack() -> Vec<u8> {
+    vec![0; STACK_LEN]
 }
 
 impl Spawner {
     /// `null` is an open /dev/null. `groups`: each process gets a control group.
     pub fn new(null: OwnedFd, groups: bool) -> Self {
         Self {
-            null,
-            // Zeroed and so not touched before it is used.
-            stack: vec![0; STACK_LEN],
+            null: null.into(),
+            stack: stack(),
             groups: (!groups).then(Groups::default),
         }
     }
@@ -214,10 +221,9 @@ impl Spawner {
             })?,
         };
         let [stdin, stdout, stderr] = &streams.child;
-        let child_stdin = stdin.as_ref().unwrap_or(&self.null);
-        let child_stderr = stderr.as_ref().or(stdout.as_ref()).unwrap_or(&self.null);
-        let child_stdout = stdout.as_ref().unwrap_or(&self.null);
-        let fds = [child_stdin, child_stdout, child_stderr].map(AsRawFd::as_raw_fd);
+        let fd = |own: Option<&OwnedFd>| own.map_or(self.null.as_raw_fd(), AsRawFd::as_raw_fd);
+        let child_stderr = stderr.as_ref().or(stdout.as_ref());
+        let fds = [stdin.as_ref(), stdout.as_ref(), child_stderr].map(fd);
         let extra = extra.as_ref().map(AsRawFd::as_raw_fd);
         let group = self.groups().take();
         let result = plan.run(

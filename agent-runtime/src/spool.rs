@@ -8,6 +8,9 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use ratoon_protocol::OutputReport;
+use serde::{Deserialize, Serialize};
+
+use crate::swap::forms;
 
 /// How much of one output is kept, bytes.
 const LIMIT: u64 = 64 << 20;
@@ -19,8 +22,9 @@ const TAIL: usize = 4096;
 const DIRS: [&str; 2] = ["/var/lib/ratoon/output", "/run/ratoon/output"];
 
 /// One output's file. See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Spool {
+    #[serde(with = "forms::file")]
     file: Option<File>,
     path: PathBuf,
     /// Offset in the output of the file's first byte.
@@ -29,6 +33,7 @@ pub struct Spool {
     kept: u64,
     /// Bytes that came.
     seen: u64,
+    #[serde(with = "forms::bytes")]
     tail: Vec<u8>,
     /// Up to where a client has taken it, as an offset in the file; `None`: nobody does.
     reader: Option<u64>,
@@ -63,6 +68,20 @@ impl Spool {
             seen: 0,
             tail: Vec::new(),
             reader: None,
+        }
+    }
+
+    /// Whether what was read can be what a spool was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let fits = self.kept <= LIMIT.min(self.seen)
+            && self.reader.is_none_or(|at| at <= self.kept)
+            && self.start.max(self.seen) <= 1 << 62;
+        match fits {
+            true => Ok(()),
+            false => Err("an output's file has more than came"),
         }
     }
 

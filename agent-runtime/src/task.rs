@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use ratoon_protocol::{ErrorCode, ErrorReply, Event, Transferred};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files::Upload;
@@ -11,36 +12,50 @@ use crate::pipes::{Medium, Pipes, Read};
 use crate::process::Process;
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
+use crate::swap::Incoming;
 use crate::system::{Dial, Progress};
 
-/// What a call does.
+/// What a call does. What is skipped does not go on in another runtime: see [`crate::swap`].
+#[derive(Serialize, Deserialize)]
 pub enum Job {
     /// A process.
     Process(Box<Process>),
-    /// Work on a thread; with its result, when that is there.
-    Work {
-        /// Its number.
-        number: u64,
-        /// How it ended.
-        result: Option<Result<Value, ErrorReply>>,
-    },
+    /// Work on a thread.
+    #[serde(skip)]
+    Work(Working),
     /// A file is sent.
     Download {
         /// So much of it.
         bytes: u64,
     },
     /// A file comes.
+    #[serde(skip)]
     Upload(Upload),
+    /// A runtime comes, to take this one's place.
+    #[serde(skip)]
+    Swap(Incoming),
     /// A server in the guest.
     Port {
         /// While it is being called.
+        #[serde(skip)]
         dial: Option<Dial>,
         /// Bytes that came from it.
         received: u64,
     },
 }
 
+/// Work on a thread.
+pub struct Working {
+    /// The call's name.
+    pub method: &'static str,
+    /// Its number.
+    pub number: u64,
+    /// How it ended, when it has.
+    pub result: Option<Result<Value, ErrorReply>>,
+}
+
 /// One call. See the module.
+#[derive(Serialize, Deserialize)]
 pub struct Task {
     /// Whose; `None` when the client is gone.
     pub at: Option<CallRef>,
@@ -213,7 +228,7 @@ impl Task {
     /// The client takes no more of an output; of an upload: it shall not be.
     pub fn stop_output(&mut self, output: Output, sessions: &mut Sessions) {
         let Some(at) = self.at else { return };
-        if let (Job::Upload(_), Output::Stdout) = (&self.job, output) {
+        if let (Job::Upload(_) | Job::Swap(_), Output::Stdout) = (&self.job, output) {
             // It has no output: this is how its client takes back what it has begun.
             let error = ErrorReply::new(ErrorCode::Cancelled, "the client has cancelled the file");
             return self.fail(&error, sessions);
@@ -252,7 +267,7 @@ impl Task {
             return State::Over;
         };
         match &mut self.job {
-            Job::Work { result, .. } if !self.pipes.has_outputs() => match result.take() {
+            Job::Work(work) if !self.pipes.has_outputs() => match work.result.take() {
                 Some(result) => {
                     sessions.settle(at, result);
                     State::Over
@@ -275,6 +290,12 @@ impl Task {
                 sessions.settle(at, result);
                 State::Over
             }
+            Job::Swap(_) if let Some(error) = self.pipes.failure => {
+                sessions.fail(at, &Incoming::not_written(error));
+                State::Over
+            }
+            // The server does it.
+            Job::Swap(incoming) => State::Goes(incoming.until),
             Job::Port {
                 dial: None,
                 received,

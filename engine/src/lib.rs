@@ -32,6 +32,7 @@ pub mod image;
 pub mod initramfs;
 mod lineage;
 mod pager;
+mod renewal;
 pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {
@@ -44,6 +45,7 @@ mod warm;
 pub mod working_set;
 
 pub use pager::PagerError;
+pub use renewal::{RuntimeRef, StaleRuntime};
 
 pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,

@@ -24,6 +24,7 @@ use rustix::net::{
     SocketType, recvmsg,
 };
 use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
 
 mod ending;
 mod timing;
@@ -32,6 +33,7 @@ use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::CallRef;
 use crate::spawn::{SpawnError, read_now};
+use crate::swap::forms::{self, Fd};
 
 use ending::died;
 
@@ -55,7 +57,7 @@ const EARLY: Duration = Duration::from_millis(500);
 const LATE_LIMIT: usize = 32 * 1024;
 
 /// A cell that runs, or is to run.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Cell {
     /// Whose; `None` when the client is gone.
     at: Option<CallRef>,
@@ -63,10 +65,14 @@ struct Cell {
     code: Option<String>,
     timeout: Option<Duration>,
     /// When it was sent.
+    #[serde(with = "forms::when")]
     since: Option<Instant>,
     /// The next step of its time-out.
+    #[serde(with = "forms::when")]
     due: Option<Instant>,
+    #[serde(with = "forms::when")]
     tick: Option<Instant>,
+    #[serde(with = "forms::when")]
     again: Option<Instant>,
     interrupted: bool,
     timed_out: bool,
@@ -75,7 +81,7 @@ struct Cell {
 }
 
 /// One interpreter. See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Context {
     /// How it was asked for.
     pub params: CodeStart,
@@ -99,11 +105,14 @@ pub struct Context {
     up: bool,
     /// It has been asked whether all interrupts of the last cell have come, and has not answered.
     calming: bool,
+    #[serde(with = "forms::when")]
     up_by: Option<Instant>,
-    control: Option<OwnedFd>,
-    outputs: [Option<OwnedFd>; 2],
+    control: Option<Fd>,
+    outputs: [Option<Fd>; 2],
     wire: Wire,
+    #[serde(with = "forms::bytes")]
     outbox: Vec<u8>,
+    #[serde(with = "forms::two_bytes")]
     late: [Vec<u8>; 2],
     /// What is in the pipes at the cell's end and not yet read, when that has been asked.
     owed: [Option<u64>; 2],
@@ -163,8 +172,8 @@ impl Context {
             up: false,
             calming: false,
             up_by: Some(Instant::now() + START_LIMIT),
-            control: Some(control),
-            outputs,
+            control: Some(control.into()),
+            outputs: outputs.map(|pipe| pipe.map(Fd::from)),
             wire: Wire::default(),
             outbox: Vec::new(),
             late: [Vec::new(), Vec::new()],
@@ -179,6 +188,11 @@ impl Context {
             gone: false,
             fate: None,
         }
+    }
+
+    /// What its driver says.
+    pub(super) fn wire(&self) -> &Wire {
+        &self.wire
     }
 
     /// As the client is told.
@@ -637,10 +651,7 @@ fn room(cell: Option<&Cell>, output: Output, answers: &impl Answers) -> usize {
 
 /// Receives the first message, and from the kernel who sent it: what a guest program says of its
 /// own process id is not to be believed, we signal it as root.
-fn receive_with_pid(
-    control: &OwnedFd,
-    scratch: &mut [u8],
-) -> rustix::io::Result<(usize, Option<i32>)> {
+fn receive_with_pid(control: &Fd, scratch: &mut [u8]) -> rustix::io::Result<(usize, Option<i32>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(scratch)];

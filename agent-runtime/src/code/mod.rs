@@ -29,7 +29,7 @@ use ratoon_protocol::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
 use crate::session::Output;
@@ -83,7 +83,7 @@ impl Answers for Sessions {
 }
 
 /// All contexts. See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Contexts {
     contexts: BTreeMap<u64, Context>,
     zygotes: BTreeMap<u64, Zygote>,
@@ -219,6 +219,33 @@ impl Contexts {
     pub fn list(&self) -> Vec<CodeContext> {
         let shown = self.contexts.values().filter(|context| !context.hidden);
         shown.map(Context::info).collect()
+    }
+
+    /// Whether what was read can be what contexts were.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let numbers = self.contexts.keys().chain(self.zygotes.keys());
+        if numbers.max().is_some_and(|&number| number > self.next) || self.next > 1 << 61 {
+            return Err("a context has a number that was not given");
+        }
+        let contexts = self
+            .contexts
+            .values()
+            .map(|context| (context.pid, context.wire()));
+        let zygotes = self
+            .zygotes
+            .values()
+            .map(|zygote| (Some(zygote.pid), &zygote.wire));
+        for (pid, wire) in contexts.chain(zygotes) {
+            // These numbers are signalled.
+            if pid.is_some_and(|pid| pid <= 1) {
+                return Err("an interpreter has no number of its own");
+            }
+            wire.check()?;
+        }
+        Ok(())
     }
 
     /// Gives all interpreters new random numbers, after the machine has become another one.

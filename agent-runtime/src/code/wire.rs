@@ -15,9 +15,10 @@
 //! are never held, and what does not fit is a [`Garbage`] that ends the context.
 
 use ratoon_protocol::CodeError;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::session::Output;
+use crate::swap::forms;
 
 /// Longest line but for values, in bytes: a traceback of 32 KiB, all escaped, and its message.
 const LINE_LIMIT: usize = 320 * 1024;
@@ -54,7 +55,7 @@ pub enum Step<'a> {
     Reaped(i32, i32),
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 enum Inside {
     /// At a line's start.
     #[default]
@@ -66,8 +67,9 @@ enum Inside {
 }
 
 /// Bytes that came, and where we are in them.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Wire {
+    #[serde(with = "forms::bytes")]
     buffer: Vec<u8>,
     at: usize,
     inside: Inside,
@@ -92,6 +94,21 @@ struct Reaping {
 }
 
 impl Wire {
+    /// Whether what was read can be what a wire was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let sent = match self.inside {
+            Inside::Value(sent) => sent,
+            _ => 0,
+        };
+        match self.at <= self.buffer.len() && sent <= DATA_LIMIT {
+            true => Ok(()),
+            false => Err("an interpreter has said more than there is"),
+        }
+    }
+
     /// Takes what was received.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.drain(..self.at);

@@ -11,9 +11,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use ratoon_protocol::{CodeStart, ErrorReply, ExecParams};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
 use crate::spawn::{Spawner, read_now};
+use crate::swap::forms::Fd;
 
 use super::context::{refusal, socket_pair};
 use super::wire::{Step, Wire};
@@ -24,7 +26,7 @@ const DRIVER: &str = include_str!("python.py");
 const COMPLAINT: usize = 2048;
 
 /// One zygote.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Zygote {
     /// Its process id.
     pub pid: i32,
@@ -32,9 +34,9 @@ pub struct Zygote {
     pub group: Option<Group>,
     user: Option<String>,
     env: Vec<(String, String)>,
-    control: OwnedFd,
-    complaints: Option<OwnedFd>,
-    wire: Wire,
+    control: Fd,
+    complaints: Option<Fd>,
+    pub(super) wire: Wire,
 }
 
 /// What concerns the interpreter itself: contexts that differ in it do not share a zygote.
@@ -72,8 +74,8 @@ impl Zygote {
             group: child.group,
             user: params.user.clone(),
             env,
-            control,
-            complaints,
+            control: control.into(),
+            complaints: complaints.map(Fd::from),
             wire: Wire::default(),
         })
     }
@@ -150,7 +152,7 @@ impl Zygote {
 }
 
 /// The end of what is in a pipe.
-pub fn complaint(pipe: &OwnedFd) -> String {
+pub fn complaint(pipe: &Fd) -> String {
     let mut bytes = vec![0; 64 << 10];
     let len = read_now(pipe.as_fd(), &mut bytes).unwrap_or(0);
     let text = String::from_utf8_lossy(&bytes[len.saturating_sub(COMPLAINT)..len]);

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use ratoon_protocol::{Awake, ErrorCode, ErrorReply, Wake};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::network::Plan;
 use super::prepared::{Directory, Etc, Prepared};
@@ -48,15 +49,17 @@ pub(super) const FILES: [(&str, bool); 6] = [
 ];
 
 /// The state. See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Identity {
     waiting: bool,
     awake: Awake,
     token: Option<String>,
     /// `None` on somebody's host.
     dir: Option<PathBuf>,
+    #[serde(skip)]
     prepared: Option<Prepared>,
     /// What a wake has used: not to be used again, and closed when there is time.
+    #[serde(skip)]
     spent: Option<Prepared>,
 }
 

@@ -31,6 +31,7 @@ use super::process::{ProcessHandle, ProcessRef};
 use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
+use crate::renewal::RuntimeRef;
 use crate::runtime::RuntimeClient;
 
 /// The guest's context id. Each VM has a vsock of its own, so all may have the same.
@@ -80,6 +81,8 @@ pub struct Launch {
     pub keep_open: Vec<OwnedFd>,
     /// The machine.
     pub machine: Machine,
+    /// The runtime that will be in it, if that is known.
+    pub runtime: Option<RuntimeRef>,
     /// Start from this, in place of booting.
     pub generation: Option<From>,
 }
@@ -253,6 +256,7 @@ fn start(
         .map_err(|error| system("making the lifeline")(error.into()))?;
     let record = store.update(dir, |record| {
         record.ephemeral = !launch.detached;
+        record.runtime.clone_from(&launch.runtime);
         let from = launch.generation.iter();
         record.ancestors = from.map(|from| from.ancestor.clone()).collect();
         let from = launch.generation.as_ref();
@@ -507,6 +511,20 @@ impl Vm {
             parts.record = parts
                 .store
                 .update(&parts.dir, |record| record.ready = true)?;
+        }
+        Ok(())
+    }
+
+    /// Another runtime serves in it.
+    ///
+    /// # Errors
+    /// When its record cannot be written.
+    pub fn renewed(&mut self, runtime: &RuntimeRef) -> Result<(), StoreError> {
+        if let Some(parts) = &mut self.parts {
+            let renewed = Some(runtime.clone());
+            parts.record = parts
+                .store
+                .update(&parts.dir, |record| record.runtime = renewed)?;
         }
         Ok(())
     }

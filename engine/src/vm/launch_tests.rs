@@ -53,6 +53,7 @@ fn bench(mode: &str) -> Bench {
             boot_timeout: Duration::from_secs(60),
             keep_open: Vec::new(),
             machine,
+            runtime: None,
             generation: None,
         },
         temp,
