@@ -391,7 +391,7 @@ impl ManyDescriptors {
         let before = getrlimit(Resource::Nofile);
         let most = Rlimit {
             current: before.maximum,
-            ..before.clone()
+            ..before
         };
         // Most states do without.
         let _ = setrlimit(Resource::Nofile, most);
@@ -401,7 +401,7 @@ impl ManyDescriptors {
 
 impl Drop for ManyDescriptors {
     fn drop(&mut self) {
-        let _ = setrlimit(Resource::Nofile, self.0.clone());
+        let _ = setrlimit(Resource::Nofile, self.0);
     }
 }
 
@@ -466,7 +466,8 @@ pub fn resume(
 /// Executes the old runtime again, which goes on with its state as it was; returns only when even that
 /// fails.
 pub fn give_back(state: RawFd, old: RawFd, why: &str) -> io::Error {
-    let old = match sys::duplicate(old) {
+    // The one after it has no use for it, nor do the programs that it starts.
+    let old = match sys::inherited(old) {
         Ok(old) => old,
         Err(error) => return error,
     };
