@@ -38,6 +38,15 @@ pub fn find_running(engine: &Engine, name: &str) -> Result<Entry, Failure> {
     Ok(entry)
 }
 
+/// Finds a VM that runs or is paused.
+pub fn find_live(engine: &Engine, name: &str) -> Result<Entry, Failure> {
+    let entry = find(engine, name)?;
+    match life::info(&entry).status {
+        Status::Paused => Ok(entry),
+        _ => check_running(&entry).map(|()| entry),
+    }
+}
+
 fn check_running(entry: &Entry) -> Result<(), Failure> {
     match life::info(entry).status {
         Status::Running => Ok(()),

@@ -20,7 +20,7 @@ use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
 use commands::{
-    code, cp, exec, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top,
+    code, cp, exec, fork, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top,
 };
 use failure::Failure;
 
@@ -39,6 +39,7 @@ use failure::Failure;
   ratoon forward web 8080
   ratoon ps
   ratoon snapshot web ready && ratoon restore ready --name second
+  ratoon fork web -n 8 -- sh -c 'echo I am child $RATOON_CHILD'
   ratoon stop web && ratoon rm web
 
 Files: ~/.local/state/ratoon (VMs; XDG_STATE_HOME), ~/.cache/ratoon (images, kernel; XDG_CACHE_HOME)
@@ -67,6 +68,7 @@ enum Command {
     Resume(snapshot::VmsArgs),
     Snapshot(snapshot::Args),
     Restore(snapshot::RestoreArgs),
+    Fork(Box<fork::Args>),
     Suspend(snapshot::SuspendArgs),
     Snapshots(snapshots::Args),
     Rm(rm::Args),
@@ -105,6 +107,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Resume(args) => snapshot::resume(&engine, &args),
         Command::Snapshot(args) => snapshot::run(&engine, &args),
         Command::Restore(args) => snapshot::restore(&engine, &args),
+        Command::Fork(args) => fork::run(&engine, &args),
         Command::Suspend(args) => snapshot::suspend(&engine, &args),
         Command::Snapshots(args) => snapshots::run(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),

@@ -1,7 +1,9 @@
 //! The engine: images, kernel and programs put together into running VMs.
 
+use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ratoon_vmm_api::NetConfig;
@@ -258,7 +260,7 @@ impl Engine {
             }),
             detached: spec.detached,
             boot_timeout: spec.boot_timeout,
-            keep_open: vec![lock],
+            keep_open: Arc::new([lock]),
             machine: Machine {
                 cpus: spec.cpus,
                 memory_mib: spec.memory_mib,
@@ -271,6 +273,9 @@ impl Engine {
             // To be read by who boots: it takes longer than to start from a generation.
             runtime: None,
             generation: None,
+            pager: None,
+            parent: None,
+            labels: BTreeMap::new(),
         };
         Ok((image, plan))
     }

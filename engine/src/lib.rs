@@ -25,9 +25,12 @@
 //! # }
 //! ```
 
+mod admission;
 mod cpu;
 pub mod dirs;
 mod engine;
+mod fan_out;
+pub mod fork;
 pub mod image;
 pub mod initramfs;
 mod lineage;
@@ -44,6 +47,7 @@ pub mod vm;
 mod warm;
 pub mod working_set;
 
+pub use admission::Refused;
 pub use pager::PagerError;
 pub use renewal::{RuntimeRef, StaleRuntime};
 

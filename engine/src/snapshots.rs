@@ -20,10 +20,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use ratoon_snapshot::{
     About, ChunkOptions, Progress, PublicKey, Region, SigningKey, Snapshot, Store, hash_file,
 };
-use ratoon_vmm_api::{GenerationConfig, NetConfig};
+use ratoon_vmm_api::{FrozenDisk, GenerationConfig, NetConfig};
 
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
-use crate::image;
+use crate::image::{self, Image};
 use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
 use crate::renewal::RuntimeRef;
@@ -255,14 +255,7 @@ impl Engine {
         let disks = generation.disks.clone();
         let version = client.hello().runtime.as_str();
         let written = write(store, dir, record, version, generation, keep, progress);
-        // A VM that has gone meanwhile has no use for it.
-        let _ = self.store().update(dir, |record| {
-            for disk in &mut record.config.disks {
-                if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
-                    disk.frozen.clone_from(&frozen.frozen);
-                    disk.layer = Some(frozen.layer.clone());
-                }
-            }
+        self.went_on(dir, &disks, |record| {
             record
                 .ancestors
                 .extend(written.as_ref().ok().map(|snapshot| Ancestor {
@@ -274,6 +267,25 @@ impl Engine {
             snapshot: written?,
             pause,
         })
+    }
+
+    /// Writes down where a VM that was frozen goes on.
+    pub(crate) fn went_on(
+        &self,
+        dir: &VmDir,
+        disks: &[FrozenDisk],
+        also: impl FnOnce(&mut Record),
+    ) {
+        // A VM that has gone meanwhile has no use for it.
+        let _ = self.store().update(dir, |record| {
+            for disk in &mut record.config.disks {
+                if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
+                    disk.frozen.clone_from(&frozen.frozen);
+                    disk.layer = Some(frozen.layer.clone());
+                }
+            }
+            also(record);
+        });
     }
 
     /// Starts a VM from a snapshot and wakes it.
@@ -302,6 +314,57 @@ impl Engine {
         spec: &RestoreSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, SnapshotError> {
+        let id = snapshot.id.to_string();
+        let (image, plan) = self.plan_restore(store, snapshot, spec)?;
+        let plan = self.with_pager(store, snapshot, plan)?;
+        working_set::read_ahead(snapshot);
+        let mut vm = launch(self.store(), &plan, cancel)?;
+        // Why a VM ended says more than that it cannot be talked to.
+        if let Err(error) = wake(&mut vm, id) {
+            return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
+        }
+        let stale_runtime = match spec.keep_runtime {
+            true => None,
+            false => self.renew(&mut vm, &snapshot.manifest.about)?,
+        };
+        Ok(Started {
+            vm,
+            command: image_command(&image.config.container),
+            made_warm: false,
+            stale_runtime,
+        })
+    }
+
+    /// A connection to the pager of its memory for one VM, if the snapshot's is in chunks.
+    pub(crate) fn with_pager(
+        &self,
+        store: &Store,
+        snapshot: &Snapshot,
+        plan: Launch,
+    ) -> Result<Launch, SnapshotError> {
+        let is_paged = plan.generation.as_ref().is_some_and(|it| it.config.paged);
+        let chunks = match is_paged {
+            true => lineage::memory_layers(store, snapshot)?.1,
+            false => None,
+        };
+        let pager = match chunks {
+            None => None,
+            Some(folder) => {
+                let program = absolute(&self.programs().pager)?;
+                let pager = pager::of(&self.dirs().pagers(), &program, &folder)?;
+                Some(Arc::new(pager))
+            }
+        };
+        Ok(Launch { pager, ..plan })
+    }
+
+    /// How VMs are started from this snapshot of `store`, but for their pager.
+    pub(crate) fn plan_restore(
+        &self,
+        store: &Store,
+        snapshot: &Snapshot,
+        spec: &RestoreSpec,
+    ) -> Result<(Image, Launch), SnapshotError> {
         let about = &snapshot.manifest.about;
         let id = snapshot.id.to_string();
         if let Some(why) = cpu::missing(&about.cpu, &cpu::here()) {
@@ -310,10 +373,10 @@ impl Engine {
         let word = |key: &str| about.labels.get(key).cloned();
         let digest = word(label::IMAGE_DIGEST).ok_or_else(|| SnapshotError::NoImage(id.clone()))?;
         let image = self.images()?.get(&digest)?;
-        let keep_open = vec![
+        let keep_open = Arc::new([
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
-        ];
+        ]);
         if let Some((then, now)) = word(label::IMAGE_FILE).zip(file_identity(&image.disk))
             && was_changed(&then, &now)
         {
@@ -326,70 +389,49 @@ impl Engine {
         let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
         let frozen = store.layer_files(snapshot, ROOT)?;
         let ancestor = Ancestor {
-            snapshot: id.clone(),
+            snapshot: id,
             memory_layers: memory.len() + usize::from(chunks.is_some()),
             disk_layers: frozen.len(),
         };
-        let pager = match &chunks {
-            None => None,
-            Some(folder) => {
-                let program = absolute(&self.programs().pager)?;
-                let pager = pager::of(&self.dirs().pagers(), &program, folder)?;
-                Some(Arc::new(pager))
-            }
-        };
-        working_set::read_ahead(snapshot);
-        let launched = launch(
-            self.store(),
-            &Launch {
-                vmm: absolute(&self.programs().vmm)?,
-                name: spec.name.clone(),
-                image: Some(ImageRef {
-                    name: word(label::IMAGE).unwrap_or_default(),
-                    digest,
-                }),
-                detached: spec.detached,
-                boot_timeout: spec.timeout,
-                keep_open,
-                machine: Machine {
-                    cpus: about.vcpus,
-                    memory_mib: about.memory_mib,
-                    kernel: self.kernel(None),
-                    kernel_args: word(label::KERNEL_ARGS).unwrap_or_default(),
-                    initramfs: PathBuf::from("/"),
-                    root_disk: image.disk.clone(),
-                    networks: spec.networks.clone(),
-                },
-                runtime: RuntimeRef::of(about),
-                generation: Some(StartFrom {
-                    config: GenerationConfig {
-                        state: snapshot.folder.join("state.bin"),
-                        memory,
-                        paged: pager.is_some(),
-                    },
-                    pager,
-                    frozen,
-                    ancestor,
-                    control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
-                }),
+        let plan = Launch {
+            vmm: absolute(&self.programs().vmm)?,
+            name: spec.name.clone(),
+            image: Some(ImageRef {
+                name: word(label::IMAGE).unwrap_or_default(),
+                digest,
+            }),
+            detached: spec.detached,
+            boot_timeout: spec.timeout,
+            keep_open,
+            machine: Machine {
+                cpus: about.vcpus,
+                memory_mib: about.memory_mib,
+                kernel: self.kernel(None),
+                kernel_args: word(label::KERNEL_ARGS).unwrap_or_default(),
+                initramfs: PathBuf::from("/"),
+                root_disk: image.disk.clone(),
+                networks: spec.networks.clone(),
             },
-            cancel,
-        );
-        let mut vm = launched?;
-        // Why a VM ended says more than that it cannot be talked to.
-        if let Err(error) = wake(&mut vm, id) {
-            return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
-        }
-        let stale_runtime = match spec.keep_runtime {
-            true => None,
-            false => self.renew(&mut vm, about)?,
+            runtime: RuntimeRef::of(about),
+            generation: Some(Arc::new(StartFrom {
+                config: GenerationConfig {
+                    state: snapshot.folder.join("state.bin"),
+                    memory,
+                    paged: chunks.is_some(),
+                    descriptors: false,
+                },
+                files: Vec::new(),
+                frozen,
+                linked_from: None,
+                ancestors: vec![ancestor],
+                restored_from: Some(snapshot.folder.clone()),
+                control_port: word(label::CONTROL_PORT).and_then(|port| port.parse().ok()),
+            })),
+            pager: None,
+            parent: None,
+            labels: BTreeMap::new(),
         };
-        Ok(Started {
-            vm,
-            command: image_command(&image.config.container),
-            made_warm: false,
-            stale_runtime,
-        })
+        Ok((image, plan))
     }
 }
 
@@ -415,25 +457,13 @@ fn was_changed(then: &str, now: &str) -> bool {
     file(then) == file(now) && then != now
 }
 
-/// What a VM is to have of its own.
-fn child(vm: &Vm) -> Child {
-    let config = &vm.record().config;
-    let networks = config.networks.iter().enumerate();
-    Child {
-        hostname: Some(vm.record().hostname()),
-        macs: networks
-            .map(|(index, net)| net.mac_of(&config.id, index))
-            .collect(),
-    }
-}
-
 /// Tells a restored VM who it is.
 fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
     let waking = Waking {
         id: vm.dir().id(),
         generation,
-        child: Some(child(vm)),
+        child: Some(Child::of(vm.record())),
     };
     freeze::wake(&mut client, &waking)?;
     vm.awake().map_err(LaunchError::from)?;

@@ -1,11 +1,12 @@
 //! The files of a generation that a machine starts from.
 
 use std::fs::File;
-use std::io::Read;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ratoon_vmm_api::{GenerationConfig, HostClass, Run, VmConfig};
+use ratoon_vmm_api::{GenerationConfig, HostClass, MemoryLayerConfig, Run, VmConfig};
 
 use crate::memory::Layer;
 use crate::start::StartError;
@@ -27,37 +28,83 @@ pub(crate) fn whole(file: File, len: u64) -> Layer {
     }
 }
 
-/// Opens the layers of memory.
-pub(crate) fn layers(generation: &GenerationConfig) -> Result<Vec<Layer>, StartError> {
-    let open = |layer: &ratoon_vmm_api::MemoryLayerConfig| {
-        let file = File::open(&layer.path).map_err(failed(&layer.path))?;
-        let len = file.metadata().map_err(failed(&layer.path))?.len();
-        let runs = match layer.runs.is_empty() {
-            true => vec![Run { offset: 0, len }],
-            false => layer.runs.clone(),
-        };
-        Ok(Layer {
-            file: Arc::new(file),
-            runs,
-            packed: layer.packed,
-        })
-    };
-    generation.memory.iter().map(open).collect()
+/// The files of a generation, open.
+pub(crate) struct Files {
+    state: File,
+    memory: Vec<File>,
 }
 
-/// Reads the state, and holds it against the configuration.
-pub(crate) fn state(
-    generation: &GenerationConfig,
-    config: &VmConfig,
-    class: HostClass,
-) -> Result<MachineState, StartError> {
-    let path = &generation.state;
-    let file = File::open(path).map_err(failed(path))?;
-    let mut json = Vec::new();
-    file.take(MAX_LEN as u64 + 1)
-        .read_to_end(&mut json)
-        .map_err(failed(path))?;
-    let state = MachineState::from_json(&json, class)?;
+impl Files {
+    /// Opens them, or takes them from what the owner has sent.
+    pub(crate) fn open(
+        generation: &GenerationConfig,
+        sent: Vec<OwnedFd>,
+    ) -> Result<Self, StartError> {
+        if generation.descriptors {
+            let mut sent = sent.into_iter().map(File::from);
+            let state = sent.next();
+            let memory: Vec<_> = sent.take(generation.memory.len()).collect();
+            return match state {
+                Some(state) if memory.len() == generation.memory.len() => {
+                    Ok(Self { state, memory })
+                }
+                _ => Err(StartError::Unfit(
+                    "its owner has sent less descriptors than it has files".into(),
+                )),
+            };
+        }
+        let open = |path: &PathBuf| File::open(path).map_err(failed(path));
+        let memory = generation.memory.iter().map(|layer| open(&layer.path));
+        Ok(Self {
+            state: open(&generation.state)?,
+            memory: memory.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The layers of memory.
+    pub(crate) fn layers(
+        &mut self,
+        generation: &GenerationConfig,
+    ) -> Result<Vec<Layer>, StartError> {
+        let files = std::mem::take(&mut self.memory);
+        let layers = files.into_iter().zip(&generation.memory);
+        let layer = |(file, layer): (File, &MemoryLayerConfig)| {
+            let len = file.metadata().map_err(failed(&layer.path))?.len();
+            let runs = match layer.runs.is_empty() {
+                true => vec![Run { offset: 0, len }],
+                false => layer.runs.clone(),
+            };
+            Ok(Layer {
+                file: Arc::new(file),
+                runs,
+                packed: layer.packed,
+            })
+        };
+        layers.map(layer).collect()
+    }
+
+    /// Reads the state, and holds it against the configuration.
+    pub(crate) fn state(
+        &self,
+        generation: &GenerationConfig,
+        config: &VmConfig,
+        class: HostClass,
+    ) -> Result<MachineState, StartError> {
+        let json = read(&self.state).map_err(failed(&generation.state))?;
+        let state = MachineState::from_json(&json, class)?;
+        fits(state, config)
+    }
+}
+
+/// The whole file, by its offsets: siblings share the descriptor's own position.
+fn read(file: &File) -> std::io::Result<Vec<u8>> {
+    let len = file.metadata()?.len().min(MAX_LEN as u64 + 1);
+    let mut bytes = vec![0; len as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+fn fits(state: MachineState, config: &VmConfig) -> Result<MachineState, StartError> {
     let unfit = |what: &str, found: u64, wanted: u64| {
         StartError::Unfit(format!("it has {found} {what}, the machine {wanted}"))
     };

@@ -222,9 +222,15 @@ fn pager_link(
     Ok(Some(PagerLink::new(socket, Box::new(give_up))))
 }
 
-fn build(config: VmConfig, pager: Option<PagerLink>, main_ns: u64) -> Result<Machine, Failure> {
+fn build(
+    config: VmConfig,
+    pager: Option<PagerLink>,
+    sent: Vec<OwnedFd>,
+    main_ns: u64,
+) -> Result<Machine, Failure> {
     Ok(Configured::new(config, main_ns)
         .with_pager(pager)
+        .with_descriptors(sent)
         .with_memory()?
         .with_vcpus()?
         .loaded()?
@@ -243,8 +249,13 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
 
     let mut kept = kept.into_iter();
     let pager = pager_link(args, &config, &mut kept)?;
+    let files = match &config.generation {
+        Some(generation) if generation.descriptors => 1 + generation.memory.len(),
+        _ => 0,
+    };
+    let files = kept.by_ref().take(files).collect();
     let _kept: Vec<OwnedFd> = kept.collect();
-    let machine = match build(config.clone(), pager, main_ns) {
+    let machine = match build(config.clone(), pager, files, main_ns) {
         Ok(machine) => Arc::new(machine),
         Err(error) => {
             let causes = causes(error.as_ref());

@@ -10,6 +10,7 @@
 //! Memory slots come before the interrupt controller: a slot added after it waits milliseconds for
 //! a grace period of the kernel.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -146,6 +147,7 @@ pub struct Configured {
     started: Instant,
     phases: Phases,
     pager: Option<PagerLink>,
+    sent: Vec<OwnedFd>,
 }
 
 impl Configured {
@@ -169,6 +171,7 @@ impl Configured {
                 ..Phases::default()
             },
             pager: None,
+            sent: Vec::new(),
         }
     }
 
@@ -176,6 +179,12 @@ impl Configured {
     #[must_use]
     pub fn with_pager(self, pager: Option<PagerLink>) -> Self {
         Self { pager, ..self }
+    }
+
+    /// What the owner has sent beside: the files of the generation, when they come so.
+    #[must_use]
+    pub fn with_descriptors(self, sent: Vec<OwnedFd>) -> Self {
+        Self { sent, ..self }
     }
 
     /// Phase 1: the VM with its memory slots.
@@ -197,7 +206,8 @@ impl Configured {
             }
             Some(generation) => {
                 let mib = self.config.memory_mib;
-                let mut layers = generation::layers(generation)?;
+                let mut files = generation::Files::open(generation, self.sent)?;
+                let mut layers = files.layers(generation)?;
                 if let Some(link) = &self.pager {
                     layers.insert(0, generation::whole(link.memory(mib << 20)?, mib << 20));
                 }
@@ -206,7 +216,7 @@ impl Configured {
                     pager = Some(link.attach(&memory)?);
                 }
                 memory::lay_over(&memory, &layers)?;
-                let state = generation::state(generation, &self.config, self.class)?;
+                let state = files.state(generation, &self.config, self.class)?;
                 (memory, Source::Generation(Box::new(state), layers))
             }
         };

@@ -26,7 +26,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 use super::control::{Control, ControlError};
 use super::process::timespec;
-use super::record::VmDir;
+use super::record::{Record, VmDir};
 use crate::lineage::ROOT;
 use crate::runtime::RuntimeClient;
 
@@ -119,6 +119,19 @@ pub fn freeze(
     client: &mut RuntimeClient,
     generation: &str,
 ) -> Result<Generation, FreezeError> {
+    freeze_and(dir, client, generation, |frozen| frozen)
+}
+
+/// As [`freeze`]; what is to be done with the generation begins while the VM is woken.
+///
+/// # Errors
+/// [`FreezeError`]; the VM goes on, unless it is that which failed.
+pub fn freeze_and<T>(
+    dir: &VmDir,
+    client: &mut RuntimeClient,
+    generation: &str,
+    then: impl FnOnce(Generation) -> T,
+) -> Result<T, FreezeError> {
     // Two at once would thaw each other's processes and take each other's files. Held until the wake.
     let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
     alone.lock().map_err(transfer("its directory"))?;
@@ -134,10 +147,22 @@ pub fn freeze(
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
-    let woken = wake(client, &Waking::of(dir.id(), generation));
-    let frozen = frozen?;
-    woken?;
-    Ok(frozen)
+    let waking = Waking::of(dir.id(), generation);
+    std::thread::scope(|scope| {
+        let woken = scope.spawn(|| {
+            let woken = wake(client, &waking);
+            drop(alone);
+            woken
+        });
+        let done = frozen.map(then);
+        let woken = match woken.join() {
+            Ok(woken) => woken,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        let done = done?;
+        woken?;
+        Ok(done)
+    })
 }
 
 /// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
@@ -254,6 +279,26 @@ pub struct Child {
     pub hostname: Option<String>,
     /// Hardware addresses of its network devices.
     pub macs: Vec<String>,
+    /// Which child of a fork, from 0.
+    pub index: u32,
+    /// What the forker has to say to it.
+    pub message: Option<String>,
+}
+
+impl Child {
+    /// What the VM of this record is to have.
+    pub fn of(record: &Record) -> Self {
+        let config = &record.config;
+        let networks = config.networks.iter().enumerate();
+        Self {
+            hostname: Some(record.hostname()),
+            macs: networks
+                .map(|(index, net)| net.mac_of(&config.id, index))
+                .collect(),
+            index: record.parent.as_ref().map_or(0, |parent| parent.index),
+            message: None,
+        }
+    }
 }
 
 impl Waking {
@@ -283,6 +328,8 @@ pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, Freeze
     };
     if let Some(child) = &waking.child {
         wake.hostname.clone_from(&child.hostname);
+        wake.index = child.index;
+        wake.message.clone_from(&child.message);
         wake.machine_id = Some(machine_id()?);
         let device = |(index, mac): (usize, &String)| NetworkSet {
             device: Some(format!("eth{index}")),

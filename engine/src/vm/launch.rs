@@ -10,11 +10,11 @@
 //! was frozen, it is the VMM that connects there, with the guest's end of the connection that survived.
 //! Such a machine is not ready before it has been woken ([`Vm::awake`]).
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,8 +27,10 @@ use ratoon_client::RuntimeError;
 
 use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
-use super::process::{ProcessHandle, ProcessRef};
-use super::record::{Ancestor, ImageRef, Record, VmDir, hostname};
+pub use super::handle::Vm;
+use super::handle::{KillOnDrop, Parts, Runtime};
+use super::process::ProcessRef;
+use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::renewal::RuntimeRef;
@@ -40,10 +42,6 @@ const GUEST_CID: u32 = 3;
 pub(crate) const HOSTNAME_WORD: &str = "ratoon.hostname=";
 /// How large the serial logs of a VM may become, in bytes.
 pub const SERIAL_LIMIT_BYTES: u64 = 4 << 20;
-/// How long a runtime that has connected may take to say HELLO.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
-const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The machine itself.
 #[derive(Debug, Clone)]
@@ -65,7 +63,7 @@ pub struct Machine {
 }
 
 /// A VM to be started.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Launch {
     /// The `ratoon-vmm` binary.
     pub vmm: PathBuf,
@@ -78,29 +76,59 @@ pub struct Launch {
     /// How long the runtime may take to answer.
     pub boot_timeout: Duration,
     /// Descriptors that the VMM keeps open, such as the image's lock.
-    pub keep_open: Vec<OwnedFd>,
+    pub keep_open: Arc<[OwnedFd]>,
     /// The machine.
     pub machine: Machine,
     /// The runtime that will be in it, if that is known.
     pub runtime: Option<RuntimeRef>,
     /// Start from this, in place of booting.
-    pub generation: Option<From>,
+    pub generation: Option<Arc<From>>,
+    /// A connection to the pager of the generation's memory, for this VM alone.
+    pub pager: Option<Arc<OwnedFd>>,
+    /// It is a child of a fork.
+    pub parent: Option<Parent>,
+    /// The user's own words.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A generation to start from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct From {
-    /// Its files, for the VMM.
+    /// What it is, for the VMM.
     pub config: GenerationConfig,
-    /// A connection to the pager of its memory, for this VM alone.
-    pub pager: Option<Arc<OwnedFd>>,
+    /// Its files, state first, when they are given to the VMM as descriptors.
+    pub files: Vec<OwnedFd>,
     /// What had been written to the root disk, the lowest layer first; only read.
     pub frozen: Vec<PathBuf>,
-    /// The snapshot that all this is.
-    pub ancestor: Ancestor,
+    /// Of these, the ones in this folder go with another VM: a child links them into its own.
+    pub linked_from: Option<PathBuf>,
+    /// The snapshots that all this comes from, the oldest first.
+    pub ancestors: Vec<Ancestor>,
+    /// The folder of the snapshot whose files it uses in place.
+    pub restored_from: Option<PathBuf>,
     /// The host's vsock port of the connection to the runtime that went on through the freeze; `None`:
     /// there is none, and the runtime is called.
     pub control_port: Option<u32>,
+}
+
+impl From {
+    /// Where a VM in `dir` finds its frozen layers; those that it has to link first with where they are.
+    fn layers(&self, dir: &VmDir) -> Vec<(PathBuf, Option<&Path>)> {
+        let folder = self.linked_from.as_deref();
+        let place = |(number, path): (usize, &PathBuf)| match folder {
+            Some(folder) if path.starts_with(folder) => dir.inherited_layer(number),
+            _ => path.clone(),
+        };
+        let layers = self.frozen.iter();
+        let places = layers.clone().enumerate().map(place);
+        places
+            .zip(layers)
+            .map(|(place, source)| {
+                let is_linked = place != *source;
+                (place, is_linked.then_some(source.as_path()))
+            })
+            .collect()
+    }
 }
 
 /// Why a VM did not start. Nothing of it is left then.
@@ -184,34 +212,6 @@ impl LaunchError {
     }
 }
 
-/// A running VM whose runtime has connected. Dropped, it is ended and removed, unless it was
-/// [detached](Vm::detach).
-#[derive(Debug)]
-pub struct Vm {
-    parts: Option<Parts>,
-}
-
-/// The connection to the runtime, before its HELLO or after.
-#[derive(Debug)]
-enum Runtime {
-    Stream(UnixStream),
-    Client(Box<RuntimeClient>),
-}
-
-#[derive(Debug)]
-struct Parts {
-    store: Store,
-    dir: VmDir,
-    record: Record,
-    child: Child,
-    spawned_ns: u64,
-    process: ProcessHandle,
-    runtime: Option<Runtime>,
-    /// Cut when this process ends; the VMM then ends too and removes the directory. One byte on it
-    /// releases the VMM.
-    lifeline: OwnedFd,
-}
-
 /// Starts a VM and waits until its runtime has connected. `cancel` becoming readable ends the wait.
 ///
 /// # Errors
@@ -221,15 +221,56 @@ pub fn launch(
     launch: &Launch,
     cancel: Option<BorrowedFd<'_>>,
 ) -> Result<Vm, LaunchError> {
-    check_files(launch)?;
-    config(launch, &VmDir::new("/check")).check()?;
-    let (dir, _) = store.create(launch.name.as_deref(), launch.image.clone(), |dir| {
-        config(launch, dir)
-    })?;
-    let started = start(store, launch, &dir, cancel);
+    let mut dirs = create(store, std::slice::from_ref(launch))?;
+    launch_in(store, launch, &dirs.remove(0), cancel)
+}
+
+/// Makes the records of VMs of one kind: all or none.
+///
+/// # Errors
+/// [`LaunchError`].
+pub(crate) fn create(store: &Store, launches: &[Launch]) -> Result<Vec<VmDir>, LaunchError> {
+    if let Some(first) = launches.first() {
+        check_files(first)?;
+    }
+    for launch in launches {
+        config(launch, &VmDir::new("/check")).check()?;
+    }
+    let names: Vec<_> = launches.iter().map(|launch| launch.name.clone()).collect();
+    let record = |number: usize, dir: &VmDir| {
+        let launch: &Launch = &launches[number];
+        let from = launch.generation.as_deref();
+        Record {
+            ephemeral: !launch.detached,
+            ancestors: from.map_or_else(Vec::new, |from| from.ancestors.clone()),
+            runtime: launch.runtime.clone(),
+            restored_from: from.and_then(|from| from.restored_from.clone()),
+            parent: launch.parent.clone(),
+            labels: launch.labels.clone(),
+            ..Record::new(
+                config(launch, dir),
+                launch.name.clone(),
+                launch.image.clone(),
+            )
+        }
+    };
+    Ok(store.create_all(&names, record)?)
+}
+
+/// Starts the VM whose record is in `dir`.
+///
+/// # Errors
+/// [`LaunchError`]; nothing of the VM is left.
+pub(crate) fn launch_in(
+    store: &Store,
+    launch: &Launch,
+    dir: &VmDir,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    let started = start(store, launch, dir, cancel);
     if started.is_err() {
         // The first error is the one to tell; what this leaves the next sweep removes.
-        let _ = store.remove(&dir);
+        let _ = store.remove(dir);
     }
     started
 }
@@ -254,17 +295,14 @@ fn start(
         .map_err(system("preparing the runtime's socket"))?;
     let (lifeline, held) = pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| system("making the lifeline")(error.into()))?;
-    let record = store.update(dir, |record| {
-        record.ephemeral = !launch.detached;
-        record.runtime.clone_from(&launch.runtime);
-        let from = launch.generation.iter();
-        record.ancestors = from.map(|from| from.ancestor.clone()).collect();
-        let from = launch.generation.as_ref();
-        let folder = from.and_then(|from| from.config.state.parent());
-        record.restored_from = folder.map(Path::to_owned);
-    })?;
-    let mut config = record.config.clone();
-    config.generation = launch.generation.as_ref().map(|from| from.config.clone());
+    let from = launch.generation.as_deref();
+    for (place, source) in from.map_or_else(Vec::new, |from| from.layers(dir)) {
+        if let Some(source) = source {
+            std::fs::hard_link(source, &place).map_err(system("linking the frozen disk"))?;
+        }
+    }
+    let mut config = config(launch, dir);
+    config.generation = from.map(|from| from.config.clone());
     let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,
@@ -273,11 +311,9 @@ fn start(
         Inherited {
             control,
             lifeline,
+            pager: launch.pager.as_deref(),
+            generation: from.map_or(&[], |from| &from.files),
             keep_open: &launch.keep_open,
-            pager: launch
-                .generation
-                .as_ref()
-                .and_then(|from| from.pager.as_deref()),
         },
     )
     .map_err(|source| LaunchError::Spawn {
@@ -392,7 +428,10 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
             path: machine.root_disk.clone(),
             read_only: false,
             frozen: match &launch.generation {
-                Some(from) => from.frozen.clone(),
+                Some(from) => {
+                    let layers = from.layers(dir).into_iter();
+                    layers.map(|(place, _)| place).collect()
+                }
                 None => Vec::new(),
             },
             layer: Some(dir.layer()),
@@ -416,7 +455,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
 /// told when it wakes.
 fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
     let own = &launch.machine.kernel_args;
-    match launch.generation {
+    match &launch.generation {
         Some(_) => own.clone(),
         None => {
             let hostname = hostname(launch.name.as_deref(), &dir.id());
@@ -430,161 +469,6 @@ fn kernel_args(launch: &Launch, dir: &VmDir) -> String {
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// A child that is killed and reaped unless it is released.
-struct KillOnDrop(Option<Child>);
-
-impl KillOnDrop {
-    fn id(&self) -> u32 {
-        self.0.as_ref().map_or(0, Child::id)
-    }
-
-    fn release(mut self) -> Option<Child> {
-        self.0.take()
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            // Both fail only when it has been reaped, which nobody but us does.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-impl Vm {
-    fn parts(&self) -> &Parts {
-        self.parts
-            .as_ref()
-            .expect("only taken by methods that consume the Vm")
-    }
-
-    /// The VM's files.
-    pub fn dir(&self) -> &VmDir {
-        &self.parts().dir
-    }
-
-    /// Its record as it was when the runtime connected.
-    pub fn record(&self) -> &Record {
-        &self.parts().record
-    }
-
-    /// CLOCK_MONOTONIC in nanoseconds right before its VMM's process was made, for measurements.
-    pub fn spawned_ns(&self) -> u64 {
-        self.parts().spawned_ns
-    }
-
-    /// The runtime's connection as it came, once, before its HELLO was read.
-    pub fn take_runtime(&mut self) -> Option<UnixStream> {
-        let parts = self.parts.as_mut()?;
-        match parts.runtime.take() {
-            Some(Runtime::Stream(stream)) => Some(stream),
-            other => {
-                parts.runtime = other;
-                None
-            }
-        }
-    }
-
-    /// A client on the runtime's connection, once; later calls make a connection of their own.
-    ///
-    /// # Errors
-    /// [`RuntimeError`] about the connection.
-    pub fn runtime(&mut self) -> Result<RuntimeClient, RuntimeError> {
-        let kept = self.parts.as_mut().and_then(|parts| parts.runtime.take());
-        match kept {
-            Some(Runtime::Client(client)) => Ok(*client),
-            Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
-            None => RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT),
-        }
-    }
-
-    /// A machine that was frozen has been woken: it is ready.
-    ///
-    /// # Errors
-    /// When its record cannot be written.
-    pub fn awake(&mut self) -> Result<(), StoreError> {
-        if let Some(parts) = &mut self.parts {
-            parts.record = parts
-                .store
-                .update(&parts.dir, |record| record.ready = true)?;
-        }
-        Ok(())
-    }
-
-    /// Another runtime serves in it.
-    ///
-    /// # Errors
-    /// When its record cannot be written.
-    pub fn renewed(&mut self, runtime: &RuntimeRef) -> Result<(), StoreError> {
-        if let Some(parts) = &mut self.parts {
-            let renewed = Some(runtime.clone());
-            parts.record = parts
-                .store
-                .update(&parts.dir, |record| record.runtime = renewed)?;
-        }
-        Ok(())
-    }
-
-    /// Gives a client back, for the next [`Vm::runtime`].
-    pub fn keep_runtime(&mut self, client: RuntimeClient) {
-        if let Some(parts) = &mut self.parts {
-            parts.runtime = Some(Runtime::Client(Box::new(client)));
-        }
-    }
-
-    /// Its VMM's process.
-    pub fn process(&self) -> &ProcessHandle {
-        &self.parts().process
-    }
-
-    /// For a VM that went away by itself: why, and its console's last lines; `None` when it still
-    /// runs after `patience`.
-    pub fn ended(&self, patience: Duration) -> Option<LaunchError> {
-        let parts = self.parts();
-        let gone = parts.process.wait(patience).unwrap_or(false);
-        gone.then(|| ended(&parts.dir))
-    }
-
-    /// Ends the VM at once, without asking the guest, and removes its record and files: its layer
-    /// is thrown away, so there is nothing to write back.
-    ///
-    /// # Errors
-    /// When its files cannot be removed.
-    pub fn end(mut self) -> Result<(), StoreError> {
-        self.parts.take().map_or(Ok(()), Parts::end)
-    }
-
-    /// Lets the VM live on without this process.
-    pub fn detach(mut self) -> Option<Record> {
-        let parts = self.parts.take()?;
-        // A VMM that has gone takes no byte: the record then says what became of it.
-        let _ = rustix::io::write(&parts.lifeline, b"r");
-        Some(parts.record)
-    }
-}
-
-impl Parts {
-    fn end(mut self) -> Result<(), StoreError> {
-        let _ = self.child.kill();
-        // Bounded: a VMM in an uninterruptible wait must not hang the caller.
-        if self.process.wait(KILL_TIMEOUT).unwrap_or(false) {
-            let _ = self.child.wait();
-        }
-        self.store.remove(&self.dir)
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        if let Some(parts) = self.parts.take() {
-            // A destructor has nobody to tell; the next sweep removes what this could not.
-            let _ = parts.end();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 
 use ratoon_vmm_api::Inherited;
 
@@ -51,10 +52,13 @@ fn bench(mode: &str) -> Bench {
             image: None,
             detached: false,
             boot_timeout: Duration::from_secs(60),
-            keep_open: Vec::new(),
+            keep_open: Arc::new([]),
             machine,
             runtime: None,
             generation: None,
+            pager: None,
+            parent: None,
+            labels: BTreeMap::new(),
         },
         temp,
     }
@@ -181,21 +185,20 @@ fn a_vm_is_ready_when_its_runtime_has_said_something_and_ends_without_a_trace() 
 fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_then() {
     use crate::vm::freeze::{Waking, wake};
     let mut bench = bench("joined");
-    bench.launch.generation = Some(From {
+    bench.launch.generation = Some(Arc::new(From {
         config: GenerationConfig {
             state: bench.temp.path().join("disk"),
             memory: Vec::new(),
             paged: false,
+            descriptors: false,
         },
-        pager: None,
+        files: Vec::new(),
         frozen: Vec::new(),
-        ancestor: Ancestor {
-            snapshot: String::new(),
-            memory_layers: 1,
-            disk_layers: 0,
-        },
+        linked_from: None,
+        ancestors: Vec::new(),
+        restored_from: None,
         control_port: Some(1 << 30),
-    });
+    }));
     let mut vm = bench.start().unwrap();
     let ready = || {
         bench.store.list().unwrap()[0]

@@ -16,6 +16,7 @@ mod connect;
 pub mod control;
 mod end;
 pub mod freeze;
+mod handle;
 pub mod launch;
 pub mod life;
 pub mod process;

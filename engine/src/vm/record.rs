@@ -4,6 +4,7 @@
 //! read (cut short by a full disk, edited by hand, from a newer Ratoon) is an error that names the
 //! file; it never stops other records from being used.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,17 @@ pub struct Ancestor {
     pub disk_layers: usize,
 }
 
+/// Where a child of a fork comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// The id of the VM that was forked, which may be gone; `None`: it is a stored snapshot.
+    pub vm: Option<String>,
+    /// The generation that all children of that fork come from.
+    pub generation: String,
+    /// Which of them it is, from 0.
+    pub index: u32,
+}
+
 /// What is written about a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -72,6 +84,12 @@ pub struct Record {
     /// The folder of the snapshot that it was started from.
     #[serde(default)]
     pub restored_from: Option<PathBuf>,
+    /// It is a child of a fork.
+    #[serde(default)]
+    pub parent: Option<Parent>,
+    /// The user's own words.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Why a record cannot be read or written.
@@ -193,6 +211,11 @@ impl VmDir {
         name(taken.last().map_or(1, |number| number + 1))
     }
 
+    /// A frozen layer of its root disk that it has in common with the VM from which it was forked.
+    pub fn inherited_layer(&self, number: usize) -> PathBuf {
+        self.0.join(format!("inherited-{number}.qcow2"))
+    }
+
     /// What all frozen layers of its root disk have, while this process writes a snapshot.
     pub fn merged_layer(&self) -> PathBuf {
         self.0.join(format!("merged-{}.qcow2", std::process::id()))
@@ -312,6 +335,8 @@ impl Record {
             ancestors: Vec::new(),
             runtime: None,
             restored_from: None,
+            parent: None,
+            labels: BTreeMap::new(),
         }
     }
 

@@ -25,6 +25,8 @@ pub(super) struct Inherited<'a> {
     pub lifeline: OwnedFd,
     /// A connection to the pager of its memory.
     pub pager: Option<&'a OwnedFd>,
+    /// The files of the generation that it starts from.
+    pub generation: &'a [OwnedFd],
     /// Descriptors that only have to stay open, such as an image's lock.
     pub keep_open: &'a [OwnedFd],
 }
@@ -52,6 +54,7 @@ pub(super) fn spawn(
         inherited.lifeline.as_fd(),
     ];
     fds.extend(inherited.pager.map(AsFd::as_fd));
+    fds.extend(inherited.generation.iter().map(AsFd::as_fd));
     fds.extend(inherited.keep_open.iter().map(AsFd::as_fd));
     send_descriptors(&ours, &fds)?;
     Command::new(program)

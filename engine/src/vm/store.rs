@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::record::{ImageRef, Record, RecordError, VmDir};
+use super::record::{Record, RecordError, VmDir};
 
 /// Length of an id: 6 random bytes as hex digits.
 pub const ID_LEN: usize = 12;
@@ -128,32 +128,68 @@ impl Store {
         &self.root
     }
 
-    /// Makes a VM's directory and record. `make` is given the new id and directory.
+    /// Makes a VM's directory and record. `make` is given the new directory, named by the VM's id, and makes its
+    /// record; the name is set here.
     ///
     /// # Errors
     /// [`StoreError::NameTaken`] when another record has the name: of two at once, one wins.
     pub fn create(
         &self,
         name: Option<&str>,
-        image: Option<ImageRef>,
-        make: impl FnOnce(&VmDir) -> ratoon_vmm_api::VmConfig,
-    ) -> Result<(VmDir, Record), StoreError> {
-        if let Some(name) = name {
-            check_name(name)?;
-        }
+        mut make: impl FnMut(&VmDir) -> Record,
+    ) -> Result<VmDir, StoreError> {
+        let mut made = self.create_all(&[name.map(str::to_owned)], |_, dir| make(dir))?;
+        Ok(made.remove(0))
+    }
+
+    /// As [`Store::create`], one VM a name, all or none. `make` is given the number too.
+    ///
+    /// # Errors
+    /// See there.
+    pub fn create_all(
+        &self,
+        names: &[Option<String>],
+        mut make: impl FnMut(usize, &VmDir) -> Record,
+    ) -> Result<Vec<VmDir>, StoreError> {
+        let named: Vec<&str> = names.iter().flatten().map(String::as_str).collect();
+        named.iter().try_for_each(|name| check_name(name))?;
         let _lock = self.lock()?;
-        if let Some(name) = name
-            && let Some(owner) = self.list()?.into_iter().find(|entry| entry.has_name(name))
-        {
-            return Err(StoreError::NameTaken {
-                name: name.to_owned(),
-                id: owner.dir.id(),
-            });
+        if !named.is_empty() {
+            for entry in self.list()? {
+                if let Some(name) = named.iter().find(|name| entry.has_name(name)) {
+                    return Err(StoreError::NameTaken {
+                        name: (*name).to_owned(),
+                        id: entry.dir.id(),
+                    });
+                }
+            }
         }
+        let mut made = Vec::with_capacity(names.len());
+        for (number, name) in names.iter().enumerate() {
+            match self.create_one(name, |dir| make(number, dir)) {
+                Ok(dir) => made.push(dir),
+                Err(error) => {
+                    for dir in &made {
+                        let _ = std::fs::remove_dir_all(VmDir::path(dir));
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// With the lock held.
+    fn create_one(
+        &self,
+        name: &Option<String>,
+        make: impl FnOnce(&VmDir) -> Record,
+    ) -> Result<VmDir, StoreError> {
         let id = self.free_id()?;
         let dir = VmDir::new(self.root.join(&id));
         check_socket_paths(&dir)?;
-        let record = Record::new(make(&dir), name.map(str::to_owned), image);
+        let mut record = make(&dir);
+        record.name.clone_from(name);
         let new = VmDir::new(self.root.join(format!(".new-{id}")));
         std::fs::DirBuilder::new()
             .mode(0o700)
@@ -167,7 +203,7 @@ impl Store {
             let _ = std::fs::remove_dir_all(new.path());
             return Err(error);
         }
-        Ok((dir, record))
+        Ok(dir)
     }
 
     /// Changes a VM's record.

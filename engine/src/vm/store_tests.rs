@@ -13,7 +13,9 @@ fn store() -> (tempfile::TempDir, Store) {
 }
 
 fn create(store: &Store, name: Option<&str>) -> Result<(VmDir, Record), StoreError> {
-    store.create(name, None, |dir| config(&dir.id()))
+    let dir = store.create(name, |dir| Record::new(config(&dir.id()), None, None))?;
+    let record = dir.read_record()?;
+    Ok((dir, record))
 }
 
 fn dead() -> Option<ProcessRef> {

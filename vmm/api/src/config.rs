@@ -88,6 +88,10 @@ pub struct GenerationConfig {
     /// descriptor that the owner sends after the three that each VMM gets.
     #[serde(default)]
     pub paged: bool,
+    /// The files are the next descriptors that the owner sends: the state's, then each layer's; their paths
+    /// here are only what they are called. So a generation that lies in memory alone can be started from.
+    #[serde(default)]
+    pub descriptors: bool,
 }
 
 /// One layer of a generation's memory.

@@ -3,7 +3,8 @@
 //!
 //! One message of one byte carries them in this order: the configuration (a file), the listening
 //! control socket, the read end of the owner's lifeline, the pager's socket when the configuration says
-//! that there is one, then any that only have to stay open. So the
+//! that there is one, the generation's files when it says that they come so, then any that only have to
+//! stay open. So the
 //! owner can use `posix_spawn`, whose cost does not grow with the owner's memory as that of `fork`
 //! does, and no other child of it ever has these descriptors.
 
@@ -46,7 +47,8 @@ pub struct Inherited {
     pub control: UnixListener,
     /// Its hang-up ends the VM.
     pub lifeline: OwnedFd,
-    /// The pager's, if the configuration says so; the rest only stay open as long as the process lives.
+    /// The pager's and the generation's, if the configuration says so; the rest only stay open as long as
+    /// the process lives.
     pub kept: Vec<OwnedFd>,
 }
 

@@ -1,0 +1,268 @@
+//! Many VMs at once: started side by side, woken as they come, those that are late left behind.
+//!
+//! ```text
+//!   0..n --start--> started --finish--> the caller, who waits until all are there, the deadline has passed,
+//!                                       or somebody has had enough
+//! ```
+//!
+//! All are started before the first is finished, so that none waits for another's guest. What is not there in
+//! time is dropped by the thread that works on it: after the deadline nobody waits for that.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+/// Threads: a VM that starts or wakes waits for others most of the time.
+const MOST_WORKERS: usize = 32;
+/// How often the wait looks whether the caller has had enough.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What is done for each.
+pub(crate) trait Each: Send + Sync + 'static {
+    /// What comes of it; dropped, it is undone.
+    type Item: Send + 'static;
+    /// Why nothing came of it.
+    type Error: Send + 'static;
+
+    /// The first half. `enough` becomes readable when nobody waits any more.
+    fn start(&self, index: usize, enough: BorrowedFd<'_>) -> Result<Self::Item, Self::Error>;
+
+    /// The second half.
+    fn finish(&self, index: usize, item: &mut Self::Item) -> Result<(), Self::Error>;
+}
+
+struct Work<E: Each> {
+    each: E,
+    count: usize,
+    queue: Mutex<Queue<E::Item>>,
+    over: AtomicBool,
+    enough: OwnedFd,
+}
+
+struct Queue<T> {
+    next: usize,
+    started: VecDeque<(usize, T)>,
+}
+
+/// What became of each, by its index; `None`: it was not ready in time.
+pub(crate) type Results<E> = Vec<Option<Result<<E as Each>::Item, <E as Each>::Error>>>;
+
+type Report<E> = (usize, Result<<E as Each>::Item, <E as Each>::Error>);
+
+/// Does it `count` times. `None`: it was not ready at the deadline, or when `cancel` became readable.
+///
+/// # Errors
+/// When the system has no pipe or no thread at all.
+pub(crate) fn fan_out<E: Each>(
+    count: usize,
+    each: E,
+    deadline: Option<Instant>,
+    cancel: Option<BorrowedFd<'_>>,
+) -> std::io::Result<Results<E>> {
+    let mut results: Vec<_> = std::iter::repeat_with(|| None).take(count).collect();
+    let (enough, said) = pipe_with(PipeFlags::CLOEXEC)?;
+    let work = Arc::new(Work {
+        each,
+        count,
+        queue: Mutex::new(Queue {
+            next: 0,
+            started: VecDeque::new(),
+        }),
+        over: AtomicBool::new(false),
+        enough,
+    });
+    let (reports, inbox) = mpsc::channel();
+    let mut workers = 0;
+    for _ in 0..count.min(MOST_WORKERS) {
+        let (work, reports) = (work.clone(), reports.clone());
+        let thread = std::thread::Builder::new().name("fork".into());
+        match thread.spawn(move || work.run(&reports)) {
+            Ok(_) => workers += 1,
+            // Fewer do as well.
+            Err(_) if workers > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    drop(reports);
+    let mut missing = count;
+    while missing > 0 {
+        let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) || is_readable(cancel) {
+            break;
+        }
+        match inbox.recv_timeout(left.unwrap_or(LOOK).min(LOOK)) {
+            Ok((index, result)) => {
+                results[index] = Some(result);
+                missing -= 1;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            // A worker has panicked: what it had is missing.
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    work.over.store(true, Ordering::Release);
+    // Its hang-up is what they see.
+    drop(said);
+    Ok(results)
+}
+
+fn is_readable(fd: Option<BorrowedFd<'_>>) -> bool {
+    let Some(fd) = fd else {
+        return false;
+    };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+enum Step<T> {
+    Start(usize),
+    Finish(usize, T),
+}
+
+impl<E: Each> Work<E> {
+    fn run(&self, reports: &Sender<Report<E>>) {
+        while !self.over.load(Ordering::Acquire)
+            && let Some(step) = self.step()
+        {
+            let report = match step {
+                Step::Start(index) => match self.each.start(index, self.enough.as_fd()) {
+                    Ok(item) => {
+                        self.queue().started.push_back((index, item));
+                        continue;
+                    }
+                    Err(error) => (index, Err(error)),
+                },
+                Step::Finish(index, mut item) => {
+                    let finished = self.each.finish(index, &mut item);
+                    (index, finished.map(|()| item))
+                }
+            };
+            // Nobody waits any more: what is ready too late is dropped here.
+            let _ = reports.send(report);
+        }
+        // Others may have started what nobody finishes now.
+        if self.over.load(Ordering::Acquire) {
+            let late = std::mem::take(&mut self.queue().started);
+            drop(late);
+        }
+    }
+
+    fn queue(&self) -> std::sync::MutexGuard<'_, Queue<E::Item>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is to be done next. Whoever starts one comes back for another, so nothing that was started is
+    /// left when there is no step.
+    fn step(&self) -> Option<Step<E::Item>> {
+        let mut queue = self.queue();
+        if queue.next < self.count {
+            queue.next += 1;
+            return Some(Step::Start(queue.next - 1));
+        }
+        let (index, item) = queue.started.pop_front()?;
+        Some(Step::Finish(index, item))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Counts how many there are.
+    struct Item(Arc<AtomicUsize>);
+
+    impl Drop for Item {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    struct Tests {
+        alive: Arc<AtomicUsize>,
+        slow: Option<usize>,
+        bad: Option<usize>,
+    }
+
+    impl Each for Tests {
+        type Item = Item;
+        type Error = &'static str;
+
+        fn start(&self, index: usize, enough: BorrowedFd<'_>) -> Result<Item, &'static str> {
+            if self.bad == Some(index) {
+                return Err("bad");
+            }
+            self.alive.fetch_add(1, Ordering::SeqCst);
+            let item = Item(self.alive.clone());
+            if self.slow == Some(index) {
+                let mut fds = [PollFd::from_borrowed_fd(enough, PollFlags::IN)];
+                let _ = poll(&mut fds, None);
+            }
+            Ok(item)
+        }
+
+        fn finish(&self, _: usize, _: &mut Item) -> Result<(), &'static str> {
+            Ok(())
+        }
+    }
+
+    fn tests(slow: Option<usize>, bad: Option<usize>) -> (Arc<AtomicUsize>, Tests) {
+        let alive = Arc::new(AtomicUsize::new(0));
+        let each = Tests {
+            alive: alive.clone(),
+            slow,
+            bad,
+        };
+        (alive, each)
+    }
+
+    #[test]
+    fn one_that_fails_does_not_keep_the_others() {
+        let (alive, each) = tests(None, Some(7));
+        let done = fan_out(100, each, None, None).unwrap();
+        for (index, result) in done.iter().enumerate() {
+            match (index, result) {
+                (7, Some(Err("bad"))) => {}
+                (_, Some(Ok(_))) if index != 7 => {}
+                _ => panic!("{index}"),
+            }
+        }
+        assert_eq!(alive.load(Ordering::SeqCst), 99);
+        drop(done);
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn one_that_is_late_is_left_behind_and_undone() {
+        let (alive, each) = tests(Some(3), None);
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let done = fan_out(5, each, Some(deadline), None).unwrap();
+        assert!(done[3].is_none());
+        assert_eq!(done.iter().flatten().count(), 4);
+        drop(done);
+        let end = Instant::now() + Duration::from_secs(60);
+        while alive.load(Ordering::SeqCst) > 0 {
+            assert!(Instant::now() < end, "the late one is still there");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn nothing_waits_when_the_deadline_has_passed() {
+        let (_, each) = tests(None, None);
+        let done = fan_out(3, each, Some(Instant::now()), None).unwrap();
+        assert!(done.iter().all(Option::is_none));
+        assert!(
+            fan_out(0, tests(None, None).1, None, None)
+                .unwrap()
+                .is_empty()
+        );
+    }
+}

@@ -1,0 +1,584 @@
+//! fork(n): one running VM becomes many.
+//!
+//! ```text
+//!   VM --freeze--> generation: memory files, state, disk layers -- n x (start, wake) --> children
+//!    `---- woken at the same time, goes on
+//! ```
+//!
+//! Nothing is copied: a child maps the generation's memory privately and writes its disk into a layer of its
+//! own, over links to the frozen ones. So each has all that it needs in its own folder and descriptors, and
+//! what nobody uses any more the kernel frees, whoever was killed. A child that cannot be woken is ended.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ratoon_snapshot::Snapshot;
+use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
+use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
+
+use crate::admission::{self, Refused};
+use crate::engine::{Engine, StartError, absolute};
+use crate::fan_out::{Each, fan_out};
+use crate::image;
+use crate::lineage::ROOT;
+use crate::runtime::{RuntimeClient, RuntimeError};
+use crate::snapshots::{RestoreSpec, SnapshotError};
+use crate::vm::control::{Control, ControlError};
+use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::launch::{self, From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
+use crate::vm::record::{Parent, Record, RecordError, VmDir};
+use crate::vm::store::Store;
+
+/// The most children of one fork.
+pub const MAX_CHILDREN: u32 = 10_000;
+/// How long the runtime may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a child may take to start when there is no deadline.
+const START_TIMEOUT: Duration = Duration::from_secs(180);
+/// How long a VMM may take to hold its vCPUs, or let them go.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a child whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Children that are wanted.
+#[derive(Debug, Clone, Default)]
+pub struct ForkSpec {
+    /// How many; 1 to [`MAX_CHILDREN`].
+    pub count: u32,
+    /// Those that are not awake so long after the call are given up. It returns then, or when the VM
+    /// that was forked goes on again, whichever is later.
+    pub deadline: Option<Duration>,
+    /// Names of their own: as many as children, or none.
+    pub names: Vec<String>,
+    /// They outlive this process.
+    pub detached: bool,
+    /// Tap devices of each child, as many as the VM has; not needed for a VM without.
+    pub networks: Vec<Vec<NetConfig>>,
+    /// What programs in each child read in `/run/ratoon/message`.
+    pub message: Option<String>,
+    /// What is written into each child's record.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl ForkSpec {
+    /// So many, without a deadline, ending with this process.
+    pub fn new(count: u32) -> Self {
+        Self {
+            count,
+            ..Self::default()
+        }
+    }
+}
+
+/// What came of a fork.
+#[derive(Debug)]
+pub struct Forked {
+    /// What the VM and its children call the generation that they go on from.
+    pub generation: String,
+    /// How long no vCPU of the VM ran; zero for a stored snapshot.
+    pub pause: Duration,
+    /// One for each child that was asked for, by its index. Dropped, a child is ended, unless it is
+    /// detached.
+    pub children: Vec<Result<Vm, ChildError>>,
+}
+
+/// Why nothing was forked. The VM goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// None, or too many.
+    #[error("{0} children: choose 1 to {MAX_CHILDREN}")]
+    Count(u32),
+    /// Not one name for each.
+    #[error("{names} names for {count} children: give as many, or none")]
+    Names {
+        /// How many there are.
+        names: usize,
+        /// How many it takes.
+        count: u32,
+    },
+    /// Not one list of networks for each child.
+    #[error(
+        "the VM has {devices} network devices, and each of {count} children needs as many tap devices \
+         of its own"
+    )]
+    Networks {
+        /// Of the VM.
+        devices: usize,
+        /// How many children.
+        count: u32,
+    },
+    /// This host has not enough of something.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The VM's record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The runtime in the VM.
+    #[error("the runtime in the VM")]
+    Runtime(#[from] RuntimeError),
+    /// The VM's VMM.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The freeze.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The image that it stands on.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// Programs or records.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A descriptor or a thread.
+    #[error("the system refuses {what}")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl From<LaunchError> for ForkError {
+    fn from(error: LaunchError) -> Self {
+        Self::Start(error.into())
+    }
+}
+
+/// Why there is no such child. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    /// It was not awake at the deadline.
+    #[error("it was not ready within {} ms", .0.as_millis())]
+    Late(Duration),
+    /// The caller wanted no more.
+    #[error("cancelled")]
+    Cancelled,
+    /// It did not start.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// It could not be told who it is: it has been ended.
+    #[error(transparent)]
+    Wake(#[from] FreezeError),
+    /// Its pager.
+    #[error(transparent)]
+    Snapshot(#[from] Box<SnapshotError>),
+}
+
+/// Lets a paused VM run as long as this lives: its runtime has to answer.
+struct Unpaused(Option<Control>);
+
+impl Unpaused {
+    fn of(dir: &VmDir) -> Result<Self, ControlError> {
+        let control = Control::new(dir.control_socket(), CONTROL_TIMEOUT);
+        let is_paused = control.status()?.state == ratoon_vmm_api::VmState::Paused;
+        if is_paused {
+            control.resume()?;
+        }
+        Ok(Self(is_paused.then_some(control)))
+    }
+}
+
+impl Drop for Unpaused {
+    fn drop(&mut self) {
+        if let Some(control) = &self.0 {
+            // It has ended: then it does not run either.
+            let _ = control.pause();
+        }
+    }
+}
+
+impl Engine {
+    /// Forks the running VM in `dir`, which goes on after a short pause. A paused one runs for as long as it
+    /// takes its runtime to stop all processes. `cancel` becoming readable ends the wait for children.
+    ///
+    /// # Errors
+    /// [`ForkError`]: there is no child then. What becomes of each child is in [`Forked::children`].
+    pub fn fork(
+        &self,
+        dir: &VmDir,
+        spec: &ForkSpec,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Forked, ForkError> {
+        let begun = Instant::now();
+        let record = self.forkable(dir, spec)?;
+        let _unpaused = Unpaused::of(dir)?;
+        let mut client = RuntimeClient::connect(&dir.vsock_socket(), CONNECT_TIMEOUT)?;
+        self.fork_over(dir, &record, &mut client, spec, begun, cancel)
+    }
+
+    /// As [`Engine::fork`], of a VM whose runtime's client the caller has, which saves a connection.
+    ///
+    /// # Errors
+    /// See there.
+    pub fn fork_with(
+        &self,
+        dir: &VmDir,
+        client: &mut RuntimeClient,
+        spec: &ForkSpec,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Forked, ForkError> {
+        let begun = Instant::now();
+        let record = self.forkable(dir, spec)?;
+        self.fork_over(dir, &record, client, spec, begun, cancel)
+    }
+
+    /// Starts children of a stored snapshot: as many restores, side by side.
+    ///
+    /// # Errors
+    /// See [`Engine::fork`].
+    pub fn fork_snapshot(
+        &self,
+        snapshot: &str,
+        spec: &ForkSpec,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Forked, ForkError> {
+        let begun = Instant::now();
+        admission::count(spec.count, MAX_CHILDREN).map_err(ForkError::Count)?;
+        let store = self.snapshots().map_err(SnapshotError::from)?;
+        let snapshot = store.get(snapshot).map_err(SnapshotError::from)?;
+        let restore = RestoreSpec {
+            detached: spec.detached,
+            timeout: START_TIMEOUT,
+            ..RestoreSpec::default()
+        };
+        let (_, plan) = self.plan_restore(&store, &snapshot, &restore)?;
+        let generation = snapshot.id.to_string();
+        let paged = plan
+            .generation
+            .as_ref()
+            .is_some_and(|from| from.config.paged);
+        let source = Source {
+            plan,
+            parent: None,
+            snapshot: paged.then(|| (self.clone(), store, snapshot)),
+        };
+        let children = self.children(source, &generation, spec, begun, cancel)?;
+        Ok(Forked {
+            generation,
+            pause: Duration::ZERO,
+            children,
+        })
+    }
+
+    fn forkable(&self, dir: &VmDir, spec: &ForkSpec) -> Result<Record, ForkError> {
+        admission::count(spec.count, MAX_CHILDREN).map_err(ForkError::Count)?;
+        let record = dir.read_record()?;
+        let devices = record.config.networks.len();
+        check_networks(devices, spec)?;
+        admission::children(spec.count, record.config.memory_mib)?;
+        Ok(record)
+    }
+
+    fn fork_over(
+        &self,
+        dir: &VmDir,
+        record: &Record,
+        client: &mut RuntimeClient,
+        spec: &ForkSpec,
+        begun: Instant,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Forked, ForkError> {
+        let id = freeze::machine_id()?;
+        let frozen = freeze::freeze_and(dir, client, &id, |generation| {
+            self.went_on(dir, &generation.disks, |_| {});
+            let pause = generation.pause;
+            let source = self.source(dir, record, generation, spec)?;
+            let children = self.children(source, &id, spec, begun, cancel)?;
+            Ok::<_, ForkError>((pause, children))
+        });
+        let (pause, children) = frozen??;
+        Ok(Forked {
+            generation: id,
+            pause,
+            children,
+        })
+    }
+
+    /// How children of a generation that lies in memory are started.
+    fn source(
+        &self,
+        dir: &VmDir,
+        record: &Record,
+        generation: Generation,
+        spec: &ForkSpec,
+    ) -> Result<Source, ForkError> {
+        let config = &record.config;
+        let mut keep_open = Vec::new();
+        if let Some(image) = &record.image {
+            keep_open.push(OwnedFd::from(
+                self.images()?.get(&image.digest)?.open_locked()?,
+            ));
+        }
+        if let Some(folder) = &record.restored_from {
+            let held = hold(folder).map_err(|source| ForkError::System {
+                what: "the snapshot that the VM was started from",
+                source,
+            })?;
+            keep_open.push(held);
+        }
+        let root = config.disks.iter().find(|disk| disk.id == ROOT);
+        let words = config.kernel_args.split_whitespace();
+        // Its name is its own.
+        let words: Vec<&str> = words
+            .filter(|word| !word.starts_with(HOSTNAME_WORD))
+            .collect();
+        let plan = Launch {
+            vmm: absolute(&self.programs().vmm)?,
+            name: None,
+            image: record.image.clone(),
+            detached: spec.detached,
+            boot_timeout: START_TIMEOUT,
+            keep_open: keep_open.into(),
+            machine: Machine {
+                cpus: config.vcpus,
+                memory_mib: config.memory_mib,
+                kernel: config.kernel.clone(),
+                kernel_args: words.join(" "),
+                initramfs: config.initramfs.clone().unwrap_or_default(),
+                root_disk: root.map(|disk| disk.path.clone()).unwrap_or_default(),
+                networks: Vec::new(),
+            },
+            runtime: record.runtime.clone(),
+            generation: Some(Arc::new(start_from(dir, record, generation)?)),
+            pager: None,
+            parent: None,
+            labels: BTreeMap::new(),
+        };
+        Ok(Source {
+            plan,
+            parent: Some(record.id.clone()),
+            snapshot: None,
+        })
+    }
+
+    fn children(
+        &self,
+        source: Source,
+        generation: &str,
+        spec: &ForkSpec,
+        begun: Instant,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Vec<Result<Vm, ChildError>>, ForkError> {
+        if !spec.names.is_empty() && spec.names.len() != spec.count as usize {
+            return Err(ForkError::Names {
+                names: spec.names.len(),
+                count: spec.count,
+            });
+        }
+        let late = |after: Duration| Err(ChildError::Late(after));
+        let deadline = spec.deadline.map(|after| begun + after);
+        if let Some(after) = spec.deadline
+            && deadline.is_some_and(|end| end <= Instant::now())
+        {
+            return Ok((0..spec.count).map(|_| late(after)).collect());
+        }
+        let launches: Vec<_> = (0..spec.count)
+            .map(|index| source.launch(generation, spec, index))
+            .collect();
+        let dirs = launch::create(self.store(), &launches)?;
+        let children = Children {
+            store: self.store().clone(),
+            launches,
+            begun: dirs.iter().map(|_| AtomicBool::new(false)).collect(),
+            dirs,
+            generation: generation.to_owned(),
+            message: spec.message.clone(),
+            snapshot: source.snapshot,
+        };
+        let done = fan_out(spec.count as usize, children, deadline, cancel);
+        let done = done.map_err(|source| ForkError::System {
+            what: "a thread to start children",
+            source,
+        })?;
+        let result = |result: Option<_>| match (result, spec.deadline) {
+            (Some(result), _) => result,
+            (None, Some(after)) if deadline.is_some_and(|end| end <= Instant::now()) => late(after),
+            (None, _) => Err(ChildError::Cancelled),
+        };
+        Ok(done.into_iter().map(result).collect())
+    }
+}
+
+fn check_networks(devices: usize, spec: &ForkSpec) -> Result<(), ForkError> {
+    let given = &spec.networks;
+    let fits = match given.is_empty() {
+        true => devices == 0,
+        false => {
+            given.len() == spec.count as usize && given.iter().all(|taps| taps.len() == devices)
+        }
+    };
+    match fits {
+        true => Ok(()),
+        false => Err(ForkError::Networks {
+            devices,
+            count: spec.count,
+        }),
+    }
+}
+
+/// A snapshot cannot be removed while its manifest is locked so.
+fn hold(folder: &std::path::Path) -> std::io::Result<OwnedFd> {
+    let manifest = File::open(folder.join("manifest.json"))?;
+    flock(&manifest, FlockOperation::LockShared)?;
+    Ok(manifest.into())
+}
+
+fn start_from(
+    dir: &VmDir,
+    record: &Record,
+    generation: Generation,
+) -> Result<StartFrom, ForkError> {
+    let state = memfd_create("generation-state", MemfdFlags::CLOEXEC)
+        .map_err(std::io::Error::from)
+        .map(File::from)
+        .and_then(|mut file| {
+            file.write_all(generation.state.as_bytes())?;
+            Ok(file)
+        });
+    let state = state.map_err(|source| ForkError::System {
+        what: "a file for the frozen VM's state",
+        source,
+    })?;
+    let frozen = generation.frozen(ROOT).to_vec();
+    let mut files = vec![OwnedFd::from(state)];
+    let mut memory = Vec::new();
+    for (number, layer) in generation.layers.into_iter().enumerate() {
+        files.push(layer.file.into());
+        memory.push(MemoryLayerConfig {
+            path: PathBuf::from(format!("memory layer {number}")),
+            runs: layer.runs,
+            packed: layer.packed,
+        });
+    }
+    Ok(StartFrom {
+        config: GenerationConfig {
+            state: PathBuf::from("the frozen machine's state"),
+            memory,
+            paged: false,
+            descriptors: true,
+        },
+        files,
+        frozen,
+        linked_from: Some(dir.path().to_owned()),
+        ancestors: record.ancestors.clone(),
+        restored_from: record.restored_from.clone(),
+        control_port: generation.control_port,
+    })
+}
+
+/// What children are started from.
+struct Source {
+    plan: Launch,
+    /// The VM that was forked.
+    parent: Option<String>,
+    /// Memory comes from a pager.
+    snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
+}
+
+impl Source {
+    fn launch(&self, generation: &str, spec: &ForkSpec, index: u32) -> Launch {
+        let number = index as usize;
+        let mut machine = self.plan.machine.clone();
+        if let Some(taps) = spec.networks.get(number) {
+            machine.networks.clone_from(taps);
+        }
+        Launch {
+            vmm: self.plan.vmm.clone(),
+            name: spec.names.get(number).cloned(),
+            image: self.plan.image.clone(),
+            detached: spec.detached,
+            boot_timeout: self.plan.boot_timeout,
+            keep_open: self.plan.keep_open.clone(),
+            machine,
+            runtime: self.plan.runtime.clone(),
+            generation: self.plan.generation.clone(),
+            pager: None,
+            parent: Some(Parent {
+                vm: self.parent.clone(),
+                generation: generation.to_owned(),
+                index,
+            }),
+            labels: spec.labels.clone(),
+        }
+    }
+}
+
+/// Children on their way.
+struct Children {
+    store: Store,
+    launches: Vec<Launch>,
+    dirs: Vec<VmDir>,
+    /// Whose start has begun, and with it whoever removes its folder.
+    begun: Vec<AtomicBool>,
+    generation: String,
+    message: Option<String>,
+    snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
+}
+
+impl Each for Children {
+    type Item = Vm;
+    type Error = ChildError;
+
+    fn start(&self, index: usize, enough: BorrowedFd<'_>) -> Result<Vm, ChildError> {
+        let (launch, dir) = (&self.launches[index], &self.dirs[index]);
+        self.begun[index].store(true, Ordering::Relaxed);
+        let started = match &self.snapshot {
+            None => launch::launch_in(&self.store, launch, dir, Some(enough)),
+            Some((engine, store, snapshot)) => {
+                let plan = engine.with_pager(store, snapshot, launch.clone());
+                let plan = plan.map_err(|error| {
+                    let _ = self.store.remove(dir);
+                    Box::new(error)
+                })?;
+                launch::launch_in(&self.store, &plan, dir, Some(enough))
+            }
+        };
+        Ok(started?)
+    }
+
+    fn finish(&self, _: usize, vm: &mut Vm) -> Result<(), ChildError> {
+        let woken = self.wake(vm);
+        // Why it ended says more than that it cannot be talked to.
+        woken.map_err(|error| vm.ended(END_PATIENCE).map_or(error, Into::into))
+    }
+}
+
+impl Children {
+    fn wake(&self, vm: &mut Vm) -> Result<(), ChildError> {
+        let runtime = vm.runtime();
+        let mut client = runtime.map_err(|source| LaunchError::Runtime { source })?;
+        let waking = Waking {
+            id: vm.dir().id(),
+            generation: self.generation.clone(),
+            child: Some(Child {
+                message: self.message.clone(),
+                ..Child::of(vm.record())
+            }),
+        };
+        freeze::wake(&mut client, &waking)?;
+        vm.awake().map_err(LaunchError::from)?;
+        vm.keep_runtime(client);
+        Ok(())
+    }
+}
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        // Records of children that were never started: nobody else knows of them.
+        for (dir, begun) in self.dirs.iter().zip(&self.begun) {
+            if !begun.load(Ordering::Relaxed) {
+                let _ = self.store.remove(dir);
+            }
+        }
+    }
+}
