@@ -16,9 +16,8 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, mkdirat, openat};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
-use crate::swap::forms::Fd;
+use crate::swap::forms::{Fd, carried};
 
 /// The group above all that clients start.
 pub const BASE: &str = "/sys/fs/cgroup/ratoon";
@@ -27,14 +26,14 @@ pub const BASE: &str = "/sys/fs/cgroup/ratoon";
 const KEEP_IDLE: usize = 16;
 
 /// One process's group.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Group {
     dir: Fd,
     name: String,
 }
 
 /// All groups.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 pub struct Groups {
     base: Option<Fd>,
     idle: Vec<Group>,
@@ -43,6 +42,14 @@ pub struct Groups {
     /// process's, so no group is used again.
     touched: bool,
 }
+
+carried!(Group { dir, name });
+carried!(Groups {
+    base,
+    idle,
+    next,
+    touched
+});
 
 impl Groups {
     /// Makes the group above all others; with an error, everything works without groups.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
 use crate::spawn::{read_now, write_now};
-use crate::swap::forms::{self, Fd};
+use crate::swap::forms::{Fd, carried, carried_by_serde};
 
 /// What kind of descriptor it is: how to read, write and end it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +28,7 @@ pub enum Medium {
     File,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 struct End {
     fd: Fd,
     medium: Medium,
@@ -48,19 +48,22 @@ pub enum Read {
 }
 
 /// The descriptors of one call. See the module.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 pub struct Pipes {
     stdin: Option<End>,
-    #[serde(with = "forms::bytes")]
     queue: VecDeque<u8>,
     stdin_ends: bool,
     outputs: [Option<End>; 3],
     /// Bytes that went in.
     pub written: u64,
     /// Why writing ended, other than by a reader that has gone.
-    #[serde(skip)]
     pub failure: Option<Errno>,
 }
+
+carried_by_serde!(Medium);
+carried!(End { fd, medium, left });
+// Only uploads look at the failure, and they do not go on.
+carried!(Pipes { stdin, queue, stdin_ends, outputs, written; failure });
 
 impl Pipes {
     /// Input goes here.

@@ -18,7 +18,6 @@ use ratoon_protocol::{
 };
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
-use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
 use crate::pipes::{Medium, Pipes, Read};
@@ -26,7 +25,7 @@ use crate::session::Output;
 use crate::sessions::{CallRef, Sessions, earlier};
 use crate::spawn::Child;
 use crate::spool::Spool;
-use crate::swap::forms;
+use crate::swap::forms::{carried, carried_by_serde};
 use crate::sys;
 
 /// How long after its process has ended an output that is still open is listened to.
@@ -39,7 +38,7 @@ const TERM_GRACE: Duration = Duration::from_secs(2);
 const ARGV_LIMIT: usize = 256;
 
 /// How it ended, and what it used.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy)]
 pub struct Ended {
     /// How.
     pub status: ExitStatus,
@@ -50,7 +49,7 @@ pub struct Ended {
 }
 
 /// One process. See the module.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Process {
     /// Its process id.
     pub pid: i32,
@@ -70,7 +69,6 @@ pub struct Process {
     tag: Option<String>,
     started_us: u64,
     /// The next step of its time-out.
-    #[serde(with = "forms::when")]
     due: Option<Instant>,
     grace: Duration,
     timed_out: bool,
@@ -78,14 +76,40 @@ pub struct Process {
 }
 
 /// What is still owed of outputs that outlive their process.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 struct Tail {
     /// Bytes of each output that were in the pipe when the process ended.
     owed: [u64; 2],
     /// Listen until then, but no shorter than until nothing is owed.
-    #[serde(with = "forms::moment")]
     until: Instant,
 }
+
+carried_by_serde!(ExitStatus);
+carried_by_serde!(Usage);
+carried!(Ended {
+    status,
+    usage,
+    out_of_memory
+});
+carried!(Tail { owed, until });
+carried!(Process {
+    pid,
+    ended,
+    keep,
+    killed,
+    group,
+    sent,
+    limit,
+    spools,
+    terminal,
+    argv,
+    tag,
+    started_us,
+    due,
+    grace,
+    timed_out,
+    tail
+});
 
 impl Process {
     /// A process that has just been started, and its descriptors.

@@ -25,8 +25,6 @@ use ratoon_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::swap::forms;
-
 /// How many unsent bytes a connection may hold before its input and its tasks' output wait.
 pub const OUT_LIMIT: usize = 256 * 1024;
 
@@ -145,7 +143,7 @@ impl Violation {
     }
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 struct Inbound {
     received: u64,
     taken: u64,
@@ -155,35 +153,30 @@ struct Inbound {
     stopped: bool,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 struct Outbound {
     sent: u64,
     acked: u64,
     ended: bool,
     /// In a named session: what was sent and not acknowledged.
-    #[serde(with = "forms::bytes")]
     replay: VecDeque<u8>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 struct Open {
     stdin: Option<Inbound>,
     out: [Outbound; 3],
     /// In a named session: the events, whole frames, to be said again.
-    #[serde(with = "forms::bytes")]
     events: Vec<u8>,
     /// In a named session: the last frame, until the client confirms it.
-    #[serde(with = "forms::maybe_bytes")]
     finished: Option<Vec<u8>>,
 }
 
 /// One client. See the module.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Session {
-    #[serde(with = "carried::decoder")]
     decoder: Decoder,
     calls: BTreeMap<u64, Open>,
-    #[serde(with = "forms::bytes")]
     out: Vec<u8>,
     out_sent: usize,
     urgent: bool,

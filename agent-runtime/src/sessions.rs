@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use ratoon_protocol::{ErrorCode, ErrorReply, Event, SessionParams, SessionReply};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::session::{Action, Output, Session, Violation};
-use crate::swap::forms::{self, Fd};
+use crate::swap::forms::{Fd, carried};
 
 /// How long a frame that is not urgent may wait.
 pub const LAZY: Duration = Duration::from_millis(250);
@@ -26,7 +26,7 @@ const LINGER: Duration = Duration::from_secs(60);
 const MAX_LINGER: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which call, of which session. Sessions are numbered by the server; numbers are not used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CallRef {
     /// The session's number.
     pub session: u64,
@@ -34,13 +34,11 @@ pub struct CallRef {
     pub call: u64,
 }
 
-#[derive(Serialize, Deserialize)]
 struct Socket {
     fd: Fd,
     /// Whether connect(2) is decided.
     connected: bool,
     /// When unsent frames that are not urgent go out.
-    #[serde(with = "forms::when")]
     flush_at: Option<Instant>,
     /// Send what is unsent, then close.
     closing: bool,
@@ -48,16 +46,35 @@ struct Socket {
     blocked: bool,
 }
 
-#[derive(Serialize, Deserialize)]
 struct Client {
     session: Session,
     socket: Option<Socket>,
     name: Option<String>,
     linger: Duration,
     /// When a session without a socket ends.
-    #[serde(with = "forms::when")]
     ends_at: Option<Instant>,
 }
+
+carried!(CallRef { session, call });
+carried!(Socket {
+    fd,
+    connected,
+    flush_at,
+    closing,
+    blocked
+});
+carried!(Client {
+    session,
+    socket,
+    name,
+    linger,
+    ends_at
+});
+carried!(Sessions {
+    clients,
+    next,
+    ready_at_us
+});
 
 /// What became of a socket that was ready.
 pub enum Heard {
@@ -75,7 +92,6 @@ pub enum Heard {
 }
 
 /// All clients. See the module.
-#[derive(Serialize, Deserialize)]
 pub struct Sessions {
     clients: BTreeMap<u64, Client>,
     next: u64,

@@ -20,14 +20,13 @@ use std::ptr;
 use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams, Size};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::OpenptFlags;
-use serde::{Deserialize, Serialize};
 
 mod child;
 
 use child::{CLONE_INTO_CGROUP, CloneArgs, Shared, Step, clone_and_run};
 
 use crate::groups::{Group, Groups};
-use crate::swap::forms::Fd;
+use crate::swap::forms::{Fd, carried};
 use crate::users::{self, User, UserError};
 
 /// Where programs are looked up when the environment has no `PATH`.
@@ -146,17 +145,24 @@ impl SpawnError {
 }
 
 /// Makes processes. Keeps what all of them need.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Spawner {
     null: Fd,
-    #[serde(skip, default = "stack")]
-    stack: Vec<u8>,
+    stack: Stack,
     groups: Option<Groups>,
 }
 
-/// Zeroed and so not touched before it is used.
-fn stack() -> Vec<u8> {
-    vec![0; STACK_LEN]
+carried!(Spawner { null, groups; stack });
+
+/// Where a child runs until it executes its program.
+#[derive(Debug)]
+struct Stack(Vec<u8>);
+
+impl Default for Stack {
+    fn default() -> Self {
+        // Zeroed and so not touched before it is used.
+        Self(vec![0; STACK_LEN])
+    }
 }
 
 impl Spawner {
@@ -164,7 +170,7 @@ impl Spawner {
     pub fn new(null: OwnedFd, groups: bool) -> Self {
         Self {
             null: null.into(),
-            stack: stack(),
+            stack: Stack::default(),
             groups: (!groups).then(Groups::default),
         }
     }
@@ -231,7 +237,7 @@ impl Spawner {
             extra,
             params.pty.is_some(),
             group.as_ref(),
-            &mut self.stack,
+            &mut self.stack.0,
         );
         match result {
             Ok(pid) => Ok(Child {

@@ -8,9 +8,8 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use ratoon_protocol::OutputReport;
-use serde::{Deserialize, Serialize};
 
-use crate::swap::forms;
+use crate::swap::forms::carried;
 
 /// How much of one output is kept, bytes.
 const LIMIT: u64 = 64 << 20;
@@ -22,9 +21,8 @@ const TAIL: usize = 4096;
 const DIRS: [&str; 2] = ["/var/lib/ratoon/output", "/run/ratoon/output"];
 
 /// One output's file. See the module.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Spool {
-    #[serde(with = "forms::file")]
     file: Option<File>,
     path: PathBuf,
     /// Offset in the output of the file's first byte.
@@ -33,11 +31,20 @@ pub struct Spool {
     kept: u64,
     /// Bytes that came.
     seen: u64,
-    #[serde(with = "forms::bytes")]
     tail: Vec<u8>,
     /// Up to where a client has taken it, as an offset in the file; `None`: nobody does.
     reader: Option<u64>,
 }
+
+carried!(Spool {
+    file,
+    path,
+    start,
+    kept,
+    seen,
+    tail,
+    reader
+});
 
 impl Spool {
     /// A new file, named `<name>.<stream>`, for what follows the output's first `start` bytes.

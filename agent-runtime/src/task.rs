@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use ratoon_protocol::{ErrorCode, ErrorReply, Event, Transferred};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files::Upload;
@@ -13,15 +12,15 @@ use crate::process::Process;
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
 use crate::swap::Incoming;
+use crate::swap::forms::{Carried, carried, member, members, put};
+use crate::swap::state::StateError;
 use crate::system::{Dial, Progress};
 
-/// What a call does. What is skipped does not go on in another runtime: see [`crate::swap`].
-#[derive(Serialize, Deserialize)]
+/// What a call does.
 pub enum Job {
     /// A process.
     Process(Box<Process>),
     /// Work on a thread.
-    #[serde(skip)]
     Work(Working),
     /// A file is sent.
     Download {
@@ -29,15 +28,12 @@ pub enum Job {
         bytes: u64,
     },
     /// A file comes.
-    #[serde(skip)]
     Upload(Upload),
     /// A runtime comes, to take this one's place.
-    #[serde(skip)]
     Swap(Incoming),
     /// A server in the guest.
     Port {
         /// While it is being called.
-        #[serde(skip)]
         dial: Option<Dial>,
         /// Bytes that came from it.
         received: u64,
@@ -55,7 +51,6 @@ pub struct Working {
 }
 
 /// One call. See the module.
-#[derive(Serialize, Deserialize)]
 pub struct Task {
     /// Whose; `None` when the client is gone.
     pub at: Option<CallRef>,
@@ -63,6 +58,40 @@ pub struct Task {
     pub pipes: Pipes,
     /// What it does.
     pub job: Job,
+}
+
+carried!(Task { at, pipes, job });
+
+/// What cannot go on in another runtime is null: see [`crate::swap`].
+impl Carried for Job {
+    fn carry(&self) -> Value {
+        let (kind, inner) = match self {
+            Self::Process(process) => ("process", process.carry()),
+            Self::Download { bytes } => ("download", bytes.carry()),
+            Self::Port { received, .. } => ("port", received.carry()),
+            Self::Work(_) | Self::Upload(_) | Self::Swap(_) => return Value::Null,
+        };
+        let mut all = serde_json::Map::new();
+        put(&mut all, kind, inner);
+        Value::Object(all)
+    }
+
+    fn arrive(value: Value) -> Result<Self, StateError> {
+        let mut all = members(value)?;
+        if all.contains_key("process") {
+            let process = member(&mut all, "process")?;
+            return Ok(Self::Process(Box::new(process)));
+        }
+        if all.contains_key("download") {
+            let bytes = member(&mut all, "download")?;
+            return Ok(Self::Download { bytes });
+        }
+        let received = member(&mut all, "port")?;
+        Ok(Self::Port {
+            dial: None,
+            received,
+        })
+    }
 }
 
 /// Whether a task is over.

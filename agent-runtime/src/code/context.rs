@@ -24,7 +24,6 @@ use rustix::net::{
     SocketType, recvmsg,
 };
 use rustix::process::{Pid, Signal};
-use serde::{Deserialize, Serialize};
 
 mod ending;
 mod timing;
@@ -33,7 +32,7 @@ use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::CallRef;
 use crate::spawn::{SpawnError, read_now};
-use crate::swap::forms::{self, Fd};
+use crate::swap::forms::{Fd, carried};
 
 use ending::died;
 
@@ -57,7 +56,7 @@ const EARLY: Duration = Duration::from_millis(500);
 const LATE_LIMIT: usize = 32 * 1024;
 
 /// A cell that runs, or is to run.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 struct Cell {
     /// Whose; `None` when the client is gone.
     at: Option<CallRef>,
@@ -65,14 +64,10 @@ struct Cell {
     code: Option<String>,
     timeout: Option<Duration>,
     /// When it was sent.
-    #[serde(with = "forms::when")]
     since: Option<Instant>,
     /// The next step of its time-out.
-    #[serde(with = "forms::when")]
     due: Option<Instant>,
-    #[serde(with = "forms::when")]
     tick: Option<Instant>,
-    #[serde(with = "forms::when")]
     again: Option<Instant>,
     interrupted: bool,
     timed_out: bool,
@@ -81,7 +76,7 @@ struct Cell {
 }
 
 /// One interpreter. See the module.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Context {
     /// How it was asked for.
     pub params: CodeStart,
@@ -105,14 +100,11 @@ pub struct Context {
     up: bool,
     /// It has been asked whether all interrupts of the last cell have come, and has not answered.
     calming: bool,
-    #[serde(with = "forms::when")]
     up_by: Option<Instant>,
     control: Option<Fd>,
     outputs: [Option<Fd>; 2],
     wire: Wire,
-    #[serde(with = "forms::bytes")]
     outbox: Vec<u8>,
-    #[serde(with = "forms::two_bytes")]
     late: [Vec<u8>; 2],
     /// What is in the pipes at the cell's end and not yet read, when that has been asked.
     owed: [Option<u64>; 2],
@@ -129,6 +121,50 @@ pub struct Context {
     gone: bool,
     fate: Option<ExitStatus>,
 }
+
+carried!(Cell {
+    at,
+    code,
+    timeout,
+    since,
+    due,
+    tick,
+    again,
+    interrupted,
+    timed_out,
+    stopped
+});
+carried!(Context {
+    params,
+    name,
+    hidden,
+    zygote,
+    is_orphan,
+    pid,
+    group,
+    is_reaped_for,
+    waiting,
+    count,
+    cell,
+    up,
+    calming,
+    up_by,
+    control,
+    outputs,
+    wire,
+    outbox,
+    late,
+    owed,
+    watched,
+    left,
+    heard,
+    blocked,
+    dying,
+    verdict,
+    refused,
+    gone,
+    fate
+});
 
 /// Two ends of a control socket.
 pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd), ErrorReply> {

@@ -24,17 +24,18 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::time::Instant;
 
 use ratoon_protocol::{
-    CodeContext, CodeName, CodeRun, CodeStart, ErrorCode, ErrorReply, ExecParams, ExitStatus,
-    Language,
+    CodeContext, CodeError, CodeName, CodeRun, CodeStart, ErrorCode, ErrorReply, ExecParams,
+    ExitStatus, Language,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions, earlier};
 use crate::spawn::Spawner;
+use crate::swap::forms::{carried, carried_by_serde};
 
 mod context;
 mod wire;
@@ -83,7 +84,7 @@ impl Answers for Sessions {
 }
 
 /// All contexts. See the module.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 pub struct Contexts {
     contexts: BTreeMap<u64, Context>,
     zygotes: BTreeMap<u64, Zygote>,
@@ -91,6 +92,15 @@ pub struct Contexts {
     /// Of interpreters that have ended.
     groups: Vec<Group>,
 }
+
+carried_by_serde!(CodeStart);
+carried_by_serde!(CodeError);
+carried!(Contexts {
+    contexts,
+    zygotes,
+    next,
+    groups
+});
 
 /// Which descriptor a token means, beside those of a context (0 to 2).
 const ZYGOTE: u64 = 3;

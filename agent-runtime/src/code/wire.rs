@@ -18,7 +18,7 @@ use ratoon_protocol::CodeError;
 use serde::{Deserialize, Serialize};
 
 use crate::session::Output;
-use crate::swap::forms;
+use crate::swap::forms::{carried, carried_by_serde};
 
 /// Longest line but for values, in bytes: a traceback of 32 KiB, all escaped, and its message.
 const LINE_LIMIT: usize = 320 * 1024;
@@ -67,13 +67,15 @@ enum Inside {
 }
 
 /// Bytes that came, and where we are in them.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default)]
 pub struct Wire {
-    #[serde(with = "forms::bytes")]
     buffer: Vec<u8>,
     at: usize,
     inside: Inside,
 }
+
+carried_by_serde!(Inside);
+carried!(Wire { buffer, at, inside });
 
 #[derive(Deserialize)]
 struct End {

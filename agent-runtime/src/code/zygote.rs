@@ -11,11 +11,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use ratoon_protocol::{CodeStart, ErrorReply, ExecParams};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
 use crate::spawn::{Spawner, read_now};
-use crate::swap::forms::Fd;
+use crate::swap::forms::{Fd, carried};
 
 use super::context::{refusal, socket_pair};
 use super::wire::{Step, Wire};
@@ -26,7 +25,7 @@ const DRIVER: &str = include_str!("python.py");
 const COMPLAINT: usize = 2048;
 
 /// One zygote.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Zygote {
     /// Its process id.
     pub pid: i32,
@@ -38,6 +37,16 @@ pub struct Zygote {
     complaints: Option<Fd>,
     pub(super) wire: Wire,
 }
+
+carried!(Zygote {
+    pid,
+    group,
+    user,
+    env,
+    control,
+    complaints,
+    wire
+});
 
 /// What concerns the interpreter itself: contexts that differ in it do not share a zygote.
 fn env_of(params: &CodeStart) -> Vec<(String, String)> {

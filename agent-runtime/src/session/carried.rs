@@ -1,6 +1,10 @@
 //! A session in the state that goes from one runtime to the next (see [`crate::swap`]).
 
+use serde_json::Value;
+
 use super::*;
+use crate::swap::forms::{Carried, carried, carried_by_serde};
+use crate::swap::state::StateError;
 
 /// No stream is as long, in bytes: what is counted does not overflow.
 const MAX_OFFSET: u64 = 1 << 62;
@@ -43,20 +47,46 @@ impl Session {
     }
 }
 
+carried!(Inbound {
+    received,
+    taken,
+    acked,
+    ended,
+    stopped
+});
+carried!(Outbound {
+    sent,
+    acked,
+    ended,
+    replay
+});
+carried!(Open {
+    stdin,
+    out,
+    events,
+    finished
+});
+carried!(Session {
+    decoder,
+    calls,
+    out,
+    out_sent,
+    urgent,
+    begun,
+    naming,
+    named
+});
+carried_by_serde!(Output);
+
 /// A decoder is the bytes that it has not yet returned.
-pub(super) mod decoder {
-    use serde::{Deserializer, Serializer};
-
-    use super::*;
-    use crate::swap::forms::Hex;
-
-    pub fn serialize<S: Serializer>(decoder: &Decoder, serializer: S) -> Result<S::Ok, S::Error> {
-        Hex(decoder.pending_bytes().to_vec()).serialize(serializer)
+impl Carried for Decoder {
+    fn carry(&self) -> Value {
+        self.pending_bytes().to_vec().carry()
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Decoder, D::Error> {
-        let mut decoder = Decoder::new();
-        decoder.feed(&Hex::deserialize(deserializer)?.0);
+    fn arrive(value: Value) -> Result<Self, StateError> {
+        let mut decoder = Self::new();
+        decoder.feed(&Vec::<u8>::arrive(value)?);
         Ok(decoder)
     }
 }

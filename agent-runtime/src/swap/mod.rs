@@ -29,7 +29,6 @@ use ratoon_protocol::{Call, ErrorCode, ErrorReply, RuntimeSwap, Swapped};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::boot::one_line;
@@ -45,7 +44,7 @@ pub(crate) mod forms;
 mod rehearsal;
 pub mod state;
 
-use forms::Fd;
+use forms::{Carried, Fd, member, members, put};
 use state::StateError;
 
 /// How long what cannot go on may take to end.
@@ -175,22 +174,7 @@ fn memory(name: &str, executable: bool) -> rustix::io::Result<OwnedFd> {
     }
 }
 
-/// The state as it is written; see [`Arriving`].
-#[derive(Serialize)]
-struct Parting<'s> {
-    swap: CallRef,
-    name: String,
-    is_machine: bool,
-    listener: &'s Fd,
-    sessions: &'s Sessions,
-    tasks: &'s [Task],
-    spawner: &'s Spawner,
-    contexts: &'s Contexts,
-    identity: &'s Identity,
-}
-
 /// What goes from one runtime to the next.
-#[derive(Deserialize)]
 pub(crate) struct Arriving {
     /// The call that asked for it.
     swap: CallRef,
@@ -207,7 +191,18 @@ pub(crate) struct Arriving {
 
 impl Arriving {
     fn read(state: Value) -> Result<Self, StateError> {
-        let arriving: Self = serde_json::from_value(state)?;
+        let mut all = members(state)?;
+        let arriving = Self {
+            swap: member(&mut all, "swap")?,
+            name: member(&mut all, "name")?,
+            is_machine: member(&mut all, "is_machine")?,
+            listener: member(&mut all, "listener")?,
+            sessions: member(&mut all, "sessions")?,
+            tasks: member(&mut all, "tasks")?,
+            spawner: member(&mut all, "spawner")?,
+            contexts: member(&mut all, "contexts")?,
+            identity: member(&mut all, "identity")?,
+        };
         arriving.sessions.check().map_err(StateError::Wrong)?;
         arriving.contexts.check().map_err(StateError::Wrong)?;
         for task in &arriving.tasks {
@@ -269,13 +264,15 @@ impl Server {
 
     /// What cannot go on, by the names of its calls.
     fn in_the_way(&self) -> BTreeSet<&'static str> {
-        let tasks = self.tasks.iter().filter_map(|task| match &task.job {
-            Job::Work(work) => Some(work.method),
-            Job::Upload(_) => Some("file.write"),
-            Job::Port { dial: Some(_), .. } => Some("port.connect"),
-            _ => None,
-        });
-        let mut all: BTreeSet<_> = tasks.collect();
+        let mut all = BTreeSet::new();
+        for task in &self.tasks {
+            match &task.job {
+                Job::Work(work) => all.insert(work.method),
+                Job::Upload(_) => all.insert("file.write"),
+                Job::Port { dial: Some(_), .. } => all.insert("port.connect"),
+                _ => false,
+            };
+        }
         if self.identity.is_waiting() || !self.waiting.is_empty() {
             all.insert("expect_wake");
         }
@@ -288,19 +285,24 @@ impl Server {
         all
     }
 
-    fn parting(&self, swap: CallRef) -> Result<Value, StateError> {
+    /// What [`Arriving::read`] reads.
+    fn parting(&self, swap: CallRef) -> Value {
         let name = rustix::thread::name().unwrap_or_default();
-        Ok(serde_json::to_value(Parting {
-            swap,
-            name: name.to_string_lossy().into_owned(),
-            is_machine: self.is_machine,
-            listener: &self.listener,
-            sessions: &self.sessions,
-            tasks: &self.tasks,
-            spawner: &self.spawner,
-            contexts: &self.contexts,
-            identity: &self.identity,
-        })?)
+        let mut all = serde_json::Map::new();
+        for (name, value) in [
+            ("swap", swap.carry()),
+            ("name", name.to_string_lossy().into()),
+            ("is_machine", self.is_machine.carry()),
+            ("listener", self.listener.carry()),
+            ("sessions", self.sessions.carry()),
+            ("tasks", self.tasks.carry()),
+            ("spawner", self.spawner.carry()),
+            ("contexts", self.contexts.carry()),
+            ("identity", self.identity.carry()),
+        ] {
+            put(&mut all, name, value);
+        }
+        Value::Object(all)
     }
 
     /// Becomes the new runtime; returns when that is not to be.
@@ -323,10 +325,10 @@ impl Server {
             Mode::empty(),
         )
         .map_err(system("/proc/self/exe, to come back to"))?;
-        let state = in_memory(&self.parting(at).map_err(refused)?).map_err(refused)?;
+        let state = in_memory(&self.parting(at)).map_err(refused)?;
         rehearsal::rehearse(&incoming.binary, state, &mut self.spawner)?;
         // The rehearsal has used a control group: once more, and nothing changes from here on.
-        let parting = self.parting(at).map_err(refused)?;
+        let parting = self.parting(at);
         let state = in_memory(&parting).map_err(refused)?;
         let mut through = state::descriptors(&parting).map_err(refused)?;
         through.extend([state.as_raw_fd(), old.as_raw_fd()]);

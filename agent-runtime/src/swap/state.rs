@@ -7,7 +7,7 @@
 //! (Integers are little-endian.) The JSON is the server's own structs, each described where it lives;
 //! descriptors are in it by number ([`FD_KEY`]) and stay open through execve.
 //!
-//! **Versions.** A member that is added has a default, and what a newer runtime adds an older one does
+//! **Versions.** A member that is added may be null (an `Option`), and what a newer runtime adds an older one does
 //! not have to know: neither takes a new version. What is removed, or means something else, does; a
 //! runtime says by [`OLDEST_VERSION`] how far back it reads, and refuses all else by number.
 //!
@@ -55,8 +55,25 @@ pub enum StateError {
     #[error("the state is damaged")]
     Damaged,
     /// Not what this runtime understands.
-    #[error("the state does not fit this runtime")]
-    Form(#[from] serde_json::Error),
+    #[error("the state does not fit this runtime: `{member}` is not {wanted}")]
+    Form {
+        /// The innermost member with a name.
+        member: &'static str,
+        /// What it should be.
+        wanted: String,
+    },
+    /// It is not JSON.
+    #[error("the state is no JSON")]
+    Json(#[from] serde_json::Error),
+    /// A descriptor is not open.
+    #[error("descriptor {fd} of the state")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// It contradicts itself.
     #[error("the state is wrong: {0}")]
     Wrong(&'static str),

@@ -15,12 +15,12 @@ use std::path::{Path, PathBuf};
 
 use ratoon_protocol::{Awake, ErrorCode, ErrorReply, Wake};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
 use super::network::Plan;
 use super::prepared::{Directory, Etc, Prepared};
 use super::settings::{self, ETC};
 use super::{bad_request, failed, files, quiet, shown};
+use crate::swap::forms::{carried, carried_by_serde};
 
 /// Where programs read who the machine is.
 const DIR: &str = "/run/ratoon";
@@ -49,19 +49,20 @@ pub(super) const FILES: [(&str, bool); 6] = [
 ];
 
 /// The state. See the module.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct Identity {
     waiting: bool,
     awake: Awake,
     token: Option<String>,
     /// `None` on somebody's host.
     dir: Option<PathBuf>,
-    #[serde(skip)]
     prepared: Option<Prepared>,
     /// What a wake has used: not to be used again, and closed when there is time.
-    #[serde(skip)]
     spent: Option<Prepared>,
 }
+
+carried_by_serde!(Awake);
+carried!(Identity { waiting, awake, token, dir; prepared, spent });
 
 impl Default for Identity {
     fn default() -> Self {
