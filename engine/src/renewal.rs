@@ -22,8 +22,8 @@ use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{SnapshotError, file_identity, label};
 use crate::vm::launch::{LaunchError, Vm};
 
-/// How long the new runtime may take: two megabytes go to a guest that may be emulated.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the new runtime may take: the way of two megabytes into an emulated guest is seconds.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long a VM whose connection broke may take to be gone, if it ends.
 const END_PATIENCE: Duration = Duration::from_secs(2);
