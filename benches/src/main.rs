@@ -72,6 +72,8 @@ enum Choice {
     Freeze,
     /// Memory of idle machines from one snapshot.
     Clones,
+    /// Children of a running machine: one, a hundred, deep ones.
+    Fork,
     /// `ratoon run`, whole, the second time.
     Run,
     /// All of them.
@@ -79,7 +81,7 @@ enum Choice {
 }
 
 impl Choice {
-    const EACH: [Self; 10] = [
+    const EACH: [Self; 11] = [
         Self::Start,
         Self::Memory,
         Self::Boot,
@@ -89,6 +91,7 @@ impl Choice {
         Self::Restore,
         Self::Freeze,
         Self::Clones,
+        Self::Fork,
         Self::Run,
     ];
 
@@ -103,6 +106,7 @@ impl Choice {
             Self::Restore => scenario::restore::run(plan, samples),
             Self::Freeze => scenario::freeze::run(plan, samples),
             Self::Clones => scenario::clones::run(plan, samples),
+            Self::Fork => scenario::fork::run(plan, samples),
             Self::Run => scenario::run::run(plan, samples),
             Self::All => Self::EACH
                 .into_iter()

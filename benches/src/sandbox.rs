@@ -47,6 +47,15 @@ impl Sandboxes {
         })
     }
 
+    /// With so many shells ready for machines of one vCPU and so much memory.
+    ///
+    /// # Errors
+    /// When their processes cannot be made.
+    pub fn with_shells(self, memory_mib: u64, count: usize) -> Result<Self> {
+        let engine = self.engine.with_shells([((1, memory_mib), count)].into())?;
+        Ok(Self { engine, ..self })
+    }
+
     /// The engine.
     pub fn engine(&self) -> &Engine {
         &self.engine

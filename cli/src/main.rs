@@ -20,7 +20,8 @@ use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
 use commands::{
-    code, cp, exec, fork, forward, image, kill, logs, ps, rm, run, snapshot, snapshots, stop, top,
+    code, cp, exec, family, fork, forward, image, kill, logs, ps, rm, run, snapshot, snapshots,
+    stop, top,
 };
 use failure::Failure;
 
@@ -69,6 +70,10 @@ enum Command {
     Snapshot(snapshot::Args),
     Restore(snapshot::RestoreArgs),
     Fork(Box<fork::Args>),
+    Tree(family::TreeArgs),
+    Commit(family::CommitArgs),
+    Rollback(family::RollbackArgs),
+    Diff(family::DiffArgs),
     Suspend(snapshot::SuspendArgs),
     Snapshots(snapshots::Args),
     Rm(rm::Args),
@@ -108,6 +113,10 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Snapshot(args) => snapshot::run(&engine, &args),
         Command::Restore(args) => snapshot::restore(&engine, &args),
         Command::Fork(args) => fork::run(&engine, &args),
+        Command::Tree(args) => family::tree(&engine, &args),
+        Command::Commit(args) => family::commit(&engine, &args),
+        Command::Rollback(args) => family::rollback(&engine, &args),
+        Command::Diff(args) => family::compare(&engine, &args),
         Command::Suspend(args) => snapshot::suspend(&engine, &args),
         Command::Snapshots(args) => snapshots::run(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),

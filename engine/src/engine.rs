@@ -16,6 +16,7 @@ use crate::vm::command::ImageCommand;
 use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
 use crate::vm::life::{self, LifeError, VmInfo};
 use crate::vm::record::ImageRef;
+use crate::vm::shells::{Class, Shells};
 use crate::vm::store::{Store, StoreError};
 use crate::warm::{Made, Warm};
 
@@ -123,6 +124,7 @@ pub struct Engine {
     dirs: Dirs,
     programs: Programs,
     store: Store,
+    shells: Option<Shells>,
 }
 
 impl Programs {
@@ -154,6 +156,7 @@ impl Engine {
             dirs,
             programs,
             store,
+            shells: None,
         }
     }
 
@@ -167,6 +170,29 @@ impl Engine {
         life::sweep(&engine.store)?;
         crate::pager::sweep(&engine.dirs.pagers());
         Ok(engine)
+    }
+
+    /// Keeps so many VMMs' processes ready for each class (vCPUs, memory in MiB), so that restores and forks of
+    /// such machines cost no process start. They are replaced in the background as they are used, and end
+    /// with this engine and all its clones.
+    ///
+    /// # Errors
+    /// When a process cannot be made.
+    pub fn with_shells(self, wanted: BTreeMap<Class, usize>) -> Result<Self, StartError> {
+        let program = absolute(&self.programs.vmm)?;
+        let shells = Shells::new(&program, wanted).map_err(|source| LaunchError::Spawn {
+            program: program.clone(),
+            source,
+        })?;
+        Ok(Self {
+            shells: Some(shells),
+            ..self
+        })
+    }
+
+    /// Its shells, if it has any.
+    pub fn shells(&self) -> Option<&Shells> {
+        self.shells.as_ref()
     }
 
     /// Its directories.
@@ -276,6 +302,8 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: None,
+            family: None,
         };
         Ok((image, plan))
     }

@@ -29,8 +29,9 @@ use crate::image;
 use crate::lineage::ROOT;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
+use crate::vm::cgroup::{self, Group, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::freeze::{self, FreezeError, Generation, Waking};
 use crate::vm::launch::{self, From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Parent, Record, RecordError, VmDir};
 use crate::vm::store::Store;
@@ -62,6 +63,8 @@ pub struct ForkSpec {
     pub networks: Vec<Vec<NetConfig>>,
     /// What programs in each child read in `/run/ratoon/message`.
     pub message: Option<String>,
+    /// How much memory of the host they may take.
+    pub limits: Limits,
     /// What is written into each child's record.
     pub labels: BTreeMap<String, String>,
 }
@@ -83,6 +86,8 @@ pub struct Forked {
     pub generation: String,
     /// How long no vCPU of the VM ran; zero for a stored snapshot.
     pub pause: Duration,
+    /// From the call until all processes of the guest were stopped.
+    pub stopped: Duration,
     /// One for each child that was asked for, by its index. Dropped, a child is ended, unless it is
     /// detached.
     pub children: Vec<Result<Vm, ChildError>>,
@@ -260,12 +265,15 @@ impl Engine {
         let source = Source {
             plan,
             parent: None,
+            group: None,
+            family: None,
             snapshot: paged.then(|| (self.clone(), store, snapshot)),
         };
         let children = self.children(source, &generation, spec, begun, cancel)?;
         Ok(Forked {
             generation,
             pause: Duration::ZERO,
+            stopped: Duration::ZERO,
             children,
         })
     }
@@ -292,14 +300,16 @@ impl Engine {
         let frozen = freeze::freeze_and(dir, client, &id, |generation| {
             self.went_on(dir, &generation.disks, |_| {});
             let pause = generation.pause;
+            let stopped = generation.asked.saturating_duration_since(begun);
             let source = self.source(dir, record, generation, spec)?;
             let children = self.children(source, &id, spec, begun, cancel)?;
-            Ok::<_, ForkError>((pause, children))
+            Ok::<_, ForkError>((pause, stopped, children))
         });
-        let (pause, children) = frozen??;
+        let (pause, stopped, children) = frozen??;
         Ok(Forked {
             generation: id,
             pause,
+            stopped,
             children,
         })
     }
@@ -353,17 +363,21 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: self.shells().cloned(),
+            family: None,
         };
         Ok(Source {
             plan,
             parent: Some(record.id.clone()),
+            group: record.group.clone(),
+            family: None,
             snapshot: None,
         })
     }
 
     fn children(
         &self,
-        source: Source,
+        mut source: Source,
         generation: &str,
         spec: &ForkSpec,
         begun: Instant,
@@ -382,6 +396,8 @@ impl Engine {
         {
             return Ok((0..spec.count).map(|_| late(after)).collect());
         }
+        source.family = cgroup::family(source.group.as_ref(), generation, spec.limits)
+            .map_err(LaunchError::from)?;
         let launches: Vec<_> = (0..spec.count)
             .map(|index| source.launch(generation, spec, index))
             .collect();
@@ -396,6 +412,9 @@ impl Engine {
             snapshot: source.snapshot,
         };
         let done = fan_out(spec.count as usize, children, deadline, cancel);
+        if let Some(shells) = self.shells() {
+            shells.refill();
+        }
         let done = done.map_err(|source| ForkError::System {
             what: "a thread to start children",
             source,
@@ -481,6 +500,10 @@ struct Source {
     plan: Launch,
     /// The VM that was forked.
     parent: Option<String>,
+    /// Its control group.
+    group: Option<Group>,
+    /// That of the children.
+    family: Option<PathBuf>,
     /// Memory comes from a pager.
     snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
 }
@@ -509,6 +532,8 @@ impl Source {
                 index,
             }),
             labels: spec.labels.clone(),
+            shells: self.plan.shells.clone(),
+            family: self.family.clone().map(|family| (family, spec.limits)),
         }
     }
 }
@@ -557,14 +582,10 @@ impl Children {
     fn wake(&self, vm: &mut Vm) -> Result<(), ChildError> {
         let runtime = vm.runtime();
         let mut client = runtime.map_err(|source| LaunchError::Runtime { source })?;
-        let waking = Waking {
-            id: vm.dir().id(),
-            generation: self.generation.clone(),
-            child: Some(Child {
-                message: self.message.clone(),
-                ..Child::of(vm.record())
-            }),
-        };
+        let mut waking = Waking::child(vm.record(), &self.generation);
+        if let Some(child) = &mut waking.child {
+            child.message.clone_from(&self.message);
+        }
         freeze::wake(&mut client, &waking)?;
         vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);

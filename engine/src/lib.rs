@@ -27,6 +27,7 @@
 
 mod admission;
 mod cpu;
+pub mod diff;
 pub mod dirs;
 mod engine;
 mod fan_out;
@@ -36,6 +37,7 @@ pub mod initramfs;
 mod lineage;
 mod pager;
 mod renewal;
+pub mod rollback;
 pub mod snapshots;
 /// The runtime in a guest.
 pub mod runtime {
@@ -43,6 +45,7 @@ pub mod runtime {
     pub use ratoon_client::blocking::{CallIo, Client as RuntimeClient, Controller, ExecIo};
 }
 pub use ratoon_snapshot as snapshot;
+pub mod tree;
 pub mod vm;
 mod warm;
 pub mod working_set;

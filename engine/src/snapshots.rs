@@ -28,7 +28,7 @@ use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
 use crate::renewal::RuntimeRef;
 use crate::runtime::{RuntimeClient, RuntimeError};
-use crate::vm::freeze::{self, Child, FreezeError, Generation, Waking};
+use crate::vm::freeze::{self, FreezeError, Generation, Waking};
 use crate::vm::launch::{
     From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
 };
@@ -319,6 +319,9 @@ impl Engine {
         let plan = self.with_pager(store, snapshot, plan)?;
         working_set::read_ahead(snapshot);
         let mut vm = launch(self.store(), &plan, cancel)?;
+        if let Some(shells) = self.shells() {
+            shells.refill();
+        }
         // Why a VM ended says more than that it cannot be talked to.
         if let Err(error) = wake(&mut vm, id) {
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
@@ -430,6 +433,8 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: self.shells().cloned(),
+            family: None,
         };
         Ok((image, plan))
     }
@@ -458,13 +463,9 @@ fn was_changed(then: &str, now: &str) -> bool {
 }
 
 /// Tells a restored VM who it is.
-fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
+pub(crate) fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
-    let waking = Waking {
-        id: vm.dir().id(),
-        generation,
-        child: Some(Child::of(vm.record())),
-    };
+    let waking = Waking::child(vm.record(), &generation);
     freeze::wake(&mut client, &waking)?;
     vm.awake().map_err(LaunchError::from)?;
     vm.keep_runtime(client);

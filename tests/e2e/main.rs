@@ -4,6 +4,7 @@
 //! are counted as ignored, and a line on stderr says why.
 
 mod a_command_runs_in_a_real_guest;
+mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
@@ -41,6 +42,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let need_a_guest = [
         a_command_runs_in_a_real_guest::trials(),
+        a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),

@@ -25,6 +25,7 @@ pub mod host;
 pub mod machine;
 pub mod memory;
 pub mod pager;
+pub mod shell;
 pub mod start;
 pub mod state;
 pub mod stats;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,17 +12,20 @@ use ratoon_vmm::clock::monotonic_ns;
 use ratoon_vmm::event_loop::EventLoop;
 use ratoon_vmm::machine::{Action, Machine};
 use ratoon_vmm::pager::PagerLink;
+use ratoon_vmm::shell::Shell;
 use ratoon_vmm::start::Configured;
 use ratoon_vmm::{causes, control};
-use ratoon_vmm_api::{ExitReport, Inherited, Outcome, VmConfig, VmState};
+use ratoon_vmm_api::{
+    ExitReport, Inherited, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, Outcome, VmConfig, VmState,
+};
 
 /// A configuration longer than this is none.
-const MAX_CONFIG_LEN: u64 = 1 << 20;
+const MAX_CONFIG_LEN: u64 = 16 << 20;
 
 const HELP: &str = "\
 Runs one virtual machine until it ends.
 
-Usage: ratoon-vmm (--config FILE | --owned) [OPTIONS]
+Usage: ratoon-vmm (--config FILE | --owned | --shell N:MIB) [OPTIONS]
 
   --config FILE      File with the VM's configuration (JSON)
   --control PATH     Unix socket to make for control
@@ -30,6 +33,8 @@ Usage: ratoon-vmm (--config FILE | --owned) [OPTIONS]
                      pipe); one byte on it lets the VM live on
   --owned            These three come as descriptors from the owner, in one message on the Unix socket
                      that is standard input; the VMM leaves the owner's session and directory
+  --shell N:MIB      A warm shell of N vCPUs and so much memory: makes what it can, waits on standard
+                     input for what --owned gets there, and ends with its owner until that comes
   --paused           Build the VM but wait for POST /v1/resume before the first guest instruction
   -v, --verbose      Log also what is normal
   --openapi          Print the OpenAPI document of the control socket and end
@@ -47,6 +52,7 @@ struct Args {
     control: Option<PathBuf>,
     lifeline_fd: Option<RawFd>,
     owned: bool,
+    shell: Option<(u32, u64)>,
     paused: bool,
     verbose: bool,
 }
@@ -64,6 +70,7 @@ impl Args {
                 Long("control") => args.control = Some(parser.value()?.into()),
                 Long("lifeline-fd") => args.lifeline_fd = Some(parser.value()?.parse()?),
                 Long("owned") => args.owned = true,
+                Long("shell") => args.shell = Some(parser.value()?.parse_with(shell_class)?),
                 Long("paused") => args.paused = true,
                 Long("verbose") | Short('v') => args.verbose = true,
                 Long("help") | Short('h') => {
@@ -78,10 +85,30 @@ impl Args {
             }
         }
         let named = args.config.is_some() || args.control.is_some() || args.lifeline_fd.is_some();
-        if args.owned && named {
-            return Err("--owned excludes --config, --control and --lifeline-fd".into());
+        let owned = args.owned || args.shell.is_some();
+        if owned && named || args.owned && args.shell.is_some() {
+            return Err(
+                "--owned and --shell exclude each other, --config, --control and --lifeline-fd"
+                    .into(),
+            );
         }
         Ok(Some(args))
+    }
+}
+
+/// `2:512`: vCPUs and MiB.
+fn shell_class(text: &str) -> Result<(u32, u64), &'static str> {
+    let wrong = "write vCPUs:MiB";
+    let (vcpus, mib) = text.split_once(':').ok_or(wrong)?;
+    let class = (vcpus.parse().ok(), mib.parse().ok());
+    match class {
+        (Some(vcpus), Some(mib))
+            if (1..=MAX_VCPUS).contains(&vcpus)
+                && (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&mib) =>
+        {
+            Ok((vcpus, mib))
+        }
+        _ => Err(wrong),
     }
 }
 
@@ -105,8 +132,33 @@ struct Given {
     config: VmConfig,
     control: Option<UnixListener>,
     lifeline: Option<OwnedFd>,
-    /// The pager's socket, if there is a pager; the rest only has to stay open.
+    /// The pager's socket and the generation's files, if there are; the rest only has to stay open.
     kept: Vec<OwnedFd>,
+    /// What was made ahead.
+    shell: Option<Shell>,
+}
+
+/// Makes a shell and waits for what it is to become; `None`: its owner has gone.
+fn become_one(vcpus: u32, memory_mib: u64) -> Result<Option<Given>, Failure> {
+    let _ = rustix::process::setsid();
+    rustix::process::chdir("/")?;
+    let shell = Shell::make(vcpus, memory_mib)?;
+    let taken = Inherited::take_later()
+        .map_err(|error| format!("--shell: standard input is not the owner's: {error}"))?;
+    let Some((log, given)) = taken else {
+        return Ok(None);
+    };
+    // SAFETY: both are open descriptors of ours; standard error is the VM's log from here on.
+    if unsafe { libc::dup2(log.as_raw_fd(), libc::STDERR_FILENO) } < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(Some(Given {
+        config: read_config(given.config, "of the owner")?,
+        control: Some(given.control),
+        lifeline: Some(given.lifeline),
+        kept: given.kept,
+        shell: Some(shell),
+    }))
 }
 
 fn given(args: &Args) -> Result<Given, Failure> {
@@ -121,6 +173,7 @@ fn given(args: &Args) -> Result<Given, Failure> {
             control: Some(given.control),
             lifeline: Some(given.lifeline),
             kept: given.kept,
+            shell: None,
         });
     }
     let path = args
@@ -143,6 +196,7 @@ fn given(args: &Args) -> Result<Given, Failure> {
             None => None,
         },
         kept: Vec::new(),
+        shell: None,
     })
 }
 
@@ -224,11 +278,13 @@ fn pager_link(
 
 fn build(
     config: VmConfig,
+    shell: Option<Shell>,
     pager: Option<PagerLink>,
     sent: Vec<OwnedFd>,
     main_ns: u64,
 ) -> Result<Machine, Failure> {
     Ok(Configured::new(config, main_ns)
+        .with_shell(shell)
         .with_pager(pager)
         .with_descriptors(sent)
         .with_memory()?
@@ -238,12 +294,21 @@ fn build(
 }
 
 fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
+    let (given, main_ns) = match args.shell {
+        None => (given(args)?, main_ns),
+        Some((vcpus, memory_mib)) => match become_one(vcpus, memory_mib)? {
+            // A machine's time begins when it is asked for.
+            Some(given) => (given, monotonic_ns()),
+            None => return Ok(Outcome::Stopped),
+        },
+    };
     let Given {
         config,
         control,
         lifeline,
         kept,
-    } = given(args)?;
+        shell,
+    } = given;
     let signals = termination()?;
     let remove_control = args.control.as_deref().map(RemoveOnDrop);
 
@@ -255,7 +320,7 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
     };
     let files = kept.by_ref().take(files).collect();
     let _kept: Vec<OwnedFd> = kept.collect();
-    let machine = match build(config.clone(), pager, files, main_ns) {
+    let machine = match build(config.clone(), shell, pager, files, main_ns) {
         Ok(machine) => Arc::new(machine),
         Err(error) => {
             let causes = causes(error.as_ref());

@@ -33,6 +33,7 @@ use crate::ending::Ending;
 use crate::machine::Machine;
 use crate::memory::{self, FreeMemory, Layer, MemoryError};
 use crate::pager::{Pager, PagerError, PagerLink};
+use crate::shell::Shell;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
@@ -148,6 +149,7 @@ pub struct Configured {
     phases: Phases,
     pager: Option<PagerLink>,
     sent: Vec<OwnedFd>,
+    shell: Option<Shell>,
 }
 
 impl Configured {
@@ -172,7 +174,14 @@ impl Configured {
             },
             pager: None,
             sent: Vec::new(),
+            shell: None,
         }
+    }
+
+    /// Start in this, which was made ahead.
+    #[must_use]
+    pub fn with_shell(self, shell: Option<Shell>) -> Self {
+        Self { shell, ..self }
     }
 
     /// The lowest layer of its generation's memory comes from a pager.
@@ -191,12 +200,11 @@ impl Configured {
     ///
     /// # Errors
     /// No KVM, no permission, no memory.
-    pub fn with_memory(self) -> Result<WithMemory, StartError> {
-        let kvm = Kvm::new().map_err(|source| StartError::Kvm { source })?;
-        let found = kvm.get_api_version();
-        if found != 12 {
-            return Err(StartError::KvmVersion { found });
-        }
+    pub fn with_memory(mut self) -> Result<WithMemory, StartError> {
+        let ahead = match self.shell.take() {
+            None => None,
+            Some(shell) => Some(self.fitting(shell)?),
+        };
         let mut pager = None;
         let (memory, source) = match &self.config.generation {
             None => {
@@ -211,7 +219,10 @@ impl Configured {
                 if let Some(link) = &self.pager {
                     layers.insert(0, generation::whole(link.memory(mib << 20)?, mib << 20));
                 }
-                let memory = memory::restore(mib, &layers)?;
+                let memory = match &ahead {
+                    None => memory::restore(mib, &layers)?,
+                    Some(shell) => memory::fill(&shell.memory, mib, &layers)?,
+                };
                 if let Some(link) = self.pager {
                     pager = Some(link.attach(&memory)?);
                 }
@@ -220,8 +231,15 @@ impl Configured {
                 (memory, Source::Generation(Box::new(state), layers))
             }
         };
-        let vm = kvm.create_vm().map_err(kvm_step("a VM"))?;
-        memory::register(&vm, &memory)?;
+        let (kvm, vm, vcpus) = match ahead {
+            Some(shell) => (shell.kvm, shell.vm, Some(shell.vcpus)),
+            None => {
+                let kvm = open_kvm()?;
+                let vm = kvm.create_vm().map_err(kvm_step("a VM"))?;
+                memory::register(&vm, &memory)?;
+                (kvm, vm, None)
+            }
+        };
         let mut phases = self.phases;
         phases.memory_ns = monotonic_ns();
         Ok(WithMemory {
@@ -234,8 +252,62 @@ impl Configured {
             memory,
             source,
             pager,
+            vcpus,
         })
     }
+
+    /// The shell, if it is of the machine that is wanted.
+    fn fitting(&self, shell: Shell) -> Result<Shell, StartError> {
+        let wanted = (self.config.vcpus as usize, self.config.memory_mib);
+        if self.config.generation.is_none() || (shell.vcpus.len(), shell.memory_mib) != wanted {
+            return Err(StartError::Unfit(format!(
+                "a shell of {} vCPUs and {} MiB is for generations of such machines",
+                shell.vcpus.len(),
+                shell.memory_mib
+            )));
+        }
+        Ok(shell)
+    }
+}
+
+/// Opens /dev/kvm.
+pub(crate) fn open_kvm() -> Result<Kvm, StartError> {
+    let kvm = Kvm::new().map_err(|source| StartError::Kvm { source })?;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        found => Err(StartError::KvmVersion { found }),
+    }
+}
+
+/// Interrupt controller, timer and vCPUs, which know nothing of their features yet. After the memory slots.
+pub(crate) fn make_vcpus(
+    vm: &VmFd,
+    class: HostClass,
+    count: u32,
+) -> Result<Vec<VcpuFd>, StartError> {
+    if class == HostClass::Emulated {
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&cap)
+            .map_err(kvm_step("reports of instructions that it cannot emulate"))?;
+    }
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(kvm_step("its task state area"))?;
+    vm.create_irq_chip()
+        .map_err(kvm_step("an interrupt controller"))?;
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..kvm_pit_config::default()
+    };
+    vm.create_pit2(pit).map_err(kvm_step("a timer"))?;
+    let make = |index: u32| {
+        vm.create_vcpu(u64::from(index))
+            .map_err(kvm_step(format!("vCPU {index}")))
+    };
+    (0..count).map(make).collect()
 }
 
 /// The boot files on their way into memory: the longest part of a start, so it runs beside KVM's.
@@ -274,6 +346,8 @@ pub struct WithMemory {
     memory: GuestMemoryMmap,
     source: Source,
     pager: Option<Pager>,
+    /// A shell's.
+    vcpus: Option<Vec<VcpuFd>>,
 }
 
 impl WithMemory {
@@ -282,33 +356,13 @@ impl WithMemory {
     /// # Errors
     /// When KVM refuses one.
     pub fn with_vcpus(mut self) -> Result<WithVcpus, StartError> {
-        let vm = &self.vm;
-        if self.class == HostClass::Emulated {
-            let cap = kvm_enable_cap {
-                cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
-                args: [1, 0, 0, 0],
-                ..kvm_enable_cap::default()
-            };
-            vm.enable_cap(&cap)
-                .map_err(kvm_step("reports of instructions that it cannot emulate"))?;
-        }
-        vm.set_tss_address(TSS_ADDRESS)
-            .map_err(kvm_step("its task state area"))?;
-        vm.create_irq_chip()
-            .map_err(kvm_step("an interrupt controller"))?;
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..kvm_pit_config::default()
+        let vcpus = match self.vcpus.take() {
+            Some(vcpus) => vcpus,
+            None => make_vcpus(&self.vm, self.class, self.config.vcpus)?,
         };
-        vm.create_pit2(pit).map_err(kvm_step("a timer"))?;
-        let mut vcpus = Vec::new();
-        for (index, cpuid) in self.cpuids()?.iter().enumerate() {
-            let vcpu = vm
-                .create_vcpu(index as u64)
-                .map_err(kvm_step(format!("vCPU {index}")))?;
-            vcpu.set_cpuid2(cpuid)
+        for (index, (vcpu, cpuid)) in vcpus.iter().zip(self.cpuids()?).enumerate() {
+            vcpu.set_cpuid2(&cpuid)
                 .map_err(kvm_step(format!("the features of vCPU {index}")))?;
-            vcpus.push(vcpu);
         }
         self.phases.vcpus_ns = monotonic_ns();
         Ok(WithVcpus { base: self, vcpus })

@@ -3,6 +3,7 @@
 pub mod block;
 pub mod boot;
 pub mod clones;
+pub mod fork;
 pub mod freeze;
 pub mod memory;
 pub mod restore;

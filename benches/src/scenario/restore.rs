@@ -141,9 +141,10 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     let waking = Waking {
         id: "steady".into(),
         generation: "bench".into(),
+        index: 0,
         child: Some(Child {
             hostname: Some(hostname),
-            macs: Vec::new(),
+            ..Child::default()
         }),
     };
     let from = Instant::now();

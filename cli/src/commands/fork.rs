@@ -9,6 +9,7 @@ use std::time::Duration;
 use ratoon_engine::Engine;
 use ratoon_engine::fork::{ChildError, ForkError, ForkSpec, Forked};
 use ratoon_engine::runtime::{ExecIo, RuntimeError};
+use ratoon_engine::vm::cgroup::Limits;
 use ratoon_engine::vm::launch::{LaunchError, Vm};
 use ratoon_protocol::ExecParams;
 use serde::Serialize;
@@ -22,6 +23,8 @@ use crate::{guest, output, units};
 const CAPTURE_LIMIT: usize = 1 << 20;
 /// Commands that run at once: each takes a thread and a connection.
 const AT_ONCE: usize = 64;
+/// How long a child whose connection broke may take to be gone, if it ends.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Fork a running VM: children that go on from the same memory, processes and files.
 ///
@@ -52,6 +55,12 @@ pub struct Args {
     /// Written into their records; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
+    /// How much memory of the host each child may take: 256M. One that takes more is killed. Takes root.
+    #[arg(long, value_name = "SIZE", value_parser = units::memory_mib)]
+    memory_limit: Option<u64>,
+    /// The same for all children together, with all that is forked from them.
+    #[arg(long, value_name = "SIZE", value_parser = units::memory_mib)]
+    tree_limit: Option<u64>,
     /// Leave the children running after the command.
     #[arg(long)]
     keep: bool,
@@ -111,6 +120,10 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         detached: args.command.is_empty() || args.keep,
         networks: Vec::new(),
         message: args.message.clone(),
+        limits: Limits {
+            child: args.memory_limit.map(|mib| mib << 20),
+            tree: args.tree_limit.map(|mib| mib << 20),
+        },
         labels: args.labels.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
     let spinner = Spinner::start(format!("forking {}", args.vm));
@@ -127,6 +140,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         generation,
         pause,
         children,
+        ..
     } = forked.map_err(refused)?;
     if let Some(ended) = interrupts.ended() {
         return Err(Failure::silent(ended.code()));
@@ -250,7 +264,12 @@ fn run_in(args: &Args, vm: &mut Vm, report: &mut Report) {
         }
         Err(error) => {
             report.exit_code = Some(i32::from(FAILED));
-            report.error = Some(words(&Failure::from(error)));
+            let why = match error.is_about_connection() {
+                true => vm.ended(END_PATIENCE),
+                false => None,
+            };
+            let failure = why.map_or_else(|| Failure::from(error), Failure::from);
+            report.error = Some(words(&failure));
         }
     }
     out.end();

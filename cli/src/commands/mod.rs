@@ -3,6 +3,7 @@
 pub mod code;
 pub mod cp;
 pub mod exec;
+pub mod family;
 pub mod fork;
 pub mod forward;
 pub mod image;

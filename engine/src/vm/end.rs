@@ -49,6 +49,11 @@ impl EndCause {
                 other => Self::chain([other.to_string()]),
             };
         }
+        // The kernel kills without a word to anybody.
+        let group = dir.read_record().ok().and_then(|record| record.group);
+        if let Some(verdict) = group.and_then(|group| group.verdict()) {
+            return Self::chain([verdict]);
+        }
         match last_word(dir) {
             Some(line) => Self::chain([line]),
             None => Self::chain(["ratoon-vmm ended and left no report: was it killed?".to_owned()]),

@@ -16,7 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
@@ -50,6 +50,8 @@ pub struct Generation {
     pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
+    /// When the VMM was asked for it: its guest was at rest then.
+    pub asked: Instant,
     /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
     pub control_port: Option<u32>,
 }
@@ -147,7 +149,10 @@ pub fn freeze_and<T>(
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
-    let waking = Waking::of(dir.id(), generation);
+    let waking = Waking {
+        index: dir.read_record().map_or(0, |record| record.index()),
+        ..Waking::of(dir.id(), generation)
+    };
     std::thread::scope(|scope| {
         let woken = scope.spawn(|| {
             let woken = wake(client, &waking);
@@ -171,6 +176,7 @@ pub fn freeze_and<T>(
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
 pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
+    let begun = Instant::now();
     let socket = dir.freeze_socket();
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
@@ -222,6 +228,7 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
                 .collect(),
             disks: meta.disks,
             pause: Duration::from_nanos(reply.pause_ns),
+            asked: begun,
             control_port,
         })
     });
@@ -268,6 +275,8 @@ pub struct Waking {
     pub id: String,
     /// What it comes from.
     pub generation: String,
+    /// Which child of a fork it is, from 0.
+    pub index: u32,
     /// It is another machine than the one that was frozen.
     pub child: Option<Child>,
 }
@@ -279,8 +288,6 @@ pub struct Child {
     pub hostname: Option<String>,
     /// Hardware addresses of its network devices.
     pub macs: Vec<String>,
-    /// Which child of a fork, from 0.
-    pub index: u32,
     /// What the forker has to say to it.
     pub message: Option<String>,
 }
@@ -295,7 +302,6 @@ impl Child {
             macs: networks
                 .map(|(index, net)| net.mac_of(&config.id, index))
                 .collect(),
-            index: record.parent.as_ref().map_or(0, |parent| parent.index),
             message: None,
         }
     }
@@ -307,7 +313,16 @@ impl Waking {
         Self {
             id,
             generation: generation.into(),
-            child: None,
+            ..Self::default()
+        }
+    }
+
+    /// A child that has this record.
+    pub fn child(record: &Record, generation: &str) -> Self {
+        Self {
+            index: record.index(),
+            child: Some(Child::of(record)),
+            ..Self::of(record.id.clone(), generation)
         }
     }
 }
@@ -323,12 +338,12 @@ pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, Freeze
         generation: waking.generation.clone(),
         id: waking.id.clone(),
         entropy: hex(&entropy),
+        index: waking.index,
         thaw: true,
         ..Wake::default()
     };
     if let Some(child) = &waking.child {
         wake.hostname.clone_from(&child.hostname);
-        wake.index = child.index;
         wake.message.clone_from(&child.message);
         wake.machine_id = Some(machine_id()?);
         let device = |(index, mac): (usize, &String)| NetworkSet {

@@ -174,6 +174,13 @@ impl Vm {
         self.parts.take().map_or(Ok(()), Parts::end)
     }
 
+    /// Ends its process and leaves its files: another goes on in its folder.
+    pub(crate) fn give_up(mut self) {
+        if let Some(mut parts) = self.parts.take() {
+            parts.kill();
+        }
+    }
+
     /// Lets the VM live on without this process.
     pub fn detach(mut self) -> Option<Record> {
         let parts = self.parts.take()?;
@@ -185,12 +192,16 @@ impl Vm {
 
 impl Parts {
     fn end(mut self) -> Result<(), StoreError> {
+        self.kill();
+        self.store.remove(&self.dir)
+    }
+
+    fn kill(&mut self) {
         let _ = self.child.kill();
         // Bounded: a VMM in an uninterruptible wait must not hang the caller.
         if self.process.wait(KILL_TIMEOUT).unwrap_or(false) {
             let _ = self.child.wait();
         }
-        self.store.remove(&self.dir)
     }
 }
 

@@ -25,12 +25,14 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use ratoon_client::RuntimeError;
 
+use super::cgroup::{Group, GroupError, Limits};
 use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
 pub use super::handle::Vm;
 use super::handle::{KillOnDrop, Parts, Runtime};
 use super::process::ProcessRef;
 use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
+use super::shells::Shells;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
 use crate::renewal::RuntimeRef;
@@ -89,6 +91,10 @@ pub struct Launch {
     pub parent: Option<Parent>,
     /// The user's own words.
     pub labels: BTreeMap<String, String>,
+    /// Processes made ahead.
+    pub shells: Option<Shells>,
+    /// The control group of its family, and its limits.
+    pub family: Option<(PathBuf, Limits)>,
 }
 
 /// A generation to start from.
@@ -153,6 +159,9 @@ pub enum LaunchError {
     /// The VM's record.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Its limit on memory.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// A socket or pipe.
     #[error("{action} for VM {id}")]
     System {
@@ -247,6 +256,7 @@ pub(crate) fn create(store: &Store, launches: &[Launch]) -> Result<Vec<VmDir>, L
             restored_from: from.and_then(|from| from.restored_from.clone()),
             parent: launch.parent.clone(),
             labels: launch.labels.clone(),
+            group: group(launch, dir),
             ..Record::new(
                 config(launch, dir),
                 launch.name.clone(),
@@ -273,6 +283,33 @@ pub(crate) fn launch_in(
         let _ = store.remove(dir);
     }
     started
+}
+
+/// Starts another VM in the folder of one that has a record there and whose sockets are out of the way.
+///
+/// # Errors
+/// [`LaunchError`]; its record then names a VMM that has ended, and its folder is still there.
+pub(crate) fn restart(
+    store: &Store,
+    launch: &Launch,
+    dir: &VmDir,
+    cancel: Option<BorrowedFd<'_>>,
+) -> Result<Vm, LaunchError> {
+    // Not the end of this one.
+    let _ = std::fs::remove_file(dir.exit_report());
+    let config = config(launch, dir);
+    config.check()?;
+    let from = launch.generation.as_deref();
+    store.update(dir, |record| {
+        record.config = config;
+        // Until it is ready it is this process's.
+        record.owner = ProcessRef::current();
+        record.ready = false;
+        record.runtime.clone_from(&launch.runtime);
+        record.ancestors = from.map_or_else(Vec::new, |from| from.ancestors.clone());
+        record.restored_from = from.and_then(|from| from.restored_from.clone());
+    })?;
+    start(store, launch, dir, cancel)
 }
 
 fn start(
@@ -315,12 +352,16 @@ fn start(
             generation: from.map_or(&[], |from| &from.files),
             keep_open: &launch.keep_open,
         },
+        launch.shells.as_ref(),
     )
     .map_err(|source| LaunchError::Spawn {
         program: launch.vmm.clone(),
         source,
     })?;
     let child = KillOnDrop(Some(child));
+    if let Some(group) = group(launch, dir) {
+        group.take_in(child.id())?;
+    }
     let pid = i32::try_from(child.id()).unwrap_or(0);
     let process = ProcessRef::of(pid);
     let Some((process, handle)) = process.and_then(|p| p.open().map(|handle| (p, handle))) else {
@@ -359,6 +400,11 @@ fn start(
             lifeline: held,
         }),
     })
+}
+
+fn group(launch: &Launch, dir: &VmDir) -> Option<Group> {
+    let (family, limits) = launch.family.as_ref()?;
+    Some(Group::of(family, &dir.id(), *limits))
 }
 
 /// The directory is its owner's alone already; the mode says so on the socket too.
@@ -434,7 +480,7 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
                 }
                 None => Vec::new(),
             },
-            layer: Some(dir.layer()),
+            layer: Some(dir.free_layer()),
         }],
         vsock: Some(VsockConfig {
             guest_cid: GUEST_CID,

@@ -59,6 +59,8 @@ fn bench(mode: &str) -> Bench {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
+            shells: None,
+            family: None,
         },
         temp,
     }

@@ -289,6 +289,7 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
         end_for_good(&entry)?;
         store.remove(&entry.dir)?;
     }
+    super::cgroup::sweep(&|id| store.root().join(id).exists());
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 //! * [`life`]: state, stop, kill and removal of VMs that any process started.
 //! * [`control`]: client of a VMM's control socket. [`serial`]: its console's log.
 
+pub mod cgroup;
 pub mod command;
 mod connect;
 pub mod control;
@@ -22,6 +23,7 @@ pub mod life;
 pub mod process;
 pub mod record;
 pub mod serial;
+pub mod shells;
 mod spawn;
 pub mod store;
 

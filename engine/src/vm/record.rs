@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use ratoon_vmm_api::{ExitReport, VmConfig};
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Group;
 use super::process::ProcessRef;
 use crate::renewal::RuntimeRef;
 
@@ -90,6 +91,9 @@ pub struct Record {
     /// The user's own words.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Its control group, if its memory is limited.
+    #[serde(default)]
+    pub group: Option<Group>,
 }
 
 /// Why a record cannot be read or written.
@@ -197,6 +201,15 @@ impl VmDir {
     /// What the guest writes to its root disk before it is frozen for the first time.
     pub fn layer(&self) -> PathBuf {
         self.0.join("layer.qcow2")
+    }
+
+    /// The first name that is free for it.
+    pub fn free_layer(&self) -> PathBuf {
+        let first = self.layer();
+        match first.exists() {
+            true => self.next_layer(),
+            false => first,
+        }
     }
 
     /// The Unix socket on which a generation comes.
@@ -337,7 +350,13 @@ impl Record {
             restored_from: None,
             parent: None,
             labels: BTreeMap::new(),
+            group: None,
         }
+    }
+
+    /// Which child of its fork it is, from 0; 0 also if it is none.
+    pub fn index(&self) -> u32 {
+        self.parent.as_ref().map_or(0, |parent| parent.index)
     }
 
     /// Whether its VMM runs.

@@ -15,6 +15,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use ratoon_vmm_api::{VmConfig, send_descriptors};
+
+use super::shells::{Shells, with_log};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// What a VMM inherits.
@@ -31,23 +33,23 @@ pub(super) struct Inherited<'a> {
     pub keep_open: &'a [OwnedFd],
 }
 
-/// Starts `program` for `config`; its log goes to `log`.
+/// Starts `program` for what is `wanted`, or makes one of the shells that; its log goes to `log`.
 ///
 /// # Errors
 /// When the process cannot be made; nothing has been started then.
 pub(super) fn spawn(
     program: &Path,
-    config: &VmConfig,
+    wanted: &VmConfig,
     log: &Path,
     inherited: Inherited<'_>,
+    shells: Option<&Shells>,
 ) -> std::io::Result<Child> {
-    let config = config_file(config)?;
+    let config = config_file(wanted)?;
     let log = std::fs::OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
         .open(log)?;
-    let (ours, theirs) = UnixStream::pair()?;
     let mut fds = vec![
         config.as_fd(),
         inherited.control.as_fd(),
@@ -56,6 +58,14 @@ pub(super) fn spawn(
     fds.extend(inherited.pager.map(AsFd::as_fd));
     fds.extend(inherited.generation.iter().map(AsFd::as_fd));
     fds.extend(inherited.keep_open.iter().map(AsFd::as_fd));
+    // What a shell has made ahead is for machines that go on from a generation.
+    if let (Some(shells), Some(_)) = (shells, &wanted.generation) {
+        let class = (wanted.vcpus, wanted.memory_mib);
+        if let Some(child) = shells.take(class, &with_log(&log, &fds)) {
+            return Ok(child);
+        }
+    }
+    let (ours, theirs) = UnixStream::pair()?;
     send_descriptors(&ours, &fds)?;
     Command::new(program)
         .arg("--owned")

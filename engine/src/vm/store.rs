@@ -225,6 +225,28 @@ impl Store {
         Ok(record)
     }
 
+    /// A VM takes the name of `before`, if that has one and is still there, and its place below what that came
+    /// from. Returns what it is called then.
+    ///
+    /// # Errors
+    /// As [`Store::update`].
+    pub fn succeed(&self, dir: &VmDir, before: Option<&str>) -> Result<Option<String>, StoreError> {
+        let _lock = self.lock()?;
+        let mut record = dir.read_record()?;
+        record.parent = None;
+        if let Some(before) = before.map(|id| VmDir::new(self.root.join(id)))
+            && let Ok(mut old) = before.read_record()
+        {
+            record.parent.clone_from(&old.parent);
+            if let Some(name) = old.name.take() {
+                before.write_record(&old)?;
+                record.name = Some(name);
+            }
+        }
+        dir.write_record(&record)?;
+        Ok(record.name)
+    }
+
     /// All VMs, oldest first, broken ones last.
     ///
     /// # Errors
@@ -279,6 +301,10 @@ impl Store {
     /// [`StoreError::Io`] when a file cannot be removed.
     pub fn remove(&self, dir: &VmDir) -> Result<(), StoreError> {
         let trash = self.root.join(format!(".trash-{}", dir.id()));
+        let group = dir.read_record().ok().and_then(|record| record.group);
+        if let Some(group) = group {
+            group.remove();
+        }
         {
             let _lock = self.lock()?;
             match std::fs::rename(dir.path(), &trash) {
@@ -318,6 +344,9 @@ impl Store {
                     if record.vmm_is_alive() || record.vmm.is_none() {
                         left.push(entry);
                         continue;
+                    }
+                    if let Some(group) = &record.group {
+                        group.remove();
                     }
                     let target = self.root.join(format!(".trash-{name}"));
                     std::fs::rename(entry.dir.path(), &target)

@@ -7,6 +7,8 @@
 //! stay open. So the
 //! owner can use `posix_spawn`, whose cost does not grow with the owner's memory as that of `fork`
 //! does, and no other child of it ever has these descriptors.
+//!
+//! A shell gets the same message later, with the VM's log in front.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut};
@@ -58,23 +60,28 @@ impl Inherited {
     /// # Errors
     /// When that is no such socket, or less than three descriptors come.
     pub fn take() -> std::io::Result<Self> {
-        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
-        let stdin = std::io::stdin();
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        let into = &mut [IoSliceMut::new(&mut byte)];
-        let received = recvmsg(&stdin, into, &mut ancillary, flags)?;
-        if received.bytes != 1 {
-            return Err(ErrorKind::UnexpectedEof.into());
+        Self::of(receive()?)
+    }
+
+    /// Takes a shell's: as [`Inherited::take`], and the VM's log. `None`: the owner has gone.
+    ///
+    /// # Errors
+    /// See there.
+    pub fn take_later() -> std::io::Result<Option<(File, Self)>> {
+        let mut fds = match receive() {
+            Ok(fds) => fds,
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if fds.is_empty() {
+            return Err(Error::other("no descriptors came"));
         }
-        let mut fds = ancillary
-            .drain()
-            .filter_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-                _ => None,
-            })
-            .flatten();
+        let log = fds.remove(0).into();
+        Ok(Some((log, Self::of(fds)?)))
+    }
+
+    fn of(fds: Vec<OwnedFd>) -> std::io::Result<Self> {
+        let mut fds = fds.into_iter();
         match (fds.next(), fds.next(), fds.next()) {
             (Some(config), Some(control), Some(lifeline)) => Ok(Self {
                 config: config.into(),
@@ -85,4 +92,23 @@ impl Inherited {
             _ => Err(Error::other("less than three descriptors came")),
         }
     }
+}
+
+/// One message's descriptors, from standard input.
+fn receive() -> std::io::Result<Vec<OwnedFd>> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let stdin = std::io::stdin();
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let into = &mut [IoSliceMut::new(&mut byte)];
+    let received = recvmsg(&stdin, into, &mut ancillary, flags)?;
+    if received.bytes != 1 {
+        return Err(ErrorKind::UnexpectedEof.into());
+    }
+    let fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    Ok(fds.flatten().collect())
 }

@@ -187,6 +187,12 @@ fn joined(mut runs: Vec<Run>, free: &[Run]) -> Vec<Run> {
     all
 }
 
+/// Maps a layer that is the whole over memory that nobody has touched.
+pub(super) fn cover(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), MemoryError> {
+    let mut regions = regions(memory).into_iter();
+    regions.try_for_each(|(address, offset, len)| map_private(address, len, &layer.file, offset))
+}
+
 /// Maps a layer's runs over memory that is a child's.
 pub(super) fn overlay(memory: &GuestMemoryMmap, layer: &Layer) -> Result<(), MemoryError> {
     let regions = regions(memory);

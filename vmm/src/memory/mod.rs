@@ -121,6 +121,44 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// # Errors
 /// [`MemoryError`]: layers of another size, or no address space.
 pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryError> {
+    map(mib, &lowest(mib, layers)?.file, libc::MAP_PRIVATE)
+}
+
+/// Addresses for `mib` MiB of guest memory, with nothing there: see [`fill`].
+///
+/// # Errors
+/// [`MemoryError::Map`].
+pub fn reserve(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    let mut regions = Vec::new();
+    for (start, len) in layout(mib << 20) {
+        let mapping = MmapRegionBuilder::new(len as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|source| MemoryError::Map { mib, source })?;
+        regions.push(Arc::new(
+            GuestRegionMmap::new(mapping, GuestAddress(start))
+                .expect("the layout ends far below 2^64"),
+        ));
+    }
+    GuestMemoryMmap::from_arc_regions(regions).map_err(MemoryError::Layout)
+}
+
+/// As [`restore`], at the addresses of a reservation of the same size.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn fill(
+    reserved: &GuestMemoryMmap,
+    mib: u64,
+    layers: &[Layer],
+) -> Result<GuestMemoryMmap, MemoryError> {
+    freeze::cover(reserved, lowest(mib, layers)?)?;
+    Ok(reserved.clone())
+}
+
+/// The layer that all others lie over; all have the right sizes.
+fn lowest(mib: u64, layers: &[Layer]) -> Result<&Layer, MemoryError> {
     let bytes = mib << 20;
     let whole = Run {
         offset: 0,
@@ -153,7 +191,7 @@ pub fn restore(mib: u64, layers: &[Layer]) -> Result<GuestMemoryMmap, MemoryErro
             ));
         }
     }
-    map(mib, &base.file, libc::MAP_PRIVATE)
+    Ok(base)
 }
 
 /// Maps what lies over the lowest layer.
