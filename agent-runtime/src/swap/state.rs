@@ -5,7 +5,7 @@
 //! ```
 //!
 //! (Integers are little-endian.) The JSON is the server's own structs, each described where it lives;
-//! descriptors are in it by number ([`FD_KEY`]) and stay open through execve.
+//! descriptors are in it by number (`"$fd"`) and stay open through execve.
 //!
 //! **Versions.** A member that is added may be null (an `Option`), and what a newer runtime adds an older one does
 //! not have to know: neither takes a new version. What is removed, or means something else, does; a
