@@ -2,7 +2,6 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::time::Duration;
 
 use ratoon_client::RuntimeError;
@@ -11,6 +10,8 @@ use ratoon_engine::Engine;
 use ratoon_engine::vm::EndCause;
 use ratoon_engine::vm::life::{self, Status};
 use ratoon_engine::vm::process::ProcessRef;
+use ratoon_engine::vm::record::VmDir;
+use ratoon_engine::vm::standstill;
 use ratoon_engine::vm::store::Entry;
 use ratoon_protocol::{ErrorCode, ErrorReply, Size};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
@@ -19,8 +20,11 @@ use signal_hook::iterator::Signals;
 
 use crate::failure::{FAILED, Failure};
 
-/// How long a guest may take to accept a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a guest may take to accept a connection: longer than its VMM waits for a pager that hangs, whose
+/// end says why.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a freeze by another process may take: it may have to fetch all of a large machine's memory.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(360);
 /// How long a VM whose connection broke may take to be gone, if it ends.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take for a call without streams.
@@ -92,12 +96,18 @@ pub fn broken(entry: &Entry, error: RuntimeError) -> Failure {
 /// Connects to its runtime.
 pub fn connect(entry: &Entry) -> Result<Client, Failure> {
     check_running(entry)?;
-    connect_at(&entry.dir.vsock_socket())
+    standstill::mend(&entry.dir, FREEZE_PATIENCE)?;
+    dial(&entry.dir).map_err(|error| broken(entry, error))
 }
 
-/// Connects to the runtime behind a VM's vsock socket.
-pub fn connect_at(vsock_socket: &Path) -> Result<Client, Failure> {
-    Client::connect(vsock_socket, CONNECT_TIMEOUT).map_err(Failure::from)
+/// Connects to the runtime of a VM that runs; one that a killed command left frozen goes on first.
+pub fn connect_at(dir: &VmDir) -> Result<Client, Failure> {
+    standstill::mend(dir, FREEZE_PATIENCE)?;
+    Ok(dial(dir)?)
+}
+
+fn dial(dir: &VmDir) -> Result<Client, RuntimeError> {
+    Client::connect(&dir.vsock_socket(), CONNECT_TIMEOUT)
 }
 
 /// What a failed call becomes. The guest's words are not to be trusted with a terminal.

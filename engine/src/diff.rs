@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::runtime::{CallIo, RuntimeClient, RuntimeError};
 use crate::vm::record::VmDir;
+use crate::vm::standstill;
 
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -127,8 +128,7 @@ fn listing(dir: &VmDir, root: &str) -> Result<Listing, DiffError> {
         id: id.clone(),
         source,
     };
-    let socket = dir.vsock_socket();
-    let mut client = RuntimeClient::connect(&socket, CONNECT_TIMEOUT).map_err(runtime)?;
+    let mut client = standstill::connect(dir, CONNECT_TIMEOUT).map_err(runtime)?;
     let mut all = Listing::new();
     if root != "/" {
         list(&mut client, &id, root, 0, &mut all)?;

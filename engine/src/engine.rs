@@ -14,10 +14,11 @@ use crate::initramfs::{self, InitramfsError};
 use crate::renewal::{RuntimeRef, StaleRuntime};
 use crate::vm::command::ImageCommand;
 use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
-use crate::vm::life::{self, LifeError, VmInfo};
+use crate::vm::life::{self, LifeError, Status, VmInfo};
 use crate::vm::record::ImageRef;
 use crate::vm::shells::{Class, Shells};
-use crate::vm::store::{Store, StoreError};
+use crate::vm::standstill;
+use crate::vm::store::{Entry, Store, StoreError};
 use crate::warm::{Made, Warm};
 
 /// Guest memory when none is asked for, in MiB. Debian with Python and a package manager at work
@@ -218,12 +219,19 @@ impl Engine {
         ImageStore::open(self.dirs.cache())
     }
 
-    /// All VMs, oldest first.
+    /// All VMs, oldest first. One that a killed command left frozen goes on.
     ///
     /// # Errors
     /// When the state directory cannot be read.
     pub fn vms(&self) -> Result<Vec<VmInfo>, StoreError> {
-        Ok(self.store.list()?.iter().map(life::info).collect())
+        let looked_at = |entry: &Entry| {
+            let info = life::info(entry);
+            if info.status == Status::Running {
+                standstill::mend_idle(&entry.dir);
+            }
+            info
+        };
+        Ok(self.store.list()?.iter().map(looked_at).collect())
     }
 
     /// The kernel that a VM gets: the one named, `RATOON_KERNEL`, or the default one.

@@ -9,15 +9,22 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen};
 
 /// So many digits of a snapshot's id name its socket.
 const NAME_LEN: usize = 24;
 /// Clones that may wait to be served.
 const BACKLOG: i32 = 128;
+/// How long a pager whose backlog is full may take to take one of them, and how long somebody may look for a
+/// pager or end one. Only who was stopped takes so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often the folder's lock is tried.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Why a snapshot's memory cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -58,24 +65,52 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     )
 }
 
+/// What is said of a process that was stopped.
+fn hangs(what: &str, patience: Duration) -> std::io::Error {
+    let text = format!(
+        "{what} for {} s: let it go on (kill -CONT) or end it",
+        patience.as_secs_f32()
+    );
+    std::io::Error::new(std::io::ErrorKind::TimedOut, text)
+}
+
 /// A connection to whoever listens there; `None` when nobody does.
-fn call(path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+fn call(path: &Path, patience: Duration) -> std::io::Result<Option<OwnedFd>> {
     let socket = socket()?;
+    // unix(7): a connection to a full backlog waits as a send does.
+    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
     match connect(&socket, &SocketAddrUnix::new(path)?) {
-        Ok(()) => Ok(Some(socket)),
+        Ok(()) => {
+            set_socket_timeout(&socket, Timeout::Send, None)?;
+            Ok(Some(socket))
+        }
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(None),
-        Err(error) => Err(error),
+        Err(Errno::AGAIN) => Err(hangs("`ratoon-pager` has taken no connection", patience)),
+        Err(error) => Err(error.into()),
     }
 }
 
-fn lock(folder: &Path) -> std::io::Result<File> {
+fn lock(folder: &Path, patience: Duration) -> std::io::Result<File> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(folder)?;
     let lock = File::open(folder)?;
-    flock(&lock, FlockOperation::LockExclusive)?;
-    Ok(lock)
+    let end = Instant::now() + patience;
+    loop {
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(LOOK),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(hangs(
+                    "another process has held the folder of pagers",
+                    patience,
+                ));
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A connection to the pager of the snapshot in this folder, started if there is none, for one VM.
@@ -93,8 +128,8 @@ pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<Owned
         path: path.clone(),
         source,
     };
-    let _lock = lock(folder).map_err(failed)?;
-    if let Some(socket) = call(&path).map_err(|error| failed(error.into()))? {
+    let _lock = lock(folder, PATIENCE).map_err(failed)?;
+    if let Some(socket) = call(&path, PATIENCE).map_err(failed)? {
         return Ok(socket);
     }
     let listener = listen_at(&path).map_err(failed)?;
@@ -122,9 +157,7 @@ pub(crate) fn of(folder: &Path, program: &Path, snapshot: &Path) -> Result<Owned
         .name("pager".into())
         .spawn(move || child.wait());
     let gone = || failed(std::io::ErrorKind::ConnectionRefused.into());
-    call(&path)
-        .map_err(|error| failed(error.into()))?
-        .ok_or_else(gone)
+    call(&path, PATIENCE).map_err(failed)?.ok_or_else(gone)
 }
 
 fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
@@ -148,10 +181,54 @@ pub(crate) fn sweep(folder: &Path) {
         return;
     }
     // Trouble here is told to whoever wants to use the folder.
-    let Ok(_lock) = lock(folder) else { return };
+    let Ok(_lock) = lock(folder, PATIENCE) else {
+        return;
+    };
     for path in sockets {
-        if let Ok(None) = call(&path) {
+        if let Ok(None) = call(&path, PATIENCE) {
             let _ = std::fs::remove_file(&path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    #[test]
+    fn a_pager_that_takes_no_connection_is_not_waited_for_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pager.sock");
+        assert!(call(&path, PATIENCE).unwrap().is_none());
+        let listener = socket().unwrap();
+        bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&listener, 1).unwrap();
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match call(&path, SHORT) {
+                Ok(socket) => waiting.push(socket.expect("somebody listens")),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 10, "there is no end to its backlog");
+        };
+        assert!(!waiting.is_empty());
+        assert_eq!(refused.kind(), std::io::ErrorKind::TimedOut);
+        assert!(refused.to_string().contains("kill -CONT"), "{refused}");
+        // When it goes, it is replaced.
+        drop(listener);
+        assert!(call(&path, PATIENCE).unwrap().is_none());
+    }
+
+    #[test]
+    fn somebody_who_holds_the_folder_is_not_waited_for_without_end() {
+        let temp = tempfile::tempdir().unwrap();
+        let folder = temp.path().join("pagers");
+        let held = lock(&folder, PATIENCE).unwrap();
+        let refused = lock(&folder, SHORT).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::TimedOut);
+        drop(held);
+        lock(&folder, SHORT).unwrap();
     }
 }

@@ -245,6 +245,7 @@ impl Engine {
         keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
+        dir.sweep_merged_layers();
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
         let pause = generation.pause;
         let taken = Ancestor {

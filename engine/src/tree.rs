@@ -9,9 +9,9 @@ use ratoon_protocol::{Call, HostnameSet};
 use serde::Serialize;
 
 use crate::engine::Engine;
-use crate::runtime::RuntimeClient;
 use crate::vm::life::{self, LifeError, Status};
 use crate::vm::record::{Parent, Record, VmDir, hostname};
+use crate::vm::standstill;
 use crate::vm::store::{Entry, StoreError};
 
 /// How long the runtime may take to accept a connection and to do a small thing.
@@ -138,7 +138,7 @@ fn call_it(dir: &VmDir, name: &str) {
     let call = Call::HostnameSet(HostnameSet {
         hostname: name.to_owned(),
     });
-    let set = RuntimeClient::connect(&dir.vsock_socket(), GUEST_TIMEOUT)
+    let set = standstill::connect(dir, GUEST_TIMEOUT)
         .and_then(|mut client| client.call::<()>(&call, "taken its name", GUEST_TIMEOUT));
     if let Err(error) = set {
         tracing::warn!(%error, "the hostname of {}", dir.id());

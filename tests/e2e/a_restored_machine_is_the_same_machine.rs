@@ -83,6 +83,9 @@ fn every_byte_and_the_program_are_as_they_were() {
     );
     let first = ask(&ratoon, "first");
     ratoon.run(["snapshot", "first", "plain"]).ok();
+    // The same work, a moment later, from memory that a pager fetches.
+    let args = ["snapshot", "first", "compressed", "--compress"];
+    ratoon.run(args).ok();
     kill(&ratoon, "first");
     ratoon.run(["rm", "-f", "first"]).ok();
 
@@ -101,6 +104,8 @@ fn every_byte_and_the_program_are_as_they_were() {
     };
     check("plain", "second");
     check("plain", "third");
+    check("compressed", "fifth");
+    ratoon.run(["rm", "-f", "fifth"]).ok();
     // What is left of one machine's life is nothing of another's: a child's child, too.
     ratoon.run(["snapshot", "second", "child"]).ok();
     kill(&ratoon, "second");
@@ -116,6 +121,8 @@ fn every_byte_and_the_program_are_as_they_were() {
         assert!(!random[..index].contains(one), "{random:?}");
     }
     ratoon.run(["rm", "-f", "third", "fourth"]).ok();
-    ratoon.run(["snapshots", "rm", "child", "plain"]).ok();
+    ratoon
+        .run(["snapshots", "rm", "child", "compressed", "plain"])
+        .ok();
     ratoon.nothing_is_left();
 }

@@ -4,8 +4,10 @@
 //! are counted as ignored, and a line on stderr says why.
 
 mod a_command_runs_in_a_real_guest;
+mod a_damaged_snapshot_is_never_a_wrong_byte;
 mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
+mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
 mod a_program_cannot_harm_its_machine;
 mod a_restored_machine_gets_the_hosts_runtime;
@@ -42,8 +44,10 @@ fn main() {
     let arguments = Arguments::from_args();
     let need_a_guest = [
         a_command_runs_in_a_real_guest::trials(),
+        a_damaged_snapshot_is_never_a_wrong_byte::trials(),
         a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
+        a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_restored_machine_gets_the_hosts_runtime::trials(),

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 crate::promises![
     machines_from_compressed_memory_go_on_where_they_were,
     a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so,
-    a_machine_whose_pager_is_killed_ends_and_says_so,
+    a_machine_whose_pager_is_killed_or_stopped_ends_and_says_so,
 ];
 
 /// Numbers in the guest's memory (/run is no disk), and what they add up to.
@@ -132,19 +132,24 @@ fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
     ratoon.nothing_is_left();
 }
 
-fn a_machine_whose_pager_is_killed_ends_and_says_so() {
+fn a_machine_whose_pager_is_killed_or_stopped_ends_and_says_so() {
     let ratoon = Ratoon::new();
     snapshot(&ratoon);
     ratoon.run(["restore", "point", "--name", "second"]).ok();
-    let line = "while true; do sha256sum /usr/bin/* >/dev/null; done";
-    let busy = ["exec", "second", "--", "sh", "-c", line];
-    let busy = ratoon.command(busy).spawn().expect("it can be started");
-    let [pager] = pagers(&ratoon)[..] else {
-        panic!("one pager is wanted");
+    let keep_busy = |vm: &str| {
+        let line = "while true; do sha256sum /usr/bin/* >/dev/null; done";
+        let busy = ["exec", vm, "--", "sh", "-c", line];
+        ratoon.command(busy).spawn().expect("it can be started")
     };
+    let pager = || {
+        let [pager] = pagers(&ratoon)[..] else {
+            panic!("one pager is wanted");
+        };
+        Pid::from_raw(pager).expect("a pid")
+    };
+    let busy = keep_busy("second");
     std::thread::sleep(Duration::from_secs(2));
-    let pid = Pid::from_raw(pager).expect("a pid");
-    kill_process(pid, Signal::KILL).expect("it can be killed");
+    kill_process(pager(), Signal::KILL).expect("it can be killed");
 
     let ended = finish(busy);
     assert_eq!(ended.code(), 125, "{ended:?}");
@@ -159,6 +164,21 @@ fn a_machine_whose_pager_is_killed_ends_and_says_so() {
     ratoon
         .run(["run", "--snapshot", "point", "--", "true"])
         .ok();
-    ratoon.run(["rm", "-f", "first", "second"]).ok();
+
+    // One that was stopped is as good as gone; who comes to it now is refused.
+    ratoon.run(["restore", "point", "--name", "third"]).ok();
+    let pager = pager();
+    kill_process(pager, Signal::STOP).expect("it can be stopped");
+    let busy = keep_busy("third");
+    let refused = ratoon.run(["restore", "point", "--name", "fourth"]);
+    let ended = finish(busy);
+    kill_process(pager, Signal::CONT).expect("it is there");
+    for done in [refused, ended, ratoon.run(["exec", "third", "--", "true"])] {
+        assert_eq!(done.code(), 125, "{done:?}");
+        for word in ["ratoon-pager", "has said nothing for"] {
+            assert!(done.stderr.contains(word), "{word}: {}", done.stderr);
+        }
+    }
+    ratoon.run(["rm", "-f", "first", "second", "third"]).ok();
     ratoon.nothing_is_left();
 }

@@ -200,6 +200,35 @@ impl Drop for Ratoon {
     }
 }
 
+/// Numbers that look random and are the same each time (splitmix64).
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// All that comes follows from the seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next one.
+    pub fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// One below `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.number() % end
+    }
+
+    /// One from 0 to 1.
+    pub fn fraction(&mut self) -> f64 {
+        self.below(1 << 20) as f64 / f64::from(1 << 20)
+    }
+}
+
 /// Waits for a child within [`PATIENCE`] and collects its output.
 ///
 /// # Panics

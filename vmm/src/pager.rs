@@ -1,7 +1,7 @@
 //! The pager's end in a VM's process: memory that comes as it is touched.
 //!
 //! A thread of its own waits for the pager's word and touches no guest memory, so that it is never
-//! held up by a fault. When the pager fails or goes, every other thread may be waiting for a page
+//! held up by a fault. When the pager fails, goes, or hangs, every other thread may be waiting for a page
 //! that will never come: the process then ends where it stands, its report written.
 
 use std::fs::File;
@@ -138,6 +138,15 @@ fn watch(link: &Link, completed: &Sender<()>, give_up: GiveUp) {
             Word::Failed(reason) => {
                 let what = "the VM cannot go on: its snapshot is damaged or out of reach";
                 break vec![what.to_owned(), reason];
+            }
+            Word::Silent(time) => {
+                let what = "the VM cannot go on without the rest of its memory";
+                let why = format!(
+                    "the process that fetches it from the snapshot (ratoon-pager) has said nothing for \
+                     {} s: it was stopped, or hangs",
+                    time.as_secs()
+                );
+                break vec![what.to_owned(), why];
             }
             Word::Gone => {
                 let what = "the VM cannot go on without the rest of its memory";

@@ -40,7 +40,7 @@ use super::Answers;
 use super::wire::{Garbage, Outcome, Step, Wire};
 
 /// How long an interpreter may take to start.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a cell has after the interrupt of its time-out.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(2);

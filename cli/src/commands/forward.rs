@@ -3,11 +3,11 @@
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::process::ExitCode;
 
 use ratoon_client::blocking::CallIo;
 use ratoon_engine::Engine;
+use ratoon_engine::vm::record::VmDir;
 use ratoon_protocol::{Call, Port, PortConnect, Transferred};
 
 use crate::failure::Failure;
@@ -73,8 +73,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     }
     std::thread::scope(|scope| {
         for (listener, port) in &listeners {
-            let socket = entry.dir.vsock_socket();
-            scope.spawn(move || accept(listener, &socket, *port));
+            let dir = &entry.dir;
+            scope.spawn(move || accept(listener, dir, *port));
         }
     });
     Ok(ExitCode::SUCCESS)
@@ -105,18 +105,18 @@ fn shown(text: &str) -> String {
     text.replace(char::is_control, "\u{fffd}")
 }
 
-fn accept(listener: &TcpListener, vsock_socket: &Path, port: u16) {
+fn accept(listener: &TcpListener, dir: &VmDir, port: u16) {
     loop {
         let Ok((stream, _)) = listener.accept() else {
             // Out of descriptors, most likely: some connection has to end first.
             std::thread::sleep(std::time::Duration::from_millis(200));
             continue;
         };
-        let socket = vsock_socket.to_owned();
+        let dir = dir.clone();
         let spawned = std::thread::Builder::new()
             .name("forward".into())
             .spawn(move || {
-                if let Err(failure) = join(&stream, &socket, port) {
+                if let Err(failure) = join(&stream, &dir, port) {
                     let _ = write!(std::io::stderr(), "{}", failure.render());
                 }
                 let _ = stream.shutdown(Shutdown::Both);
@@ -128,8 +128,8 @@ fn accept(listener: &TcpListener, vsock_socket: &Path, port: u16) {
 }
 
 /// Joins one connection to the guest's server, until both ways are at their end.
-fn join(stream: &TcpStream, vsock_socket: &Path, port: u16) -> Result<(), Failure> {
-    let mut client = guest::connect_at(vsock_socket)?;
+fn join(stream: &TcpStream, dir: &VmDir, port: u16) -> Result<(), Failure> {
+    let mut client = guest::connect_at(dir)?;
     let call = Call::PortConnect(PortConnect { port, host: None });
     let mut to_peer = stream;
     let mut io = CallIo {

@@ -8,7 +8,8 @@
 //! The connection over which this is asked goes on in every child (the VMM is told which it is): `wake` is
 //! simply the next call on it, without a handshake.
 //!
-//! Whatever fails, the VM goes on: a freeze that did not happen is undone.
+//! Whatever fails, the VM goes on: a freeze that did not happen is undone. When this process is killed in
+//! the middle, the next one that turns to the VM wakes it (`standstill.rs`).
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read};
@@ -27,6 +28,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::control::{Control, ControlError};
 use super::process::timespec;
 use super::record::{Record, VmDir};
+use super::standstill::Standstill;
 use crate::lineage::ROOT;
 use crate::runtime::RuntimeClient;
 
@@ -99,6 +101,12 @@ pub enum FreezeError {
         #[source]
         source: std::io::Error,
     },
+    /// Another process is in the middle of a freeze.
+    #[error("another process has been freezing the VM for {} s; try again when it has ended", after.as_secs())]
+    Busy {
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// The system has no random numbers.
     #[error("no random numbers: {0}")]
     Random(getrandom::Error),
@@ -108,7 +116,7 @@ fn guest(what: &'static str) -> impl FnOnce(RuntimeError) -> FreezeError {
     move |source| FreezeError::Runtime { what, source }
 }
 
-fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
+pub(super) fn transfer(what: &'static str) -> impl FnOnce(std::io::Error) -> FreezeError {
     move |source| FreezeError::Transfer { what, source }
 }
 
@@ -134,29 +142,33 @@ pub fn freeze_and<T>(
     generation: &str,
     then: impl FnOnce(Generation) -> T,
 ) -> Result<T, FreezeError> {
-    // Two at once would thaw each other's processes and take each other's files. Held until the wake.
-    let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
-    alone.lock().map_err(transfer("its directory"))?;
+    // Nobody else until the wake.
+    let standstill = Standstill::begin(dir, client, generation)?;
     let still = FreezeParams {
         processes: true,
         file_systems: false,
     };
-    client
-        .call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
-        .map_err(guest("it cannot stop its processes"))?;
+    if let Err(error) =
+        client.call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
+    {
+        if matches!(error, RuntimeError::Call(_)) {
+            // It has undone what it had done.
+            standstill.over();
+        }
+        return Err(guest("it cannot stop its processes")(error));
+    }
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
-    let waking = Waking {
-        index: dir.read_record().map_or(0, |record| record.index()),
-        ..Waking::of(dir.id(), generation)
-    };
+    let waking = Waking::itself(dir, generation);
     std::thread::scope(|scope| {
         let woken = scope.spawn(|| {
             let woken = wake(client, &waking);
-            drop(alone);
+            if woken.is_ok() {
+                standstill.over();
+            }
             woken
         });
         let done = frozen.map(then);
@@ -308,12 +320,20 @@ impl Child {
 }
 
 impl Waking {
-    /// The frozen VM itself.
+    /// A VM of this id.
     pub fn of(id: String, generation: &str) -> Self {
         Self {
             id,
             generation: generation.into(),
             ..Self::default()
+        }
+    }
+
+    /// The frozen VM in `dir` itself.
+    pub(super) fn itself(dir: &VmDir, generation: &str) -> Self {
+        Self {
+            index: dir.read_record().map_or(0, |record| record.index()),
+            ..Self::of(dir.id(), generation)
         }
     }
 

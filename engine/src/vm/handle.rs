@@ -11,6 +11,7 @@ use super::connect::ended;
 use super::launch::LaunchError;
 use super::process::ProcessHandle;
 use super::record::{Record, VmDir};
+use super::standstill;
 use super::store::{Store, StoreError};
 use crate::renewal::RuntimeRef;
 use crate::runtime::RuntimeClient;
@@ -114,7 +115,7 @@ impl Vm {
         match kept {
             Some(Runtime::Client(client)) => Ok(*client),
             Some(Runtime::Stream(stream)) => RuntimeClient::from_stream(stream, HELLO_TIMEOUT),
-            None => RuntimeClient::connect(&self.dir().vsock_socket(), HELLO_TIMEOUT),
+            None => standstill::connect(self.dir(), HELLO_TIMEOUT),
         }
     }
 

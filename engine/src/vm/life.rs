@@ -13,8 +13,8 @@ use super::control::Control;
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef};
 use super::record::RecordError;
+use super::standstill;
 use super::store::{Entry, Store, StoreError};
-use crate::runtime::RuntimeClient;
 
 /// How long a VMM may take to answer on its control socket.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -236,7 +236,7 @@ pub fn stop(entry: &Entry, timeout: Duration) -> Result<Stopped, LifeError> {
     }
     // Whatever goes wrong between us and the guest, the VMM can still end it.
     let asked = !left().is_zero()
-        && RuntimeClient::connect(&entry.dir.vsock_socket(), left())
+        && standstill::connect(&entry.dir, left())
             .and_then(|mut client| client.shutdown(left()))
             .is_ok();
     if asked && wait(entry, &process, left())? {

@@ -9,6 +9,7 @@
 //! * [`store`] and [`record`]: what is known of each VM, in a directory of its own.
 //! * [`launch`]: from a description to a [`Vm`] whose runtime has connected.
 //! * [`life`]: state, stop, kill and removal of VMs that any process started.
+//! * [`freeze`]: a generation of a running VM. [`standstill`]: what becomes of a VM whose freeze was cut short.
 //! * [`control`]: client of a VMM's control socket. [`serial`]: its console's log.
 
 pub mod cgroup;
@@ -25,6 +26,7 @@ pub mod record;
 pub mod serial;
 pub mod shells;
 mod spawn;
+pub mod standstill;
 pub mod store;
 
 pub use end::EndCause;

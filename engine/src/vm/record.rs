@@ -212,9 +212,43 @@ impl VmDir {
         }
     }
 
-    /// The Unix socket on which a generation comes.
+    /// The Unix socket on which a generation comes to this process: a VMM that was asked by another one,
+    /// killed since, must not find us there.
     pub fn freeze_socket(&self) -> PathBuf {
-        self.0.join("freeze.sock")
+        self.0.join(format!("freeze-{}.sock", std::process::id()))
+    }
+
+    /// Removes the sockets of processes that were killed in a freeze. The caller has the lock that whoever
+    /// freezes holds.
+    pub(super) fn sweep_freeze_sockets(&self) {
+        for path in self.files_like("freeze-", ".sock") {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// Removes the merged layers of processes that were killed while they wrote a snapshot.
+    pub(crate) fn sweep_merged_layers(&self) {
+        for path in self.files_like("merged-", ".qcow2") {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy();
+            let pid = name.rsplit('-').next().unwrap_or_default();
+            if !Path::new("/proc").join(pid).exists() {
+                let _ = std::fs::remove_file(&path);
+            }
+        }
+    }
+
+    fn files_like(&self, prefix: &str, suffix: &str) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names
+            .filter(|name| name.starts_with(prefix) && name.ends_with(suffix))
+            .map(|name| self.0.join(name))
+            .collect()
+    }
+
+    /// There while the VM may stand still for a freeze; holds the generation. See [`super::standstill`].
+    pub fn standstill(&self) -> PathBuf {
+        self.0.join("standstill")
     }
 
     /// What the guest writes to its root disk after its next freeze: a name that is free.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ratoon_snapshot::pager::Pager;
+use ratoon_snapshot::pager::{BEAT, FETCH, Pager};
 use ratoon_snapshot::{ChunkFile, PageSource as _, read_working_set};
 
 /// How long it stays without a VM: the next one finds the memory as it is.
@@ -32,6 +32,8 @@ fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), Box<dyn std::error::Err
         listener,
         path: socket,
         linger: LINGER,
+        beat: BEAT,
+        fetch: FETCH,
     };
     match ChunkFile::open(&folder) {
         Ok(chunks) => {

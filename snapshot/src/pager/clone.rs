@@ -1,9 +1,14 @@
 //! One clone: its faults are resolved, its working set is put in place beside them.
+//!
+//! Each has a [`Pulse`], by which the pager's own thread tells it that the pager lives, and when what it waits
+//! for does not come from the storage: the clone's threads may hang in a read then.
 
 use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -25,18 +30,72 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Since when a thread waits for the storage.
+#[derive(Debug, Default)]
+struct Watch(Mutex<Option<Instant>>);
+
+impl Watch {
+    fn set(&self, since: Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = since;
+    }
+
+    fn is_over(&self, most: Duration) -> bool {
+        let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_some_and(|since| since.elapsed() > most)
+    }
+}
+
+/// A clone as the pager's own thread sees it.
+#[derive(Debug)]
+pub(super) struct Pulse {
+    socket: OwnedFd,
+    /// It has had its first word.
+    is_greeted: AtomicBool,
+    fault: Watch,
+    completion: Watch,
+}
+
+impl Pulse {
+    pub(super) fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            is_greeted: AtomicBool::new(false),
+            fault: Watch::default(),
+            completion: Watch::default(),
+        }
+    }
+
+    /// Says that the pager lives, or that a chunk has not come for longer than `most`. Never waits.
+    pub(super) fn beat(&self, most: Duration) {
+        if !self.is_greeted.load(Ordering::Acquire) {
+            return;
+        }
+        if self.fault.is_over(most) || self.completion.is_over(most) {
+            let reason = format!(
+                "its memory has not come for {} s: the storage of the snapshot does not answer",
+                most.as_secs_f32()
+            );
+            let _ = link::send_failed(self.socket.as_fd(), &reason);
+        } else {
+            link::send_beat(self.socket.as_fd());
+        }
+    }
+}
+
 /// Serves a clone until it goes or must end. `working_set` is runs of whole chunks.
-pub(super) fn serve(filler: &Filler, socket: &OwnedFd, working_set: &[Run]) {
-    let socket = socket.as_fd();
+pub(super) fn serve(filler: &Filler, pulse: &Pulse, working_set: &[Run]) {
+    let socket = pulse.socket.as_fd();
     let bytes = filler.memory_bytes();
     if link::send_hello(socket, filler.memory().as_fd(), bytes).is_err() {
         return;
     }
+    pulse.is_greeted.store(true, Ordering::Release);
     let Request::Attach(faults, parts) = link::request(socket, bytes) else {
         return;
     };
     let clone = Clone {
         filler,
+        pulse,
         socket,
         faults,
         parts,
@@ -59,6 +118,7 @@ pub(super) fn serve(filler: &Filler, socket: &OwnedFd, working_set: &[Run]) {
 
 struct Clone<'p> {
     filler: &'p Filler,
+    pulse: &'p Pulse,
     socket: BorrowedFd<'p>,
     faults: Userfaultfd,
     parts: Vec<Part>,
@@ -105,8 +165,10 @@ impl Clone<'_> {
             .find(|part| (part.address..part.address + part.length).contains(&address))
             .ok_or_else(|| format!("a fault at {address:#x}, where it has no memory"))?;
         let chunk = self.filler.chunk_at(part.offset + (address - part.address));
-        self.chunks(chunk, 1, buffer)
-            .map_err(|error| format!("its memory cannot be restored: {}", chain(&error)))
+        self.pulse.fault.set(Some(Instant::now()));
+        let resolved = self.chunks(chunk, 1, buffer);
+        self.pulse.fault.set(None);
+        resolved.map_err(|error| format!("its memory cannot be restored: {}", chain(&error)))
     }
 
     /// Fetches chunks that are missing and resolves them in every part that has them; runs of one
@@ -170,7 +232,10 @@ impl Clone<'_> {
 
     /// Fetches all there is.
     fn complete(&self) {
-        let said = match self.filler.complete() {
+        let watch = &self.pulse.completion;
+        let completed = self.filler.complete(|| watch.set(Some(Instant::now())));
+        watch.set(None);
+        let said = match completed {
             Ok(()) => link::send_complete(self.socket),
             Err(error) => link::send_failed(
                 self.socket,

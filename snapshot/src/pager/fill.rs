@@ -116,13 +116,16 @@ impl Filler {
         Ok(Chunk::Filled)
     }
 
-    /// Fetches all that is not zero.
+    /// Fetches all that is not zero; `begins` is called before each chunk.
     ///
     /// # Errors
     /// The first chunk's that cannot be had.
-    pub(super) fn complete(&self) -> Result<()> {
+    pub(super) fn complete(&self, begins: impl Fn()) -> Result<()> {
         let mut buffer = Vec::new();
-        (0..self.count()).try_for_each(|chunk| self.ensure(chunk, &mut buffer).map(drop))
+        (0..self.count()).try_for_each(|chunk| {
+            begins();
+            self.ensure(chunk, &mut buffer).map(drop)
+        })
     }
 
     /// A missing chunk is this thread's to fetch; none: it is filled.

@@ -5,10 +5,12 @@
 //!   clone -> pager  A count u32, count times: address u64, offset u64, length u64   with the userfaultfd
 //!   clone -> pager  C                                    wants all of the memory in the memfd
 //!   pager -> clone  D                                    it is
+//!   pager -> clone  B                                    it lives; every few seconds
 //!   pager -> clone  F reason                             the clone must end
 //! ```
 //!
-//! Numbers are little-endian. A closed socket means that the other side has gone.
+//! Numbers are little-endian. A closed socket means that the other side has gone, a silent one that it hangs:
+//! a pager says B from a thread that fetches nothing, whatever its storage does.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -27,12 +29,16 @@ use crate::binary::{number32, number64};
 use crate::manifest::MAX_REGIONS;
 use crate::pages::PAGE_BYTES;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest packet.
 const MAX_BYTES: usize = 4096;
 const PART_BYTES: usize = 24;
-/// How long a pager may take to open its snapshot.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a pager may be silent: while it opens its snapshot, and later. Long enough for a host that is
+/// short of processors; a slow disk does not count.
+pub const SILENCE: Duration = Duration::from_secs(30);
+/// A silence is so many waits without a word. A clone that stood still as long as its pager did (a frozen
+/// control group, say) misses one of them, and hears the pager in the next.
+const WAITS: u32 = 3;
 
 /// A part of a clone's memory: where it is mapped, and what of the memfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,12 +60,24 @@ pub enum Word {
     Failed(String),
     /// The pager has gone, and the clone must end.
     Gone,
+    /// The pager has not said anything for so long, and the clone must end.
+    Silent(Duration),
 }
 
 /// A clone's end.
 #[derive(Debug)]
 pub struct Link {
     socket: OwnedFd,
+    silence: Duration,
+}
+
+/// What is said of a pager that hangs.
+fn silent(silence: Duration) -> io::Error {
+    let text = format!(
+        "the pager has said nothing for {} s: let `ratoon-pager` go on (kill -CONT) or end it",
+        silence.as_secs_f32()
+    );
+    io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
 fn broken(what: &str) -> io::Error {
@@ -67,9 +85,20 @@ fn broken(what: &str) -> io::Error {
 }
 
 impl Link {
-    /// On a socket that is connected to a pager.
+    /// On a socket that is connected to a pager, which may be silent for [`SILENCE`].
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket }
+        Self::with_silence(socket, SILENCE)
+    }
+
+    /// As [`Link::new`], with another silence; a pager says a word every [`BEAT`](super::BEAT) or so.
+    pub fn with_silence(socket: OwnedFd, silence: Duration) -> Self {
+        Self { socket, silence }
+    }
+
+    /// From now on nothing is waited for longer than this.
+    fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        Ok(set_socket_timeout(&self.socket, Timeout::Recv, Some(time))?)
     }
 
     /// The clones' memory, to be mapped privately, and its length in bytes.
@@ -77,17 +106,13 @@ impl Link {
     /// # Errors
     /// The pager's word why there is none, or that it is of another version.
     pub fn memory(&self) -> io::Result<(File, u64)> {
-        rustix::net::sockopt::set_socket_timeout(
-            &self.socket,
-            rustix::net::sockopt::Timeout::Recv,
-            Some(HELLO_TIMEOUT),
-        )?;
-        let packet = receive(self.socket.as_fd())?;
-        rustix::net::sockopt::set_socket_timeout(
-            &self.socket,
-            rustix::net::sockopt::Timeout::Recv,
-            None,
-        )?;
+        self.wait_at_most(self.silence)?;
+        let packet = match receive(self.socket.as_fd()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(silent(self.silence));
+            }
+            other => other?,
+        };
         match (packet.bytes.split_first(), packet.fd) {
             (Some((b'H', rest)), Some(fd)) if rest.len() == 12 => match number32(rest, 0) {
                 VERSION => Ok((File::from(fd), number64(rest, 4))),
@@ -116,7 +141,8 @@ impl Link {
                 bytes.extend(number.to_le_bytes());
             }
         }
-        send(self.socket.as_fd(), &bytes, Some(faults.as_fd()))
+        let none = SendFlags::empty();
+        send(self.socket.as_fd(), &bytes, Some(faults.as_fd()), none)
     }
 
     /// Asks for all of the memory in the memfd; [`Word::Complete`] says that it is there.
@@ -124,18 +150,35 @@ impl Link {
     /// # Errors
     /// When the pager has gone.
     pub fn complete(&self) -> io::Result<()> {
-        send(self.socket.as_fd(), b"C", None)
+        send(self.socket.as_fd(), b"C", None, SendFlags::empty())
     }
 
     /// Waits for the pager's next word, from one thread alone.
     pub fn wait(&self) -> Word {
-        match receive(self.socket.as_fd()) {
-            Ok(packet) => match packet.bytes.split_first() {
-                Some((b'D', _)) => Word::Complete,
-                Some((b'F', reason)) => Word::Failed(String::from_utf8_lossy(reason).into_owned()),
-                _ => Word::Gone,
-            },
-            Err(_) => Word::Gone,
+        if self.wait_at_most(self.silence / WAITS).is_err() {
+            return Word::Gone;
+        }
+        let mut waits = 0;
+        loop {
+            let packet = match receive(self.socket.as_fd()) {
+                Ok(packet) => packet,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    waits += 1;
+                    if waits == WAITS {
+                        return Word::Silent(self.silence);
+                    }
+                    continue;
+                }
+                Err(_) => return Word::Gone,
+            };
+            match packet.bytes.split_first() {
+                Some((b'B', [])) => waits = 0,
+                Some((b'D', [])) => return Word::Complete,
+                Some((b'F', reason)) => {
+                    return Word::Failed(String::from_utf8_lossy(reason).into_owned());
+                }
+                _ => return Word::Gone,
+            }
         }
     }
 }
@@ -157,17 +200,23 @@ pub(super) fn send_hello(
     let mut bytes = vec![b'H'];
     bytes.extend(VERSION.to_le_bytes());
     bytes.extend(memory_bytes.to_le_bytes());
-    send(socket, &bytes, Some(memory))
+    send(socket, &bytes, Some(memory), SendFlags::empty())
+}
+
+/// Says that the pager lives. A clone that reads nothing, because it was stopped, is not waited for.
+pub(super) fn send_beat(socket: BorrowedFd<'_>) {
+    let _ = send(socket, b"B", None, SendFlags::DONTWAIT);
 }
 
 pub(super) fn send_complete(socket: BorrowedFd<'_>) -> io::Result<()> {
-    send(socket, b"D", None)
+    send(socket, b"D", None, SendFlags::empty())
 }
 
+/// Also for a thread that must not wait for the clone: whoever reads nothing need not hear it.
 pub(super) fn send_failed(socket: BorrowedFd<'_>, reason: &str) -> io::Result<()> {
     let mut bytes = vec![b'F'];
     bytes.extend(reason.as_bytes().iter().take(MAX_BYTES - 1));
-    send(socket, &bytes, None)
+    send(socket, &bytes, None, SendFlags::DONTWAIT)
 }
 
 /// Waits for a clone's next request. Parts are checked against memory of `memory_bytes`.
@@ -176,10 +225,12 @@ pub(super) fn request(socket: BorrowedFd<'_>, memory_bytes: u64) -> Request {
         return Request::Gone;
     };
     match (packet.bytes.split_first(), packet.fd) {
-        (Some((b'A', rest)), Some(fd)) => match parts(rest, memory_bytes) {
-            Some(parts) => Request::Attach(Userfaultfd::from_fd(fd), parts),
-            None => Request::Gone,
-        },
+        (Some((b'A', rest)), Some(fd)) => {
+            match (parts(rest, memory_bytes), Userfaultfd::from_fd(fd)) {
+                (Some(parts), Some(faults)) => Request::Attach(faults, parts),
+                _ => Request::Gone,
+            }
+        }
         (Some((b'C', [])), None) => Request::Complete,
         _ => Request::Gone,
     }
@@ -213,7 +264,12 @@ struct Packet {
     fd: Option<OwnedFd>,
 }
 
-fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+    flags: SendFlags,
+) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
@@ -225,7 +281,7 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io:
             socket,
             &[IoSlice::new(bytes)],
             &mut ancillary,
-            SendFlags::NOSIGNAL,
+            SendFlags::NOSIGNAL | flags,
         ) {
             Err(Errno::INTR) => {}
             other => return Ok(other.map(drop)?),

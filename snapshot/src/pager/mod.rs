@@ -14,6 +14,8 @@
 //! **Failure.** A chunk that cannot be had or proved is told to the clone that touched it, which ends
 //! ([`Word::Failed`]). A clone whose pager goes away reads [`Word::Gone`] and ends; until it has, its
 //! own copy of the userfaultfd keeps its faults waiting. No fault is ever resolved by a guess.
+//! A pager that is stopped is silent, and its clones end ([`Word::Silent`]); one whose storage does not answer
+//! tells those that wait for it.
 //!
 //! [`Pager`] is that process, [`Link`] a clone's end of it. Neither knows of KVM.
 
@@ -26,6 +28,6 @@ mod shared;
 mod tests;
 mod uffd;
 
-pub use link::{Link, Part, Word};
-pub use serve::Pager;
+pub use link::{Link, Part, SILENCE, Word};
+pub use serve::{BEAT, FETCH, Pager};
 pub use uffd::{Userfaultfd, is_permitted};

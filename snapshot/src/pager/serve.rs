@@ -3,13 +3,16 @@
 //!
 //! Whoever connects holds a lock on the socket's folder (flock), and so does a pager that ends: no
 //! clone is ever handed to a pager that is about to go.
+//!
+//! This thread fetches nothing, so that it can say every [`BEAT`] that the pager lives: a clone that hears
+//! nothing for long knows that the process is stopped.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -17,7 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
-use super::clone;
+use super::clone::{self, Pulse};
 use super::fill::Filler;
 use super::link;
 use crate::chunks::source::PageSource;
@@ -26,6 +29,11 @@ use crate::pages::Run;
 
 /// The most threads that fetch a working set.
 const MOST_THREADS: usize = 4;
+
+/// How often clones hear from their pager.
+pub const BEAT: Duration = Duration::from_secs(5);
+/// How long the storage may take for one chunk.
+pub const FETCH: Duration = Duration::from_secs(60);
 
 /// How long one that has refused a clone waits for another.
 const LAST_LOOK: Duration = Duration::from_millis(10);
@@ -39,6 +47,10 @@ pub struct Pager {
     pub path: PathBuf,
     /// How long it stays without a clone.
     pub linger: Duration,
+    /// How often clones hear from it: [`BEAT`].
+    pub beat: Duration,
+    /// How long the storage may take for one chunk before the clone that waits for it is told to end: [`FETCH`].
+    pub fetch: Duration,
 }
 
 /// What all clones share.
@@ -46,6 +58,7 @@ struct Shared {
     filler: Filler,
     working_set: Vec<Run>,
     clones: AtomicUsize,
+    pulses: Mutex<Vec<Weak<Pulse>>>,
     /// Written when a clone goes.
     gone: OwnedFd,
 }
@@ -63,19 +76,27 @@ impl Pager {
             filler,
             working_set,
             clones: AtomicUsize::new(0),
+            pulses: Mutex::new(Vec::new()),
             gone: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at("make", what)?,
         });
         shared.prefetch();
         let mut idle_since = Instant::now();
+        let mut beaten = Instant::now();
         loop {
-            let left = self.linger.saturating_sub(idle_since.elapsed());
+            if beaten.elapsed() >= self.beat {
+                shared.beat(self.fetch);
+                beaten = Instant::now();
+            }
             let is_idle = shared.clones.load(Ordering::Acquire) == 0;
-            let timeout = timespec(left);
+            let timeout = timespec(match is_idle {
+                true => self.linger.saturating_sub(idle_since.elapsed()),
+                false => self.beat.saturating_sub(beaten.elapsed()),
+            });
             let mut fds = [
                 PollFd::new(&self.listener, PollFlags::IN),
                 PollFd::new(&shared.gone, PollFlags::IN),
             ];
-            match poll(&mut fds, is_idle.then_some(&timeout)) {
+            match poll(&mut fds, Some(&timeout)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 other => drop(other.at("wait for", what)?),
             }
@@ -126,11 +147,13 @@ impl Pager {
         };
         shared.clones.fetch_add(1, Ordering::AcqRel);
         let shared = shared.clone();
+        let pulse = Arc::new(Pulse::new(socket));
+        shared.pulses().push(Arc::downgrade(&pulse));
         std::thread::Builder::new()
             .name("clone".into())
             .spawn(move || {
-                clone::serve(&shared.filler, &socket, &shared.working_set);
-                drop(socket);
+                clone::serve(&shared.filler, &pulse, &shared.working_set);
+                drop(pulse);
                 shared.clones.fetch_sub(1, Ordering::AcqRel);
                 // It can only fail when the counter is full, and then it is readable anyway.
                 let _ = rustix::io::write(&shared.gone, &1_u64.to_ne_bytes());
@@ -157,6 +180,22 @@ impl Pager {
 }
 
 impl Shared {
+    /// All clones hear that the pager lives, or why they must end.
+    fn beat(&self, fetch: Duration) {
+        self.pulses().retain(|pulse| {
+            let pulse = pulse.upgrade();
+            if let Some(pulse) = &pulse {
+                pulse.beat(fetch);
+            }
+            pulse.is_some()
+        });
+    }
+
+    fn pulses(&self) -> MutexGuard<'_, Vec<Weak<Pulse>>> {
+        // A list of handles is whole whatever its users do.
+        self.pulses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Fetches the working set beside whatever else happens. A chunk that cannot be had is an error
     /// only for a clone that touches it.
     fn prefetch(self: &Arc<Self>) {

@@ -4,7 +4,8 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -36,9 +37,15 @@ fn byte_at(offset: usize) -> u8 {
     }
 }
 
+/// A chunk whose storage may not answer.
+const STUCK: u64 = 11;
+
+#[derive(Default)]
 struct Source {
     fetched: Arc<Mutex<Vec<u64>>>,
     is_damaged: bool,
+    /// While somebody holds it the storage does not answer.
+    stuck: Arc<Mutex<()>>,
 }
 
 impl PageSource for Source {
@@ -55,6 +62,9 @@ impl PageSource for Source {
     }
 
     fn chunk(&self, chunk: u64, into: &mut [u8]) -> Result<Content> {
+        if chunk == STUCK {
+            drop(self.stuck.lock().unwrap());
+        }
         self.fetched.lock().unwrap().push(chunk);
         if self.is_damaged && chunk == BAD {
             return Err(Error::DamagedChunk {
@@ -82,23 +92,40 @@ fn seqpacket() -> OwnedFd {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
 }
 
+/// A pager that listens there.
+fn pager_at(path: &Path, fetch: Duration) -> Pager {
+    let listener = seqpacket();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&listener, 8).unwrap();
+    Pager {
+        listener,
+        path: path.to_owned(),
+        linger: Duration::from_millis(200),
+        beat: Duration::from_millis(20),
+        fetch,
+    }
+}
+
+fn link_to(path: &Path, silence: Duration) -> Link {
+    let socket = seqpacket();
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    Link::with_silence(socket, silence)
+}
+
 impl Lab {
     fn new(is_damaged: bool, working_set: Vec<Run>) -> Self {
+        let source = Source {
+            is_damaged,
+            ..Source::default()
+        };
+        Self::of(source, PATIENCE, working_set)
+    }
+
+    fn of(source: Source, fetch: Duration, working_set: Vec<Run>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pager.sock");
-        let listener = seqpacket();
-        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
-        rustix::net::listen(&listener, 8).unwrap();
-        let fetched = Arc::new(Mutex::new(Vec::new()));
-        let source = Source {
-            fetched: fetched.clone(),
-            is_damaged,
-        };
-        let pager = Pager {
-            listener,
-            path: path.clone(),
-            linger: Duration::from_millis(200),
-        };
+        let fetched = source.fetched.clone();
+        let pager = pager_at(&path, fetch);
         Self {
             _folder: folder,
             path,
@@ -108,9 +135,7 @@ impl Lab {
     }
 
     fn clone(&self) -> Clone {
-        let socket = seqpacket();
-        rustix::net::connect(&socket, &SocketAddrUnix::new(&self.path).unwrap()).unwrap();
-        let link = Link::new(socket);
+        let link = link_to(&self.path, SILENCE);
         let (file, bytes) = link.memory().unwrap();
         assert_eq!(bytes, BYTES as u64);
         // SAFETY: a new mapping at an address of the system's choice.
@@ -346,4 +371,87 @@ fn a_clone_that_claims_what_it_has_not_is_hung_up_on_as_root() {
         assert_eq!(link.wait(), Word::Gone, "{part:?}");
     }
     lab.end();
+}
+
+#[test]
+fn who_waits_for_storage_that_does_not_answer_is_told_and_others_go_on_as_root() {
+    let stuck = Arc::new(Mutex::new(()));
+    let source = Source {
+        stuck: stuck.clone(),
+        ..Source::default()
+    };
+    let lab = Lab::of(source, Duration::from_millis(100), Vec::new());
+    let hangs = stuck.lock().unwrap();
+    let (mut clone, completes, sibling) = (lab.clone(), lab.clone(), lab.clone());
+    let mapping = clone.mapping;
+    let reader = std::thread::spawn(move || read(mapping, STUCK as usize * CHUNK));
+    completes.link.complete().unwrap();
+    for waits in [&clone, &completes] {
+        match waits.link.wait() {
+            Word::Failed(reason) => assert!(reason.contains("storage"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(sibling.read(0), byte_at(0));
+    drop(hangs);
+    drop(clone.faults.take());
+    reader.join().unwrap();
+    drop((clone, completes, sibling));
+    lab.end();
+}
+
+const STOPPED: &str = "RATOON_TEST_STOPPED_PAGER";
+
+/// Not a test of its own: the process that the next one stops.
+#[test]
+fn a_pager_to_be_stopped() {
+    let Some(path) = std::env::var_os(STOPPED) else {
+        return;
+    };
+    let pager = pager_at(Path::new(&path), PATIENCE);
+    pager.run(Box::new(Source::default()), &[]).unwrap();
+}
+
+#[test]
+fn a_pager_that_was_stopped_is_silent_and_one_that_works_is_not() {
+    const SHORT: Duration = Duration::from_secs(2);
+    use rustix::process::{Pid, Signal, kill_process};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pager.sock");
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "pager::tests::a_pager_to_be_stopped"])
+        .env(STOPPED, &path)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    eventually(|| path.exists());
+    // Bound a moment before it listens.
+    eventually(|| {
+        let address = SocketAddrUnix::new(&path).unwrap();
+        rustix::net::connect(seqpacket(), &address).is_ok()
+    });
+    let link = link_to(&path, SHORT);
+    link.memory().unwrap();
+    // It has nothing to say but that it lives, and says so for longer than it may be silent.
+    let waits = std::thread::spawn(move || (link.wait(), link));
+    std::thread::sleep(SHORT * 2);
+    assert!(!waits.is_finished());
+
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::STOP).unwrap();
+    let (word, link) = waits.join().unwrap();
+    assert_eq!(word, Word::Silent(SHORT));
+    // It takes connections as it is, and that is all.
+    let refused = link_to(&path, SHORT).memory().unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::TimedOut);
+    assert!(
+        refused.to_string().contains("has said nothing for 2 s"),
+        "{refused}"
+    );
+
+    kill_process(pid, Signal::CONT).unwrap();
+    drop(link);
+    assert!(child.wait().unwrap().success());
+    assert!(!path.exists());
 }

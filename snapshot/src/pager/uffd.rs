@@ -148,9 +148,14 @@ impl Userfaultfd {
         Ok(Self(fd))
     }
 
-    /// One that another process made and sent.
-    pub(super) fn from_fd(fd: OwnedFd) -> Self {
-        Self(fd)
+    /// One that another process made and sent; `None` when it is something else, whose reads could wait or
+    /// be without end.
+    pub(super) fn from_fd(fd: OwnedFd) -> Option<Self> {
+        use std::os::fd::AsRawFd as _;
+        let what = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+        let flags = rustix::fs::fcntl_getfl(&fd).ok()?;
+        let is_one = what.as_os_str() == "anon_inode:[userfaultfd]";
+        (is_one && flags.contains(rustix::fs::OFlags::NONBLOCK)).then_some(Self(fd))
     }
 
     /// From now on the first touch of every page of a mapping of a memfd is a fault that waits.
