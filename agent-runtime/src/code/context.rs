@@ -9,8 +9,6 @@
 //! stands before the pipes, so that a pipe that is not readable in the round in which the answer
 //! came is empty, and no system call is needed to know.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -19,22 +17,23 @@ use ratoon_protocol::{
     Language,
 };
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
-    SocketType, recvmsg,
-};
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal};
 
+mod carried;
 mod ending;
+mod socket;
 mod timing;
 
 use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::CallRef;
 use crate::spawn::{SpawnError, read_now};
-use crate::swap::forms::{Fd, carried};
+use crate::swap::forms::Fd;
 
 use ending::died;
+use socket::receive_with_pid;
+pub(super) use socket::socket_pair;
 
 use super::Answers;
 use super::wire::{Garbage, Outcome, Step, Wire};
@@ -120,57 +119,6 @@ pub struct Context {
     /// It is reaped; with how it ended, if anybody knows.
     gone: bool,
     fate: Option<ExitStatus>,
-}
-
-carried!(Cell {
-    at,
-    code,
-    timeout,
-    since,
-    due,
-    tick,
-    again,
-    interrupted,
-    timed_out,
-    stopped
-});
-carried!(Context {
-    params,
-    name,
-    hidden,
-    zygote,
-    is_orphan,
-    pid,
-    group,
-    is_reaped_for,
-    waiting,
-    count,
-    cell,
-    up,
-    calming,
-    up_by,
-    control,
-    outputs,
-    wire,
-    outbox,
-    late,
-    owed,
-    watched,
-    left,
-    heard,
-    blocked,
-    dying,
-    verdict,
-    refused,
-    gone,
-    fate
-});
-
-/// Two ends of a control socket.
-pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd), ErrorReply> {
-    let flags = SocketFlags::CLOEXEC;
-    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(|error| ErrorReply::new(ErrorCode::NoSpace, format!("no socket: {error}")))
 }
 
 /// An interpreter that cannot be executed.
@@ -683,21 +631,4 @@ fn room(cell: Option<&Cell>, output: Output, answers: &impl Answers) -> usize {
         }
         _ => usize::MAX,
     }
-}
-
-/// Receives the first message, and from the kernel who sent it: what a guest program says of its
-/// own process id is not to be believed, we signal it as root.
-fn receive_with_pid(control: &Fd, scratch: &mut [u8]) -> rustix::io::Result<(usize, Option<i32>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(scratch)];
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(control, &mut parts, &mut ancillary, flags)?;
-    let mut pid = None;
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmCredentials(who) = message {
-            pid = Some(who.pid.as_raw_nonzero().get());
-        }
-    }
-    Ok((received.bytes, pid))
 }
