@@ -15,9 +15,10 @@ use crate::server::{Server, find};
 use crate::session::Output;
 use crate::sessions::CallRef;
 use crate::spawn::set_size;
+use crate::swap::Incoming;
 use crate::sys;
 use crate::system;
-use crate::task::{Job, Task};
+use crate::task::{Job, Task, Working};
 use crate::work::Work;
 
 /// How many processes, transfers and so on go on at once, of all clients.
@@ -37,6 +38,7 @@ impl Server {
     }
 
     fn carry_out(&mut self, at: CallRef, request: Call) -> Result<(), ErrorReply> {
+        let method = request.method();
         match request {
             Call::Ping => self.sessions.reply(
                 at,
@@ -80,12 +82,12 @@ impl Server {
             Call::FileStat(params) => self.sessions.reply(at, &files::stat(&params)?),
             Call::FileMkdir(params) => self.sessions.reply(at, &files::mkdir(&params)?),
             Call::FileRename(params) => self.sessions.reply(at, &files::rename(&params)?),
-            Call::FileList(params) => self.work(at, files::list(params), false)?,
-            Call::FileRemove(params) => self.work(at, files::remove(params), false)?,
-            Call::FileCopy(params) => self.work(at, files::copy(params), false)?,
-            Call::FileWatch(params) => self.work(at, files::watch(params), false)?,
-            Call::TreePack(params) => self.work(at, files::pack(params), false)?,
-            Call::TreeUnpack(params) => self.work(at, files::unpack(params), true)?,
+            Call::FileList(params) => self.work(at, method, files::list(params), false)?,
+            Call::FileRemove(params) => self.work(at, method, files::remove(params), false)?,
+            Call::FileCopy(params) => self.work(at, method, files::copy(params), false)?,
+            Call::FileWatch(params) => self.work(at, method, files::watch(params), false)?,
+            Call::TreePack(params) => self.work(at, method, files::pack(params), false)?,
+            Call::TreeUnpack(params) => self.work(at, method, files::unpack(params), true)?,
             Call::CodeStart(params) => {
                 let Self {
                     contexts,
@@ -135,12 +137,12 @@ impl Server {
             Call::EntropyAdd(params) => self.sessions.reply(at, &system::add_entropy(&params)?),
             Call::HostnameSet(params) => self.sessions.reply(at, &system::set_hostname(&params)?),
             Call::NetworkSet(params) => self.sessions.reply(at, &system::set_network(&params)?),
-            Call::Sync => self.work(at, system::sync(), false)?,
+            Call::Sync => self.work(at, method, system::sync(), false)?,
             Call::Freeze(params) => {
                 self.spawner.prepare();
-                self.work(at, system::freeze(params), false)?;
+                self.work(at, method, system::freeze(params), false)?;
             }
-            Call::Thaw(params) => self.work(at, system::thaw(params), false)?,
+            Call::Thaw(params) => self.work(at, method, system::thaw(params), false)?,
             Call::ExpectWake => {
                 self.identity.expect_wake()?;
                 self.sessions.reply(at, &());
@@ -162,6 +164,20 @@ impl Server {
                 let awake = self.identity.whoami();
                 self.sessions.reply(at, &awake);
             }
+            Call::RuntimeSwap(params) => {
+                if self
+                    .tasks
+                    .iter()
+                    .any(|task| matches!(task.job, Job::Swap(_)))
+                {
+                    let message = "another runtime is on its way";
+                    return Err(ErrorReply::new(ErrorCode::Busy, message));
+                }
+                let (incoming, fd) = Incoming::begin(&params)?;
+                let mut pipes = Pipes::default();
+                pipes.set_input(fd, Medium::File);
+                self.add_task(at, pipes, Job::Swap(incoming))?;
+            }
             Call::Shutdown => self.begin_ending(at),
         }
         Ok(())
@@ -180,7 +196,13 @@ impl Server {
         Ok(())
     }
 
-    fn work(&mut self, at: CallRef, work: Work, takes_input: bool) -> Result<(), ErrorReply> {
+    fn work(
+        &mut self,
+        at: CallRef,
+        method: &'static str,
+        work: Work,
+        takes_input: bool,
+    ) -> Result<(), ErrorReply> {
         let started = self.office.start(work, takes_input).map_err(|error| {
             ErrorReply::new(
                 ErrorCode::NoSpace,
@@ -192,10 +214,11 @@ impl Server {
             pipes.set_input(input, Medium::Pipe);
         }
         pipes.set_output(Output::Stdout, started.output, Medium::Pipe, None);
-        let job = Job::Work {
+        let job = Job::Work(Working {
+            method,
             number: started.number,
             result: None,
-        };
+        });
         self.add_task(at, pipes, job)
     }
 

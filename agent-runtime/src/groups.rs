@@ -17,6 +17,8 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, mkdirat, openat};
 use rustix::io::Errno;
 
+use crate::swap::forms::{Fd, carried};
+
 /// The group above all that clients start.
 pub const BASE: &str = "/sys/fs/cgroup/ratoon";
 
@@ -26,20 +28,28 @@ const KEEP_IDLE: usize = 16;
 /// One process's group.
 #[derive(Debug)]
 pub struct Group {
-    dir: OwnedFd,
+    dir: Fd,
     name: String,
 }
 
 /// All groups.
 #[derive(Debug, Default)]
 pub struct Groups {
-    base: Option<OwnedFd>,
+    base: Option<Fd>,
     idle: Vec<Group>,
     next: u32,
     /// A program of the guest has enabled controllers below: what it set in a group would be the next
     /// process's, so no group is used again.
     touched: bool,
 }
+
+carried!(Group { dir, name });
+carried!(Groups {
+    base,
+    idle,
+    next,
+    touched
+});
 
 impl Groups {
     /// Makes the group above all others; with an error, everything works without groups.
@@ -65,7 +75,7 @@ impl Groups {
         fs::write(&path, limit.to_string()).map_err(|error| failed(&path, error))?;
         let base = open_dir(rustix::fs::CWD, BASE).map_err(|error| failed(BASE, error.into()))?;
         Ok(Self {
-            base: Some(base),
+            base: Some(base.into()),
             ..Self::default()
         })
     }
@@ -87,7 +97,10 @@ impl Groups {
                 Err(_) => return None,
             }
             let dir = open_dir(base.as_fd(), &name).ok()?;
-            return Some(Group { dir, name });
+            return Some(Group {
+                dir: dir.into(),
+                name,
+            });
         }
     }
 
@@ -137,12 +150,12 @@ impl Group {
 }
 
 /// Whether controllers are enabled for the groups in `base`; we enable none.
-fn has_controllers(base: &OwnedFd) -> bool {
+fn has_controllers(base: &Fd) -> bool {
     let text = read_start(base, "cgroup.subtree_control");
     text.is_ok_and(|(text, len)| text[..len].iter().any(u8::is_ascii_alphabetic))
 }
 
-fn read_start(dir: &OwnedFd, name: &str) -> rustix::io::Result<([u8; 64], usize)> {
+fn read_start(dir: &Fd, name: &str) -> rustix::io::Result<([u8; 64], usize)> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = openat(dir, name, flags, Mode::empty())?;
     let mut text = [0; 64];

@@ -7,6 +7,7 @@
 //!                                                            +--> calls: what each call does
 //!          a call that goes on: task > pipes, process (spawn, groups, users, spool), work (a thread)
 //!          what calls do: files  code (interpreters)  system (ports, metrics, names, freeze, wake)
+//!          and in place of all of it: swap (another runtime goes on with what this one has)
 //! ```
 //!
 //! One poll loop in which nothing blocks; what may take long has a thread. How it fails: start-up failures are
@@ -27,6 +28,7 @@ pub mod session;
 pub mod sessions;
 pub mod spawn;
 pub mod spool;
+pub mod swap;
 pub mod sys;
 pub mod system;
 pub mod task;

@@ -1,4 +1,5 @@
 //! `ratoon-runtime`: `/init` of the guest; with `--serve-unix PATH` a server for tests on the host.
+//! `--check-state`, `--take-over` and `--take-back` are what one runtime says to the next (`swap`).
 //!
 //! As PID 1 it ends only with the machine. What cannot be mended in start-up ends it with one line
 //! on the console and the kernel panics ("Attempted to kill init"): the VMM reports that, and the
@@ -11,18 +12,23 @@
 
 use std::env;
 use std::io::Write as _;
+use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 
 use ratoon_protocol::RUNTIME_PORT;
-use ratoon_runtime::{boot, power, server::Server, sys};
+use ratoon_runtime::{boot, power, server::Server, swap, sys};
 
 /// The program's entry; the C library has made the arguments known to [`env::args_os`].
 // SAFETY: the only `main` of this program, with a signature that C allows.
 #[unsafe(no_mangle)]
 pub extern "C" fn main() -> libc::c_int {
-    let mut args = env::args_os().skip(1);
-    let result = match (args.next(), args.next(), args.next()) {
-        (Some(flag), Some(path), None) if flag == "--serve-unix" => serve_unix(path.as_ref()),
+    let args: Vec<_> = env::args_os().skip(1).collect();
+    let words: Vec<_> = args.iter().map(|arg| arg.to_str().unwrap_or("")).collect();
+    let result = match words.as_slice() {
+        ["--serve-unix", _] => serve_unix(args[1].as_ref()),
+        ["--check-state", fd] => check_state(fd),
+        ["--take-over", state, old] => take_over(state, old),
+        ["--take-back", state, why] => take_back(state, why),
         _ if rustix::process::getpid().is_init() => serve_machine(),
         _ => {
             eprintln!(
@@ -57,8 +63,38 @@ fn serve_machine() -> Result<()> {
         Ok(connection) => server.add(connection, false),
         Err(error) => eprintln!("ratoon-runtime: cannot connect to the host: {error}"),
     }
+    serve(&mut server)
+}
+
+/// Serves to the end of the machine, or of a test.
+fn serve(server: &mut Server) -> Result<()> {
     server.run()?;
-    Err(power::power_off().into())
+    match server.is_machine() {
+        true => Err(power::power_off().into()),
+        false => Ok(()),
+    }
+}
+
+fn check_state(state: &str) -> Result<()> {
+    swap::check(state.parse()?)?;
+    println!("{}", env!("CARGO_PKG_VERSION"));
+    Ok(())
+}
+
+fn take_over(state: &str, old: &str) -> Result<()> {
+    let (state, old): (RawFd, RawFd) = (state.parse()?, old.parse()?);
+    let server = sys::block_signals()
+        .map_err(|source| swap::state::StateError::System("hear of signals", source))
+        .and_then(|signals| swap::resume(state, Some(old), None, signals));
+    match server {
+        Ok(mut server) => serve(&mut server),
+        Err(error) => Err(swap::give_back(state, old, &boot::one_line(&error)).into()),
+    }
+}
+
+fn take_back(state: &str, why: &str) -> Result<()> {
+    let signals = sys::block_signals()?;
+    serve(&mut swap::resume(state.parse()?, None, Some(why), signals)?)
 }
 
 fn serve_unix(path: &std::path::Path) -> Result<()> {
@@ -68,6 +104,5 @@ fn serve_unix(path: &std::path::Path) -> Result<()> {
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
     let null = boot::open_null()?;
-    Server::new(listener.into(), signals, null, false)?.run()?;
-    Ok(())
+    serve(&mut Server::new(listener.into(), signals, null, false)?)
 }

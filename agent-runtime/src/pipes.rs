@@ -8,13 +8,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use serde::{Deserialize, Serialize};
 
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
 use crate::spawn::{read_now, write_now};
+use crate::swap::forms::{Fd, carried, carried_by_serde};
 
 /// What kind of descriptor it is: how to read, write and end it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Medium {
     /// A pipe, blocking: another process may have the same one open.
     Pipe,
@@ -28,7 +30,7 @@ pub enum Medium {
 
 #[derive(Debug)]
 struct End {
-    fd: OwnedFd,
+    fd: Fd,
     medium: Medium,
     /// Files: read no more than this.
     left: u64,
@@ -58,11 +60,16 @@ pub struct Pipes {
     pub failure: Option<Errno>,
 }
 
+carried_by_serde!(Medium);
+carried!(End { fd, medium, left });
+// Only uploads look at the failure, and they do not go on.
+carried!(Pipes { stdin, queue, stdin_ends, outputs, written; failure });
+
 impl Pipes {
     /// Input goes here.
     pub fn set_input(&mut self, fd: OwnedFd, medium: Medium) {
         self.stdin = Some(End {
-            fd,
+            fd: fd.into(),
             medium,
             left: 0,
         });
@@ -71,7 +78,7 @@ impl Pipes {
     /// This output comes from here; `limit` is how much of a file is read.
     pub fn set_output(&mut self, output: Output, fd: OwnedFd, medium: Medium, limit: Option<u64>) {
         self.outputs[output as usize] = Some(End {
-            fd,
+            fd: fd.into(),
             medium,
             left: limit.unwrap_or(u64::MAX),
         });
@@ -80,6 +87,11 @@ impl Pipes {
     /// Whether the output is still open.
     pub fn has_output(&self, output: Output) -> bool {
         self.outputs[output as usize].is_some()
+    }
+
+    /// How many bytes of input wait.
+    pub fn queued(&self) -> usize {
+        self.queue.len()
     }
 
     /// Whether any output is still open.

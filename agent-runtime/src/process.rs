@@ -25,6 +25,7 @@ use crate::session::Output;
 use crate::sessions::{CallRef, Sessions, earlier};
 use crate::spawn::Child;
 use crate::spool::Spool;
+use crate::swap::forms::{carried, carried_by_serde};
 use crate::sys;
 
 /// How long after its process has ended an output that is still open is listened to.
@@ -83,6 +84,33 @@ struct Tail {
     until: Instant,
 }
 
+carried_by_serde!(ExitStatus);
+carried_by_serde!(Usage);
+carried!(Ended {
+    status,
+    usage,
+    out_of_memory
+});
+carried!(Tail { owed, until });
+carried!(Process {
+    pid,
+    ended,
+    keep,
+    killed,
+    group,
+    sent,
+    limit,
+    spools,
+    terminal,
+    argv,
+    tag,
+    started_us,
+    due,
+    grace,
+    timed_out,
+    tail
+});
+
 impl Process {
     /// A process that has just been started, and its descriptors.
     pub fn new(child: Child, params: ExecParams) -> (Self, Pipes) {
@@ -124,6 +152,22 @@ impl Process {
             tail: None,
         };
         (process, pipes)
+    }
+
+    /// Whether what was read can be what a process was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        // These numbers are signalled.
+        if self.pid <= 1 {
+            return Err("a process has no number of its own");
+        }
+        if self.sent.iter().any(|&sent| sent > 1 << 62) {
+            return Err("an output is longer than any");
+        }
+        let mut spools = self.spools.iter().flatten();
+        spools.try_for_each(Spool::check)
     }
 
     /// Signals the process group; SIGKILL, the whole control group. The process is not yet reaped,

@@ -27,6 +27,8 @@ use crate::process::Ended;
 use crate::session::{Action, Output};
 use crate::sessions::{CallRef, Heard, Sessions, earlier};
 use crate::spawn::Spawner;
+use crate::swap::Arriving;
+use crate::swap::forms::Fd;
 use crate::sys::{self, PollFd, poll_fd};
 use crate::system::Identity;
 use crate::task::{Job, State, Task};
@@ -54,9 +56,9 @@ enum Stage {
 
 /// The server. See the module.
 pub struct Server {
-    listener: OwnedFd,
+    pub(crate) listener: Fd,
     signals: OwnedFd,
-    is_machine: bool,
+    pub(crate) is_machine: bool,
     accept_again: Option<Instant>,
     pub(crate) sessions: Sessions,
     pub(crate) tasks: Vec<Task>,
@@ -97,7 +99,7 @@ impl Server {
         is_machine: bool,
     ) -> io::Result<Self> {
         Ok(Self {
-            listener,
+            listener: listener.into(),
             signals,
             is_machine,
             accept_again: None,
@@ -115,6 +117,35 @@ impl Server {
         })
     }
 
+    /// One that goes on where another runtime of this process has stopped.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor left.
+    pub(crate) fn arrive(from: Arriving, signals: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            listener: from.listener,
+            signals,
+            is_machine: from.is_machine,
+            accept_again: None,
+            sessions: from.sessions,
+            tasks: from.tasks,
+            spawner: from.spawner,
+            office: Office::new()?,
+            contexts: from.contexts,
+            identity: from.identity,
+            waiting: VecDeque::new(),
+            ending: None,
+            scratch: vec![0; MAX_PAYLOAD_LEN],
+            polls: Vec::new(),
+            tokens: Vec::new(),
+        })
+    }
+
+    /// Whether this is PID 1, to whose end the machine's belongs.
+    pub fn is_machine(&self) -> bool {
+        self.is_machine
+    }
+
     /// Serves a connection that was made, or is being made, elsewhere.
     pub fn add(&mut self, fd: OwnedFd, connected: bool) {
         self.sessions.add(fd, connected);
@@ -130,7 +161,10 @@ impl Server {
             if self.advance_ending(now) {
                 return Ok(());
             }
-            let deadline = self.settle(now);
+            let mut deadline = self.settle(now);
+            if self.swap_when_due(now) {
+                deadline = self.settle(now);
+            }
             self.identity.put_away();
             let backlog = self.prepare_poll(now);
             let timeout = match backlog {
@@ -162,7 +196,7 @@ impl Server {
         let mut backlog = false;
         let mut works = false;
         for (index, task) in self.tasks.iter().enumerate() {
-            works |= matches!(task.job, Job::Work { .. });
+            works |= matches!(task.job, Job::Work(_));
             backlog |= task.has_backlog(&self.sessions);
             task.poll(&self.sessions, |fd, events, output| {
                 add(fd, events, Token::Task(index, output));
@@ -241,9 +275,10 @@ impl Server {
 
     fn hear_of_work(&mut self) {
         for (number, news) in self.office.news() {
-            let task = self.tasks.iter_mut().find(
-                |task| matches!(task.job, Job::Work { number: known, .. } if known == number),
-            );
+            let task = self
+                .tasks
+                .iter_mut()
+                .find(|task| matches!(&task.job, Job::Work(work) if work.number == number));
             let Some(task) = task else { continue };
             match (news, &mut task.job) {
                 (News::Event(event), _) => {
@@ -251,7 +286,7 @@ impl Server {
                         self.sessions.event_now(at, &event);
                     }
                 }
-                (News::End(end), Job::Work { result, .. }) => *result = Some(end),
+                (News::End(end), Job::Work(work)) => work.result = Some(end),
                 _ => {}
             }
         }
@@ -364,7 +399,7 @@ impl Server {
     }
 
     /// Takes away every dead child; true when there is no child at all any more.
-    fn reap(&mut self) -> bool {
+    pub(crate) fn reap(&mut self) -> bool {
         let mut signal = [0; size_of::<libc::signalfd_siginfo>()];
         let _ = rustix::io::read(&self.signals, &mut signal);
         loop {

@@ -13,6 +13,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use serde::Serialize;
 
 use crate::session::{Action, Output, Session, Violation};
+use crate::swap::forms::{Fd, carried};
 
 /// How long a frame that is not urgent may wait.
 pub const LAZY: Duration = Duration::from_millis(250);
@@ -34,7 +35,7 @@ pub struct CallRef {
 }
 
 struct Socket {
-    fd: OwnedFd,
+    fd: Fd,
     /// Whether connect(2) is decided.
     connected: bool,
     /// When unsent frames that are not urgent go out.
@@ -53,6 +54,27 @@ struct Client {
     /// When a session without a socket ends.
     ends_at: Option<Instant>,
 }
+
+carried!(CallRef { session, call });
+carried!(Socket {
+    fd,
+    connected,
+    flush_at,
+    closing,
+    blocked
+});
+carried!(Client {
+    session,
+    socket,
+    name,
+    linger,
+    ends_at
+});
+carried!(Sessions {
+    clients,
+    next,
+    ready_at_us
+});
 
 /// What became of a socket that was ready.
 pub enum Heard {
@@ -89,7 +111,7 @@ impl Sessions {
     /// Serves a connection that was made, or is being made, elsewhere.
     pub fn add(&mut self, fd: OwnedFd, connected: bool) {
         let socket = Socket {
-            fd,
+            fd: fd.into(),
             connected,
             flush_at: None,
             closing: false,
@@ -104,6 +126,24 @@ impl Sessions {
         };
         self.clients.insert(self.next, client);
         self.next += 1;
+    }
+
+    /// How many bytes are held for clients.
+    pub fn held(&self) -> usize {
+        let sessions = self.clients.values().map(|client| client.session.held());
+        sessions.sum()
+    }
+
+    /// Whether what was read can be what sessions were.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if self.clients.keys().any(|&id| id >= self.next) {
+            return Err("a session has a number that was not given");
+        }
+        let mut clients = self.clients.values();
+        clients.try_for_each(|client| client.session.check())
     }
 
     /// Whether one more connection is welcome.

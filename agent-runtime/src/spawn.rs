@@ -3,14 +3,14 @@
 //! The child is made by clone(2) with CLONE_VM and CLONE_VFORK on a stack of its own: nothing is
 //! copied, no page faults for page tables, and the parent goes on when the child has called
 //! execve or has failed; then the failure lies in shared memory, with the step that failed. All
-//! that the child needs is prepared before: it makes system calls and nothing else. clone3 puts it
+//! that the child needs is prepared before: it makes system calls and nothing else (`child.rs`). clone3 puts it
 //! into its control group at birth: to move it there later waits for a grace period of the kernel.
 //!
 //! How it fails: [`SpawnError`], which names the program, directory or user and turns into an
 //! [`ErrorReply`]. The out-of-memory score needs no care here: the kernel never picks PID 1
 //! (`oom_unkillable_task`, mm/oom_kill.c), so the runtime keeps the score 0 that children inherit.
 
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CString, c_char};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -21,7 +21,12 @@ use ratoon_protocol::{ErrorCode, ErrorReply, ExecParams, Size};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::OpenptFlags;
 
+mod child;
+
+use child::{CLONE_INTO_CGROUP, CloneArgs, Shared, Step, clone_and_run};
+
 use crate::groups::{Group, Groups};
+use crate::swap::forms::{Fd, carried};
 use crate::users::{self, User, UserError};
 
 /// The variable that says which child of a fork the machine is, when it is one.
@@ -145,20 +150,32 @@ impl SpawnError {
 /// Makes processes. Keeps what all of them need.
 #[derive(Debug)]
 pub struct Spawner {
-    null: OwnedFd,
-    stack: Vec<u8>,
+    null: Fd,
+    stack: Stack,
     groups: Option<Groups>,
     /// See [`CHILD`].
     child: Option<String>,
+}
+
+carried!(Spawner { null, groups, child; stack });
+
+/// Where a child runs until it executes its program.
+#[derive(Debug)]
+struct Stack(Vec<u8>);
+
+impl Default for Stack {
+    fn default() -> Self {
+        // Zeroed and so not touched before it is used.
+        Self(vec![0; STACK_LEN])
+    }
 }
 
 impl Spawner {
     /// `null` is an open /dev/null. `groups`: each process gets a control group.
     pub fn new(null: OwnedFd, groups: bool) -> Self {
         Self {
-            null,
-            // Zeroed and so not touched before it is used.
-            stack: vec![0; STACK_LEN],
+            null: null.into(),
+            stack: Stack::default(),
             groups: (!groups).then(Groups::default),
             child: None,
         }
@@ -227,10 +244,9 @@ impl Spawner {
             })?,
         };
         let [stdin, stdout, stderr] = &streams.child;
-        let child_stdin = stdin.as_ref().unwrap_or(&self.null);
-        let child_stderr = stderr.as_ref().or(stdout.as_ref()).unwrap_or(&self.null);
-        let child_stdout = stdout.as_ref().unwrap_or(&self.null);
-        let fds = [child_stdin, child_stdout, child_stderr].map(AsRawFd::as_raw_fd);
+        let fd = |own: Option<&OwnedFd>| own.map_or(self.null.as_raw_fd(), AsRawFd::as_raw_fd);
+        let child_stderr = stderr.as_ref().or(stdout.as_ref());
+        let fds = [stdin.as_ref(), stdout.as_ref(), child_stderr].map(fd);
         let extra = extra.as_ref().map(AsRawFd::as_raw_fd);
         let group = self.groups().take();
         let result = plan.run(
@@ -238,7 +254,7 @@ impl Spawner {
             extra,
             params.pty.is_some(),
             group.as_ref(),
-            &mut self.stack,
+            &mut self.stack.0,
         );
         match result {
             Ok(pid) => Ok(Child {
@@ -522,177 +538,6 @@ impl<'a> Plan<'a> {
                 what: format!("execute {program}"),
                 source,
             },
-        }
-    }
-}
-
-/// The child's steps, in order.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-enum Step {
-    Session,
-    Streams,
-    Ids,
-    Directory,
-    Execute,
-}
-
-/// What parent and child share: the child reads its orders and writes how it failed.
-#[repr(C)]
-struct Shared {
-    argv: *const *const c_char,
-    envp: *const *const c_char,
-    programs: *const *const c_char,
-    directory: *const c_char,
-    directory_required: bool,
-    ids: bool,
-    uid: u32,
-    gid: u32,
-    groups: *const u32,
-    groups_len: usize,
-    fds: [RawFd; 3],
-    /// Becomes descriptor 3; -1: none.
-    extra: RawFd,
-    /// The streams are a terminal, to be the session's own.
-    terminal: bool,
-    step: Step,
-    errno: c_int,
-    tried: usize,
-}
-
-/// `struct clone_args` (linux/sched.h), version 2.
-#[derive(Default)]
-#[repr(C)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
-/// linux/sched.h; libc has it with a type that does not fit.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-
-/// clone3(2): the child runs [`child`] on the stack of `args`. Returns its process id, or -errno.
-///
-/// # Safety
-/// `args` has CLONE_VM, CLONE_VFORK and a stack; it and `shared` and all they point to stay as they are
-/// until this returns.
-unsafe fn clone_and_run(args: *const CloneArgs, shared: *mut Shared) -> i64 {
-    let result: i64;
-    // SAFETY: the parent's path changes rax, rcx and r11 alone, as a system call does. The child comes
-    // back from the system call with a stack of its own, never touches this frame and never returns
-    // from `child`; its registers are its own copies.
-    unsafe {
-        std::arch::asm!(
-            "syscall",
-            "test rax, rax",
-            "jnz 2f",
-            "xor ebp, ebp",
-            "mov rdi, r12",
-            "call r13",
-            "ud2",
-            "2:",
-            inlateout("rax") libc::SYS_clone3 => result,
-            in("rdi") args,
-            in("rsi") size_of::<CloneArgs>(),
-            in("r12") shared,
-            in("r13") child as extern "C" fn(*mut Shared) -> !,
-            lateout("rcx") _,
-            lateout("r11") _,
-        );
-    }
-    result
-}
-
-extern "C" fn child(shared: *mut Shared) -> ! {
-    // SAFETY: the parent passes a `Shared` and sleeps until we are done with it.
-    let shared = unsafe { &mut *shared };
-    let errno = child_steps(shared);
-    // SAFETY: `shared` is valid as above; volatile for the parent's sake.
-    unsafe { ptr::write_volatile(&raw mut shared.errno, errno) };
-    // SAFETY: ends this process without any of the parent's exit handlers.
-    unsafe { libc::_exit(127) }
-}
-
-fn errno() -> c_int {
-    // SAFETY: points to this thread's errno, always valid. (The parent's: it sleeps.)
-    unsafe { *libc::__errno_location() }
-}
-
-/// Returns errno of the step that failed; does not return when the program runs.
-fn child_steps(shared: &mut Shared) -> c_int {
-    // SAFETY: system calls with integers, or with pointers that the parent prepared and keeps
-    // (see `Plan::run`). Ids go through raw system calls: libc's wrappers would try to change all
-    // threads of the parent.
-    unsafe {
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
-        shared.step = Step::Session;
-        if libc::setsid() < 0 {
-            return errno();
-        }
-        shared.step = Step::Streams;
-        for (target, &fd) in shared.fds.iter().enumerate() {
-            if libc::dup2(fd, target as c_int) < 0 {
-                return errno();
-            }
-        }
-        if shared.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-            return errno();
-        }
-        let joined = match shared.extra {
-            -1 => 0,
-            3 => libc::fcntl(3, libc::F_SETFD, 0),
-            fd => libc::dup2(fd, 3),
-        };
-        if joined < 0 {
-            return errno();
-        }
-        shared.step = Step::Ids;
-        if shared.ids {
-            let changed = libc::syscall(libc::SYS_setgroups, shared.groups_len, shared.groups) == 0
-                && libc::syscall(libc::SYS_setresgid, shared.gid, shared.gid, shared.gid) == 0
-                && libc::syscall(libc::SYS_setresuid, shared.uid, shared.uid, shared.uid) == 0;
-            if !changed {
-                return errno();
-            }
-        }
-        shared.step = Step::Directory;
-        if libc::chdir(shared.directory) < 0 && shared.directory_required {
-            return errno();
-        }
-        shared.step = Step::Execute;
-        // As execvp: what may not be executed is remembered, the search goes on.
-        let mut failed = libc::ENOENT;
-        let mut index = 0;
-        loop {
-            let program = *shared.programs.add(index);
-            if program.is_null() {
-                return failed;
-            }
-            libc::execve(program, shared.argv, shared.envp);
-            match errno() {
-                libc::ENOENT | libc::ENOTDIR if failed == libc::EACCES => {}
-                libc::EACCES => {
-                    failed = libc::EACCES;
-                    shared.tried = index;
-                }
-                libc::ENOENT | libc::ENOTDIR => shared.tried = index,
-                other => {
-                    shared.tried = index;
-                    return other;
-                }
-            }
-            index += 1;
         }
     }
 }

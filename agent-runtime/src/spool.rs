@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 use ratoon_protocol::OutputReport;
 
+use crate::swap::forms::carried;
+
 /// How much of one output is kept, bytes.
 const LIMIT: u64 = 64 << 20;
 
@@ -33,6 +35,16 @@ pub struct Spool {
     /// Up to where a client has taken it, as an offset in the file; `None`: nobody does.
     reader: Option<u64>,
 }
+
+carried!(Spool {
+    file,
+    path,
+    start,
+    kept,
+    seen,
+    tail,
+    reader
+});
 
 impl Spool {
     /// A new file, named `<name>.<stream>`, for what follows the output's first `start` bytes.
@@ -63,6 +75,20 @@ impl Spool {
             seen: 0,
             tail: Vec::new(),
             reader: None,
+        }
+    }
+
+    /// Whether what was read can be what a spool was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let fits = self.kept <= LIMIT.min(self.seen)
+            && self.reader.is_none_or(|at| at <= self.kept)
+            && self.start.max(self.seen) <= 1 << 62;
+        match fits {
+            true => Ok(()),
+            false => Err("an output's file has more than came"),
         }
     }
 

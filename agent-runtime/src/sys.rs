@@ -1,6 +1,7 @@
 //! The kernel calls for which rustix has no safe form: vsock addresses, signalfd, and the fork
 //! that shares memory. Every `unsafe` of the runtime is in here or in [`crate::spawn`].
 
+use std::ffi::{CString, c_char};
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -188,6 +189,49 @@ pub fn poll(fds: &mut [PollFd], timeout: Option<Duration>) -> io::Result<()> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// A second descriptor, closed by execve, for one that is known by its number alone.
+pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes three integers; a number that is no descriptor's is refused.
+    owned(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })
+}
+
+/// Whether execve closes this descriptor.
+pub fn close_on_exec(fd: RawFd, closes: bool) -> io::Result<()> {
+    let flags = if closes { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: takes three integers.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, flags) }).map(drop)
+}
+
+/// Takes over a descriptor that came through execve and that nothing else in this process owns.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    close_on_exec(fd, true)?;
+    owned(fd)
+}
+
+/// execveat(2) of an open program, with this environment. Returns only when it fails.
+pub fn execute(program: BorrowedFd<'_>, args: &[CString]) -> io::Error {
+    let mut argv: Vec<*const c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    // SAFETY: `argv` is an array of strings that live through the call, with a null at its end, and
+    // `environ` is the C library's own; nobody changes it. The path is empty: the descriptor is meant.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            environ,
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    io::Error::last_os_error()
+}
+
+// SAFETY: the C library's (environ(7)).
+unsafe extern "C" {
+    static environ: *const *const c_char;
 }
 
 /// Brings the loopback interface up; the kernel gives it its addresses.

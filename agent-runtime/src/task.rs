@@ -11,19 +11,17 @@ use crate::pipes::{Medium, Pipes, Read};
 use crate::process::Process;
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions};
+use crate::swap::Incoming;
+use crate::swap::forms::{Carried, carried, member, members, put};
+use crate::swap::state::StateError;
 use crate::system::{Dial, Progress};
 
 /// What a call does.
 pub enum Job {
     /// A process.
     Process(Box<Process>),
-    /// Work on a thread; with its result, when that is there.
-    Work {
-        /// Its number.
-        number: u64,
-        /// How it ended.
-        result: Option<Result<Value, ErrorReply>>,
-    },
+    /// Work on a thread.
+    Work(Working),
     /// A file is sent.
     Download {
         /// So much of it.
@@ -31,6 +29,8 @@ pub enum Job {
     },
     /// A file comes.
     Upload(Upload),
+    /// A runtime comes, to take this one's place.
+    Swap(Incoming),
     /// A server in the guest.
     Port {
         /// While it is being called.
@@ -38,6 +38,16 @@ pub enum Job {
         /// Bytes that came from it.
         received: u64,
     },
+}
+
+/// Work on a thread.
+pub struct Working {
+    /// The call's name.
+    pub method: &'static str,
+    /// Its number.
+    pub number: u64,
+    /// How it ended, when it has.
+    pub result: Option<Result<Value, ErrorReply>>,
 }
 
 /// One call. See the module.
@@ -48,6 +58,40 @@ pub struct Task {
     pub pipes: Pipes,
     /// What it does.
     pub job: Job,
+}
+
+carried!(Task { at, pipes, job });
+
+/// What cannot go on in another runtime is null: see [`crate::swap`].
+impl Carried for Job {
+    fn carry(&self) -> Value {
+        let (kind, inner) = match self {
+            Self::Process(process) => ("process", process.carry()),
+            Self::Download { bytes } => ("download", bytes.carry()),
+            Self::Port { received, .. } => ("port", received.carry()),
+            Self::Work(_) | Self::Upload(_) | Self::Swap(_) => return Value::Null,
+        };
+        let mut all = serde_json::Map::new();
+        put(&mut all, kind, inner);
+        Value::Object(all)
+    }
+
+    fn arrive(value: Value) -> Result<Self, StateError> {
+        let mut all = members(value)?;
+        if all.contains_key("process") {
+            let process = member(&mut all, "process")?;
+            return Ok(Self::Process(Box::new(process)));
+        }
+        if all.contains_key("download") {
+            let bytes = member(&mut all, "download")?;
+            return Ok(Self::Download { bytes });
+        }
+        let received = member(&mut all, "port")?;
+        Ok(Self::Port {
+            dial: None,
+            received,
+        })
+    }
 }
 
 /// Whether a task is over.
@@ -213,7 +257,7 @@ impl Task {
     /// The client takes no more of an output; of an upload: it shall not be.
     pub fn stop_output(&mut self, output: Output, sessions: &mut Sessions) {
         let Some(at) = self.at else { return };
-        if let (Job::Upload(_), Output::Stdout) = (&self.job, output) {
+        if let (Job::Upload(_) | Job::Swap(_), Output::Stdout) = (&self.job, output) {
             // It has no output: this is how its client takes back what it has begun.
             let error = ErrorReply::new(ErrorCode::Cancelled, "the client has cancelled the file");
             return self.fail(&error, sessions);
@@ -252,7 +296,7 @@ impl Task {
             return State::Over;
         };
         match &mut self.job {
-            Job::Work { result, .. } if !self.pipes.has_outputs() => match result.take() {
+            Job::Work(work) if !self.pipes.has_outputs() => match work.result.take() {
                 Some(result) => {
                     sessions.settle(at, result);
                     State::Over
@@ -275,6 +319,12 @@ impl Task {
                 sessions.settle(at, result);
                 State::Over
             }
+            Job::Swap(_) if let Some(error) = self.pipes.failure => {
+                sessions.fail(at, &Incoming::not_written(error));
+                State::Over
+            }
+            // The server does it.
+            Job::Swap(incoming) => State::Goes(incoming.until),
             Job::Port {
                 dial: None,
                 received,

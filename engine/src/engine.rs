@@ -11,6 +11,7 @@ use ratoon_vmm_api::NetConfig;
 use crate::dirs::Dirs;
 use crate::image::{self, ContainerConfig, Image, ImageStore};
 use crate::initramfs::{self, InitramfsError};
+use crate::renewal::{RuntimeRef, StaleRuntime};
 use crate::vm::command::ImageCommand;
 use crate::vm::launch::{Launch, LaunchError, Machine, Vm, launch};
 use crate::vm::life::{self, LifeError, Status, VmInfo};
@@ -113,6 +114,8 @@ pub struct Started {
     pub command: ImageCommand,
     /// It was booted, and left a warm generation: later VMs of its kind start from that.
     pub made_warm: bool,
+    /// It is of a snapshot, and has that one's runtime still: why. It runs.
+    pub stale_runtime: Option<StaleRuntime>,
 }
 
 /// The engine. See the crate's example. Any number of engines, in any number of processes, may use
@@ -253,7 +256,7 @@ impl Engine {
         spec: &RunSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, StartError> {
-        let (image, plan) = self.plan(spec)?;
+        let (image, mut plan) = self.plan(spec)?;
         let warm = Warm::of(self, spec, &image, &plan);
         if let Some(started) = warm
             .as_ref()
@@ -261,6 +264,7 @@ impl Engine {
         {
             return started;
         }
+        plan.runtime = self.own_runtime();
         let mut vm = launch(&self.store, &plan, cancel)?;
         let made = warm.map_or(Made::Nothing, |warm| warm.make(self, &mut vm));
         if matches!(made, Made::Lost) {
@@ -271,6 +275,7 @@ impl Engine {
             vm,
             command: image_command(&image.config.container),
             made_warm: matches!(made, Made::Kept),
+            stale_runtime: None,
         })
     }
 
@@ -299,6 +304,8 @@ impl Engine {
                 root_disk: image.disk.clone(),
                 networks: spec.networks.clone(),
             },
+            // To be read by who boots: it takes longer than to start from a generation.
+            runtime: None,
             generation: None,
             pager: None,
             parent: None,
@@ -307,6 +314,12 @@ impl Engine {
             family: None,
         };
         Ok((image, plan))
+    }
+
+    /// The runtime that a VM gets that boots now.
+    pub(crate) fn own_runtime(&self) -> Option<RuntimeRef> {
+        let read = RuntimeRef::read(&self.programs.runtime);
+        read.ok().map(|(runtime, _)| runtime)
     }
 }
 

@@ -358,6 +358,7 @@ impl Engine {
                 root_disk: root.map(|disk| disk.path.clone()).unwrap_or_default(),
                 networks: Vec::new(),
             },
+            runtime: record.runtime.clone(),
             generation: Some(Arc::new(start_from(dir, record, generation)?)),
             pager: None,
             parent: None,
@@ -522,6 +523,7 @@ impl Source {
             boot_timeout: self.plan.boot_timeout,
             keep_open: self.plan.keep_open.clone(),
             machine,
+            runtime: self.plan.runtime.clone(),
             generation: self.plan.generation.clone(),
             pager: None,
             parent: Some(Parent {

@@ -36,6 +36,7 @@ pub mod image;
 pub mod initramfs;
 mod lineage;
 mod pager;
+mod renewal;
 pub mod rollback;
 pub mod snapshots;
 /// The runtime in a guest.
@@ -51,6 +52,7 @@ pub mod working_set;
 
 pub use admission::Refused;
 pub use pager::PagerError;
+pub use renewal::{RuntimeRef, StaleRuntime};
 
 pub use engine::{
     DEFAULT_BOOT_TIMEOUT, DEFAULT_MEMORY_MIB, Engine, Programs, RunSpec, StartError, Started,

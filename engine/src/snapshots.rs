@@ -26,6 +26,7 @@ use crate::engine::{Engine, StartError, Started, absolute, image_command};
 use crate::image::{self, Image};
 use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
+use crate::renewal::RuntimeRef;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::vm::freeze::{self, FreezeError, Generation, Waking};
 use crate::vm::launch::{
@@ -41,12 +42,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The labels of a snapshot by which its VM is built again.
-mod label {
+pub(crate) mod label {
     pub const IMAGE: &str = "ratoon.image";
     pub const IMAGE_DIGEST: &str = "ratoon.image-digest";
     pub const IMAGE_FILE: &str = "ratoon.image-file";
     pub const KERNEL_ARGS: &str = "ratoon.kernel-args";
     pub const CONTROL_PORT: &str = "ratoon.control-port";
+    pub const RUNTIME_FILE: &str = "ratoon.runtime-file";
+    pub const RUNTIME_VERSION: &str = "ratoon.runtime-version";
 }
 
 /// The digest of the image that a snapshot stands on.
@@ -164,6 +167,8 @@ pub struct RestoreSpec {
     /// Unless empty, one of these has to have signed it, and every byte is read again to see that
     /// it is what was signed.
     pub trusted: Vec<PublicKey>,
+    /// Leave it the snapshot's runtime, even if this host has a newer one.
+    pub keep_runtime: bool,
 }
 
 /// Work that ends when a descriptor becomes readable.
@@ -249,7 +254,8 @@ impl Engine {
             disk_layers: generation.frozen(ROOT).len(),
         };
         let disks = generation.disks.clone();
-        let written = write(store, dir, record, generation, keep, progress);
+        let version = client.hello().runtime.as_str();
+        let written = write(store, dir, record, version, generation, keep, progress);
         self.went_on(dir, &disks, |record| {
             record
                 .ancestors
@@ -317,14 +323,19 @@ impl Engine {
         if let Some(shells) = self.shells() {
             shells.refill();
         }
+        // Why a VM ended says more than that it cannot be talked to.
         if let Err(error) = wake(&mut vm, id) {
-            // Why the VM ended says more than that it cannot be talked to.
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
         }
+        let stale_runtime = match spec.keep_runtime {
+            true => None,
+            false => self.renew(&mut vm, &snapshot.manifest.about)?,
+        };
         Ok(Started {
             vm,
             command: image_command(&image.config.container),
             made_warm: false,
+            stale_runtime,
         })
     }
 
@@ -405,6 +416,7 @@ impl Engine {
                 root_disk: image.disk.clone(),
                 networks: spec.networks.clone(),
             },
+            runtime: RuntimeRef::of(about),
             generation: Some(Arc::new(StartFrom {
                 config: GenerationConfig {
                     state: snapshot.folder.join("state.bin"),
@@ -431,7 +443,7 @@ impl Engine {
 
 /// Which file it is, and after a space what of it changes when it is written. The time of its birth
 /// tells it from one that got its inode later; a file system that does not know it cannot say.
-fn file_identity(path: &Path) -> Option<String> {
+pub(crate) fn file_identity(path: &Path) -> Option<String> {
     let found = std::fs::metadata(path).ok()?;
     let born = found.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
     Some(format!(
@@ -465,6 +477,7 @@ fn write(
     store: &Store,
     dir: &VmDir,
     record: &Record,
+    runtime_version: &str,
     generation: Generation,
     keep: Keep<'_>,
     progress: &dyn Progress,
@@ -525,11 +538,20 @@ fn write(
     if let Some(port) = generation.control_port {
         labels.insert(label::CONTROL_PORT.to_owned(), port.to_string());
     }
+    let runtime = record.runtime.as_ref();
+    for (key, value) in [
+        (label::RUNTIME_FILE, runtime.map_or("", |it| &it.file)),
+        (label::RUNTIME_VERSION, runtime_version),
+    ] {
+        if !value.is_empty() {
+            labels.insert(key.to_owned(), value.to_owned());
+        }
+    }
     let about = About {
         cpu: cpu::here(),
         kernel: hash_file(&kernel, &config.kernel, progress)?,
         image: None,
-        runtime: None,
+        runtime: runtime.and_then(|runtime| runtime.digest.parse().ok()),
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
         parent: base.as_ref().map(|base| base.snapshot.id),

@@ -177,8 +177,9 @@ impl Engine {
         spec: &RunSpec,
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Warming, WarmError> {
-        let (image, plan) = self.plan(spec)?;
+        let (image, mut plan) = self.plan(spec)?;
         let warm = Warm::of(self, spec, &image, &plan).ok_or(WarmError::AlwaysBoots)?;
+        plan.runtime = self.own_runtime();
         let vm = launch(self.store(), &plan, cancel)?;
         Ok(Warming {
             warm,
@@ -186,6 +187,7 @@ impl Engine {
                 vm,
                 command: image_command(&image.config.container),
                 made_warm: false,
+                stale_runtime: None,
             },
         })
     }
@@ -280,6 +282,8 @@ impl Warm {
             detached: spec.detached,
             timeout: spec.boot_timeout,
             trusted: Vec::new(),
+            // It is the same: the generation's name says so.
+            keep_runtime: true,
         };
         match engine.restore_from(&self.store, &snapshot, &restore, cancel) {
             Ok(started) => Some(Ok(started)),

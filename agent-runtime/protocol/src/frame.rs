@@ -260,6 +260,11 @@ impl Decoder {
     pub fn pending(&self) -> usize {
         self.buffer.len() - self.consumed
     }
+
+    /// These bytes: a new decoder that is fed them goes on where this one is.
+    pub fn pending_bytes(&self) -> &[u8] {
+        &self.buffer[self.consumed..]
+    }
 }
 
 fn parse_header(header: &[u8; HEADER_LEN]) -> Result<(usize, Kind, u16, u64, u64), FrameError> {

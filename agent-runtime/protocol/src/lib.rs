@@ -46,7 +46,7 @@ pub use process::{
 };
 pub use system::{
     Awake, EntropyAdd, FreezeParams, HostnameSet, Metrics, MetricsParams, NetworkSet, Port,
-    PortConnect, TimeSet, TopProcess, Wake,
+    PortConnect, RuntimeSwap, Swapped, TimeSet, TopProcess, Wake,
 };
 
 /// The protocol version that this crate speaks, the header's `version` byte.

@@ -6,8 +6,8 @@ use serde_json::Value;
 use crate::{
     AttachParams, CodeName, CodeRun, CodeStart, EntropyAdd, ExecParams, FileList, FileMkdir,
     FileMove, FilePath, FileRead, FileRemove, FileWatch, FileWrite, FreezeParams, HostnameSet,
-    MetricsParams, NetworkSet, PortConnect, ResizeParams, SessionParams, SignalParams, TimeSet,
-    TreePack, TreeUnpack, Wake,
+    MetricsParams, NetworkSet, PortConnect, ResizeParams, RuntimeSwap, SessionParams, SignalParams,
+    TimeSet, TreePack, TreeUnpack, Wake,
 };
 
 /// The runtime's first frame on a connection.
@@ -35,6 +35,13 @@ macro_rules! calls {
             /// The names of all calls, as [`Hello`] announces them.
             pub const METHODS: &'static [&'static str] = &[$($name),*];
 
+            /// Its name.
+            pub fn method(&self) -> &'static str {
+                match self {
+                    $(calls!(@pattern $variant $(($params))?) => $name,)*
+                }
+            }
+
             fn from_raw(raw: Raw) -> Result<Self, ErrorReply> {
                 match raw.method.as_str() {
                     $($name => calls!(@make raw $name $variant $(($params))?),)*
@@ -46,6 +53,8 @@ macro_rules! calls {
             }
         }
     };
+    (@pattern $variant:ident) => { Self::$variant };
+    (@pattern $variant:ident ($params:ty)) => { Self::$variant(_) };
     (@make $raw:ident $name:literal $variant:ident) => { Ok(Self::$variant) };
     (@make $raw:ident $name:literal $variant:ident ($params:ty)) => {
         params($name, $raw.params).map(Self::$variant)
@@ -129,6 +138,8 @@ calls! {
     "wake" Wake(Box<Wake>),
     /// Who this machine is: [`crate::Awake`].
     "whoami" Whoami,
+    /// Another runtime takes over; its bytes follow: [`crate::Swapped`].
+    "runtime.swap" RuntimeSwap(RuntimeSwap),
     /// Write file systems back and end the machine. The reply (`null`) comes before the end.
     "shutdown" Shutdown,
 }
@@ -170,9 +181,11 @@ impl Call {
     pub fn takes_input(&self) -> bool {
         match self {
             Self::Exec(params) => params.stdin || params.pty.is_some(),
-            Self::Attach(_) | Self::FileWrite(_) | Self::TreeUnpack(_) | Self::PortConnect(_) => {
-                true
-            }
+            Self::Attach(_)
+            | Self::FileWrite(_)
+            | Self::TreeUnpack(_)
+            | Self::PortConnect(_)
+            | Self::RuntimeSwap(_) => true,
             _ => false,
         }
     }
@@ -296,8 +309,9 @@ mod tests {
     fn every_announced_method_is_known() {
         for method in Call::METHODS {
             let payload = format!(r#"{{"method":"{method}"}}"#);
-            if let Err(error) = Call::parse(payload.as_bytes()) {
-                assert_eq!(error.code, ErrorCode::BadRequest, "{method}: {error}");
+            match Call::parse(payload.as_bytes()) {
+                Ok(call) => assert_eq!(call.method(), *method),
+                Err(error) => assert_eq!(error.code, ErrorCode::BadRequest, "{method}: {error}"),
             }
         }
     }

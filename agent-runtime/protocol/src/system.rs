@@ -210,3 +210,23 @@ pub struct Awake {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
+
+/// Parameters of `runtime.swap`: the new runtime's binary follows as STDIN, to its END. The reply is
+/// [`Swapped`], by the new runtime, over the same connection; after an error the old one goes on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeSwap {
+    /// Length of the binary, at most 64 MiB.
+    pub bytes: u64,
+    /// BLAKE3 of it, 64 hexadecimal digits.
+    pub blake3: String,
+}
+
+/// Reply of `runtime.swap`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Swapped {
+    /// The version of the runtime that serves now, e.g. `0.1.0`.
+    pub runtime: String,
+    /// The calls that it knows, as in [`crate::Hello`].
+    #[serde(default)]
+    pub methods: Vec<String>,
+}

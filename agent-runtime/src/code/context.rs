@@ -9,8 +9,6 @@
 //! stands before the pipes, so that a pipe that is not readable in the round in which the answer
 //! came is empty, and no system call is needed to know.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -19,21 +17,23 @@ use ratoon_protocol::{
     Language,
 };
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
-    SocketType, recvmsg,
-};
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal};
 
+mod carried;
 mod ending;
+mod socket;
 mod timing;
 
 use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::CallRef;
 use crate::spawn::{SpawnError, read_now};
+use crate::swap::forms::Fd;
 
 use ending::died;
+use socket::receive_with_pid;
+pub(super) use socket::socket_pair;
 
 use super::Answers;
 use super::wire::{Garbage, Outcome, Step, Wire};
@@ -100,8 +100,8 @@ pub struct Context {
     /// It has been asked whether all interrupts of the last cell have come, and has not answered.
     calming: bool,
     up_by: Option<Instant>,
-    control: Option<OwnedFd>,
-    outputs: [Option<OwnedFd>; 2],
+    control: Option<Fd>,
+    outputs: [Option<Fd>; 2],
     wire: Wire,
     outbox: Vec<u8>,
     late: [Vec<u8>; 2],
@@ -119,13 +119,6 @@ pub struct Context {
     /// It is reaped; with how it ended, if anybody knows.
     gone: bool,
     fate: Option<ExitStatus>,
-}
-
-/// Two ends of a control socket.
-pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd), ErrorReply> {
-    let flags = SocketFlags::CLOEXEC;
-    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(|error| ErrorReply::new(ErrorCode::NoSpace, format!("no socket: {error}")))
 }
 
 /// An interpreter that cannot be executed.
@@ -163,8 +156,8 @@ impl Context {
             up: false,
             calming: false,
             up_by: Some(Instant::now() + START_LIMIT),
-            control: Some(control),
-            outputs,
+            control: Some(control.into()),
+            outputs: outputs.map(|pipe| pipe.map(Fd::from)),
             wire: Wire::default(),
             outbox: Vec::new(),
             late: [Vec::new(), Vec::new()],
@@ -179,6 +172,11 @@ impl Context {
             gone: false,
             fate: None,
         }
+    }
+
+    /// What its driver says.
+    pub(super) fn wire(&self) -> &Wire {
+        &self.wire
     }
 
     /// As the client is told.
@@ -647,24 +645,4 @@ fn room(cell: Option<&Cell>, output: Output, answers: &impl Answers) -> usize {
         }
         _ => usize::MAX,
     }
-}
-
-/// Receives the first message, and from the kernel who sent it: what a guest program says of its
-/// own process id is not to be believed, we signal it as root.
-fn receive_with_pid(
-    control: &OwnedFd,
-    scratch: &mut [u8],
-) -> rustix::io::Result<(usize, Option<i32>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(scratch)];
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(control, &mut parts, &mut ancillary, flags)?;
-    let mut pid = None;
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmCredentials(who) = message {
-            pid = Some(who.pid.as_raw_nonzero().get());
-        }
-    }
-    Ok((received.bytes, pid))
 }

@@ -25,8 +25,8 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::time::Instant;
 
 use ratoon_protocol::{
-    CodeContext, CodeName, CodeRun, CodeStart, ErrorCode, ErrorReply, ExecParams, ExitStatus,
-    Language,
+    CodeContext, CodeError, CodeName, CodeRun, CodeStart, ErrorCode, ErrorReply, ExecParams,
+    ExitStatus, Language,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
@@ -36,6 +36,7 @@ use crate::groups::Group;
 use crate::session::Output;
 use crate::sessions::{CallRef, Sessions, earlier};
 use crate::spawn::Spawner;
+use crate::swap::forms::{carried, carried_by_serde};
 
 mod context;
 mod wire;
@@ -92,6 +93,15 @@ pub struct Contexts {
     /// Of interpreters that have ended.
     groups: Vec<Group>,
 }
+
+carried_by_serde!(CodeStart);
+carried_by_serde!(CodeError);
+carried!(Contexts {
+    contexts,
+    zygotes,
+    next,
+    groups
+});
 
 /// Which descriptor a token means, beside those of a context (0 to 2).
 const ZYGOTE: u64 = 3;
@@ -220,6 +230,33 @@ impl Contexts {
     pub fn list(&self) -> Vec<CodeContext> {
         let shown = self.contexts.values().filter(|context| !context.hidden);
         shown.map(Context::info).collect()
+    }
+
+    /// Whether what was read can be what contexts were.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let numbers = self.contexts.keys().chain(self.zygotes.keys());
+        if numbers.max().is_some_and(|&number| number > self.next) || self.next > 1 << 61 {
+            return Err("a context has a number that was not given");
+        }
+        let contexts = self
+            .contexts
+            .values()
+            .map(|context| (context.pid, context.wire()));
+        let zygotes = self
+            .zygotes
+            .values()
+            .map(|zygote| (Some(zygote.pid), &zygote.wire));
+        for (pid, wire) in contexts.chain(zygotes) {
+            // These numbers are signalled.
+            if pid.is_some_and(|pid| pid <= 1) {
+                return Err("an interpreter has no number of its own");
+            }
+            wire.check()?;
+        }
+        Ok(())
     }
 
     /// Gives all interpreters new random numbers, after the machine has become another one.

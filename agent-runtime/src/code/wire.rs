@@ -15,9 +15,10 @@
 //! are never held, and what does not fit is a [`Garbage`] that ends the context.
 
 use ratoon_protocol::CodeError;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::session::Output;
+use crate::swap::forms::{carried, carried_by_serde};
 
 /// Longest line but for values, in bytes: a traceback of 32 KiB, all escaped, and its message.
 const LINE_LIMIT: usize = 320 * 1024;
@@ -54,7 +55,7 @@ pub enum Step<'a> {
     Reaped(i32, i32),
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 enum Inside {
     /// At a line's start.
     #[default]
@@ -72,6 +73,9 @@ pub struct Wire {
     at: usize,
     inside: Inside,
 }
+
+carried_by_serde!(Inside);
+carried!(Wire { buffer, at, inside });
 
 #[derive(Deserialize)]
 struct End {
@@ -92,6 +96,21 @@ struct Reaping {
 }
 
 impl Wire {
+    /// Whether what was read can be what a wire was.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let sent = match self.inside {
+            Inside::Value(sent) => sent,
+            _ => 0,
+        };
+        match self.at <= self.buffer.len() && sent <= DATA_LIMIT {
+            true => Ok(()),
+            false => Err("an interpreter has said more than there is"),
+        }
+    }
+
     /// Takes what was received.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.drain(..self.at);

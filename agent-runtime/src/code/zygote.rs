@@ -14,6 +14,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 
 use crate::groups::Group;
 use crate::spawn::{CHILD, Spawner, read_now};
+use crate::swap::forms::{Fd, carried};
 
 use super::context::{refusal, socket_pair};
 use super::wire::{Step, Wire};
@@ -32,10 +33,20 @@ pub struct Zygote {
     pub group: Option<Group>,
     user: Option<String>,
     env: Vec<(String, String)>,
-    control: OwnedFd,
-    complaints: Option<OwnedFd>,
-    wire: Wire,
+    control: Fd,
+    complaints: Option<Fd>,
+    pub(super) wire: Wire,
 }
+
+carried!(Zygote {
+    pid,
+    group,
+    user,
+    env,
+    control,
+    complaints,
+    wire
+});
 
 /// What concerns the interpreter itself: contexts that differ in it do not share a zygote.
 fn env_of(params: &CodeStart) -> Vec<(String, String)> {
@@ -72,8 +83,8 @@ impl Zygote {
             group: child.group,
             user: params.user.clone(),
             env,
-            control,
-            complaints,
+            control: control.into(),
+            complaints: complaints.map(Fd::from),
             wire: Wire::default(),
         })
     }
@@ -158,7 +169,7 @@ impl Zygote {
 }
 
 /// The end of what is in a pipe.
-pub fn complaint(pipe: &OwnedFd) -> String {
+pub fn complaint(pipe: &Fd) -> String {
     let mut bytes = vec![0; 64 << 10];
     let len = read_now(pipe.as_fd(), &mut bytes).unwrap_or(0);
     let text = String::from_utf8_lossy(&bytes[len.saturating_sub(COMPLAINT)..len]);

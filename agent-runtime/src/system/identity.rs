@@ -22,6 +22,7 @@ use super::network::Plan;
 use super::prepared::{Directory, Etc, Prepared};
 use super::settings::{self, ETC};
 use super::{bad_request, connections, failed, files, quiet, shown};
+use crate::swap::forms::{carried, carried_by_serde};
 
 /// Where programs read who the machine is.
 const DIR: &str = "/run/ratoon";
@@ -63,6 +64,9 @@ pub struct Identity {
     /// What a wake has used: not to be used again, and closed when there is time.
     spent: Option<Prepared>,
 }
+
+carried_by_serde!(Awake);
+carried!(Identity { waiting, awake, child, token, dir; prepared, spent });
 
 impl Default for Identity {
     fn default() -> Self {

@@ -223,10 +223,13 @@ fn boot(engine: &Engine, args: &Args, interrupts: &Interrupts) -> Result<Started
             detached: args.detach,
             timeout: args.boot_timeout,
             trusted: args.require_signature.clone(),
+            keep_runtime: false,
         };
         let started = engine.restore(&spec, Some(interrupts.cancel()));
         drop(spinner);
-        return started.map_err(|error| super::snapshot::failed(error, interrupts));
+        let started = started.map_err(|error| super::snapshot::failed(error, interrupts))?;
+        super::snapshot::tell_stale(&started);
+        return Ok(started);
     }
     if !args.detach {
         // Better now than after a boot.

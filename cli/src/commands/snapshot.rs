@@ -11,7 +11,7 @@ use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::LaunchError;
 use ratoon_engine::vm::life;
 use ratoon_engine::vm::store::Entry;
-use ratoon_engine::{StartError, snapshot};
+use ratoon_engine::{StartError, Started, snapshot};
 use serde::Serialize;
 
 use super::for_each;
@@ -65,6 +65,9 @@ pub struct RestoreArgs {
     /// key's file, or its 64 hexadecimal digits. May be given several times.
     #[arg(long, value_name = "KEY", value_parser = trusted_key)]
     require_signature: Vec<PublicKey>,
+    /// Leave it the runtime that it was snapshotted with, even if this Ratoon has a newer one.
+    #[arg(long)]
+    keep_runtime: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -165,11 +168,13 @@ pub fn restore(engine: &Engine, args: &RestoreArgs) -> Result<ExitCode, Failure>
         detached: true,
         timeout: Duration::from_secs(180),
         trusted: args.require_signature.clone(),
+        keep_runtime: args.keep_runtime,
         ..RestoreSpec::default()
     };
     let started = engine.restore(&spec, Some(interrupts.cancel()));
     drop(spinner);
     let started = started.map_err(|error| failed(error, &interrupts))?;
+    tell_stale(&started);
     let Some(record) = started.vm.detach() else {
         return Err(Failure::new("the VM is gone"));
     };
@@ -179,6 +184,22 @@ pub fn restore(engine: &Engine, args: &RestoreArgs) -> Result<ExitCode, Failure>
         output::line(&record.id)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says so when a VM has its snapshot's runtime still.
+pub fn tell_stale(started: &Started) {
+    let Some(stale) = &started.stale_runtime else {
+        return;
+    };
+    let record = started.vm.record();
+    let vm = record.name.as_ref().unwrap_or(&record.id);
+    let mut line = format!("note: the runtime in {vm} stays as the snapshot has it: {stale}");
+    let mut cause = std::error::Error::source(stale);
+    while let Some(error) = cause {
+        line += &format!(": {error}");
+        cause = error.source();
+    }
+    eprintln!("{line}");
 }
 
 /// A restore that failed.

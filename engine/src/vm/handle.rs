@@ -13,6 +13,7 @@ use super::process::ProcessHandle;
 use super::record::{Record, VmDir};
 use super::standstill;
 use super::store::{Store, StoreError};
+use crate::renewal::RuntimeRef;
 use crate::runtime::RuntimeClient;
 
 /// How long a runtime that has connected may take to say HELLO.
@@ -127,6 +128,20 @@ impl Vm {
             parts.record = parts
                 .store
                 .update(&parts.dir, |record| record.ready = true)?;
+        }
+        Ok(())
+    }
+
+    /// Another runtime serves in it.
+    ///
+    /// # Errors
+    /// When its record cannot be written.
+    pub fn renewed(&mut self, runtime: &RuntimeRef) -> Result<(), StoreError> {
+        if let Some(parts) = &mut self.parts {
+            let renewed = Some(runtime.clone());
+            parts.record = parts
+                .store
+                .update(&parts.dir, |record| record.runtime = renewed)?;
         }
         Ok(())
     }

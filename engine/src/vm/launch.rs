@@ -35,6 +35,7 @@ use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
 use super::shells::Shells;
 use super::spawn::{Inherited, spawn};
 use super::store::{Store, StoreError};
+use crate::renewal::RuntimeRef;
 use crate::runtime::RuntimeClient;
 
 /// The guest's context id. Each VM has a vsock of its own, so all may have the same.
@@ -80,6 +81,8 @@ pub struct Launch {
     pub keep_open: Arc<[OwnedFd]>,
     /// The machine.
     pub machine: Machine,
+    /// The runtime that will be in it, if that is known.
+    pub runtime: Option<RuntimeRef>,
     /// Start from this, in place of booting.
     pub generation: Option<Arc<From>>,
     /// A connection to the pager of the generation's memory, for this VM alone.
@@ -249,6 +252,7 @@ pub(crate) fn create(store: &Store, launches: &[Launch]) -> Result<Vec<VmDir>, L
         Record {
             ephemeral: !launch.detached,
             ancestors: from.map_or_else(Vec::new, |from| from.ancestors.clone()),
+            runtime: launch.runtime.clone(),
             restored_from: from.and_then(|from| from.restored_from.clone()),
             parent: launch.parent.clone(),
             labels: launch.labels.clone(),
@@ -301,6 +305,7 @@ pub(crate) fn restart(
         // Until it is ready it is this process's.
         record.owner = ProcessRef::current();
         record.ready = false;
+        record.runtime.clone_from(&launch.runtime);
         record.ancestors = from.map_or_else(Vec::new, |from| from.ancestors.clone());
         record.restored_from = from.and_then(|from| from.restored_from.clone());
     })?;

@@ -54,6 +54,7 @@ fn bench(mode: &str) -> Bench {
             boot_timeout: Duration::from_secs(60),
             keep_open: Arc::new([]),
             machine,
+            runtime: None,
             generation: None,
             pager: None,
             parent: None,

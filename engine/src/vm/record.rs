@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cgroup::Group;
 use super::process::ProcessRef;
+use crate::renewal::RuntimeRef;
 
 /// The record format that this version writes.
 const FORMAT: u32 = 1;
@@ -78,6 +79,9 @@ pub struct Record {
     /// The snapshots that it comes from, the oldest first.
     #[serde(default)]
     pub ancestors: Vec<Ancestor>,
+    /// The runtime in the guest.
+    #[serde(default)]
+    pub runtime: Option<RuntimeRef>,
     /// The folder of the snapshot that it was started from.
     #[serde(default)]
     pub restored_from: Option<PathBuf>,
@@ -376,6 +380,7 @@ impl Record {
             vmm: None,
             config,
             ancestors: Vec::new(),
+            runtime: None,
             restored_from: None,
             parent: None,
             labels: BTreeMap::new(),

@@ -1,6 +1,7 @@
 //! The blocking client: one connection, one call at a time.
 
 pub(crate) mod link;
+mod swap;
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
