@@ -9,32 +9,29 @@
 //! own, over links to the frozen ones. So each has all that it needs in its own folder and descriptors, and
 //! what nobody uses any more the kernel frees, whoever was killed. A child that cannot be woken is ended.
 
+mod children;
+
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use ratoon_snapshot::Snapshot;
-use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig, NetConfig};
-use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
+use ratoon_vmm_api::NetConfig;
 
+use self::children::{Children, Source, hold, start_from};
 use crate::admission::{self, Refused};
 use crate::engine::{Engine, StartError, absolute};
-use crate::fan_out::{Each, fan_out};
+use crate::fan_out::fan_out;
 use crate::image;
 use crate::lineage::ROOT;
 use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
-use crate::vm::cgroup::{self, Group, Limits};
+use crate::vm::cgroup::{self, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, FreezeError, Generation, Waking};
-use crate::vm::launch::{self, From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
-use crate::vm::record::{Parent, Record, RecordError, VmDir};
-use crate::vm::store::Store;
+use crate::vm::freeze::{self, FreezeError, Generation};
+use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
+use crate::vm::record::{Record, RecordError, VmDir};
 
 /// The most children of one fork.
 pub const MAX_CHILDREN: u32 = 10_000;
@@ -442,164 +439,5 @@ fn check_networks(devices: usize, spec: &ForkSpec) -> Result<(), ForkError> {
             devices,
             count: spec.count,
         }),
-    }
-}
-
-/// A snapshot cannot be removed while its manifest is locked so.
-fn hold(folder: &std::path::Path) -> std::io::Result<OwnedFd> {
-    let manifest = File::open(folder.join("manifest.json"))?;
-    flock(&manifest, FlockOperation::LockShared)?;
-    Ok(manifest.into())
-}
-
-fn start_from(
-    dir: &VmDir,
-    record: &Record,
-    generation: Generation,
-) -> Result<StartFrom, ForkError> {
-    let state = memfd_create("generation-state", MemfdFlags::CLOEXEC)
-        .map_err(std::io::Error::from)
-        .map(File::from)
-        .and_then(|mut file| {
-            file.write_all(generation.state.as_bytes())?;
-            Ok(file)
-        });
-    let state = state.map_err(|source| ForkError::System {
-        what: "a file for the frozen VM's state",
-        source,
-    })?;
-    let frozen = generation.frozen(ROOT).to_vec();
-    let mut files = vec![OwnedFd::from(state)];
-    let mut memory = Vec::new();
-    for (number, layer) in generation.layers.into_iter().enumerate() {
-        files.push(layer.file.into());
-        memory.push(MemoryLayerConfig {
-            path: PathBuf::from(format!("memory layer {number}")),
-            runs: layer.runs,
-            packed: layer.packed,
-        });
-    }
-    Ok(StartFrom {
-        config: GenerationConfig {
-            state: PathBuf::from("the frozen machine's state"),
-            memory,
-            paged: false,
-            descriptors: true,
-        },
-        files,
-        frozen,
-        linked_from: Some(dir.path().to_owned()),
-        ancestors: record.ancestors.clone(),
-        restored_from: record.restored_from.clone(),
-        control_port: generation.control_port,
-    })
-}
-
-/// What children are started from.
-struct Source {
-    plan: Launch,
-    /// The VM that was forked.
-    parent: Option<String>,
-    /// Its control group.
-    group: Option<Group>,
-    /// That of the children.
-    family: Option<PathBuf>,
-    /// Memory comes from a pager.
-    snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
-}
-
-impl Source {
-    fn launch(&self, generation: &str, spec: &ForkSpec, index: u32) -> Launch {
-        let number = index as usize;
-        let mut machine = self.plan.machine.clone();
-        if let Some(taps) = spec.networks.get(number) {
-            machine.networks.clone_from(taps);
-        }
-        Launch {
-            vmm: self.plan.vmm.clone(),
-            name: spec.names.get(number).cloned(),
-            image: self.plan.image.clone(),
-            detached: spec.detached,
-            boot_timeout: self.plan.boot_timeout,
-            keep_open: self.plan.keep_open.clone(),
-            machine,
-            runtime: self.plan.runtime.clone(),
-            generation: self.plan.generation.clone(),
-            pager: None,
-            parent: Some(Parent {
-                vm: self.parent.clone(),
-                generation: generation.to_owned(),
-                index,
-            }),
-            labels: spec.labels.clone(),
-            shells: self.plan.shells.clone(),
-            family: self.family.clone().map(|family| (family, spec.limits)),
-        }
-    }
-}
-
-/// Children on their way.
-struct Children {
-    store: Store,
-    launches: Vec<Launch>,
-    dirs: Vec<VmDir>,
-    /// Whose start has begun, and with it whoever removes its folder.
-    begun: Vec<AtomicBool>,
-    generation: String,
-    message: Option<String>,
-    snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
-}
-
-impl Each for Children {
-    type Item = Vm;
-    type Error = ChildError;
-
-    fn start(&self, index: usize, enough: BorrowedFd<'_>) -> Result<Vm, ChildError> {
-        let (launch, dir) = (&self.launches[index], &self.dirs[index]);
-        self.begun[index].store(true, Ordering::Relaxed);
-        let started = match &self.snapshot {
-            None => launch::launch_in(&self.store, launch, dir, Some(enough)),
-            Some((engine, store, snapshot)) => {
-                let plan = engine.with_pager(store, snapshot, launch.clone());
-                let plan = plan.map_err(|error| {
-                    let _ = self.store.remove(dir);
-                    Box::new(error)
-                })?;
-                launch::launch_in(&self.store, &plan, dir, Some(enough))
-            }
-        };
-        Ok(started?)
-    }
-
-    fn finish(&self, _: usize, vm: &mut Vm) -> Result<(), ChildError> {
-        let woken = self.wake(vm);
-        // Why it ended says more than that it cannot be talked to.
-        woken.map_err(|error| vm.ended(END_PATIENCE).map_or(error, Into::into))
-    }
-}
-
-impl Children {
-    fn wake(&self, vm: &mut Vm) -> Result<(), ChildError> {
-        let runtime = vm.runtime();
-        let mut client = runtime.map_err(|source| LaunchError::Runtime { source })?;
-        let mut waking = Waking::child(vm.record(), &self.generation);
-        if let Some(child) = &mut waking.child {
-            child.message.clone_from(&self.message);
-        }
-        freeze::wake(&mut client, &waking)?;
-        vm.awake().map_err(LaunchError::from)?;
-        vm.keep_runtime(client);
-        Ok(())
-    }
-}
-
-impl Drop for Children {
-    fn drop(&mut self) {
-        // Records of children that were never started: nobody else knows of them.
-        for (dir, begun) in self.dirs.iter().zip(&self.begun) {
-            if !begun.load(Ordering::Relaxed) {
-                let _ = self.store.remove(dir);
-            }
-        }
     }
 }

@@ -235,6 +235,7 @@ fn families(nodes: Vec<Node>) -> Vec<Node> {
     for mut node in nodes.into_iter().rev() {
         node.children = waiting.remove(&node.id).unwrap_or_default();
         node.children.reverse();
+        by_fork(&mut node.children);
         let parent = node.parent.as_ref().and_then(|parent| parent.vm.clone());
         match parent.filter(|parent| known.contains(parent) && *parent != node.id) {
             Some(parent) => waiting.entry(parent).or_default().push(node),
@@ -245,6 +246,23 @@ fn families(nodes: Vec<Node>) -> Vec<Node> {
     top.extend(waiting.into_values().flatten());
     top.reverse();
     top
+}
+
+/// Children of one fork are as old as each other: they stand by their numbers, the older forks first.
+fn by_fork(children: &mut [Node]) {
+    let generation = |node: &Node| node.parent.as_ref().map(|it| it.generation.clone());
+    let mut forks: Vec<_> = Vec::new();
+    for child in children.iter() {
+        let fork = generation(child);
+        if !forks.contains(&fork) {
+            forks.push(fork);
+        }
+    }
+    children.sort_by_cached_key(|child| {
+        let fork = generation(child);
+        let index = child.parent.as_ref().map(|it| it.index);
+        (forks.iter().position(|it| *it == fork), index)
+    });
 }
 
 #[cfg(test)]
@@ -285,6 +303,28 @@ mod tests {
 
     #[test]
     fn children_stand_under_their_parent_the_oldest_first() {
+        let child = |id: &str, index, generation: &str| Node {
+            id: id.to_owned(),
+            name: None,
+            status: Status::Running,
+            parent: Some(Parent {
+                vm: Some("1".into()),
+                generation: generation.into(),
+                index,
+            }),
+            labels: BTreeMap::new(),
+            memory: None,
+            disk: Shares::default(),
+            children: Vec::new(),
+        };
+        let mut forks = vec![
+            child("c", 2, "old"),
+            child("a", 0, "old"),
+            child("n", 0, "new"),
+        ];
+        by_fork(&mut forks);
+        let order: Vec<_> = forks.iter().map(|node| node.id.as_str()).collect();
+        assert_eq!(order, ["a", "c", "n"]);
         let node = |id: &str, parent: Option<&str>| Node {
             id: id.to_owned(),
             name: None,
