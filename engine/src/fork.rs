@@ -304,7 +304,7 @@ impl Engine {
             self.went_on(dir, &generation.disks, |_| {});
             let pause = generation.pause;
             let stopped = generation.asked.saturating_duration_since(begun);
-            let mut source = self.source(dir, record, generation, spec)?;
+            let mut source = self.source(dir, record, &id, generation, spec.detached)?;
             source.layers = layers;
             let children = self.children(source, &id, spec, begun, cancel)?;
             Ok::<_, ForkError>((pause, stopped, children))
@@ -318,13 +318,25 @@ impl Engine {
         })
     }
 
+    /// How a VM is started from a generation that lies in memory, whose disk layers are in `dir`.
+    pub(crate) fn plan_from(
+        &self,
+        dir: &VmDir,
+        record: &Record,
+        id: &str,
+        generation: Generation,
+    ) -> Result<Launch, ForkError> {
+        Ok(self.source(dir, record, id, generation, true)?.plan)
+    }
+
     /// How children of a generation that lies in memory are started.
     fn source(
         &self,
         dir: &VmDir,
         record: &Record,
+        id: &str,
         generation: Generation,
-        spec: &ForkSpec,
+        detached: bool,
     ) -> Result<Source, ForkError> {
         let config = &record.config;
         let mut keep_open = Vec::new();
@@ -350,7 +362,7 @@ impl Engine {
             vmm: absolute(&self.programs().vmm)?,
             name: None,
             image: record.image.clone(),
-            detached: spec.detached,
+            detached,
             boot_timeout: START_TIMEOUT,
             keep_open: keep_open.into(),
             machine: Machine {
@@ -363,7 +375,7 @@ impl Engine {
                 networks: Vec::new(),
             },
             runtime: record.runtime.clone(),
-            generation: Some(Arc::new(start_from(dir, record, generation)?)),
+            generation: Some(Arc::new(start_from(dir, record, id, generation)?)),
             pager: None,
             parent: None,
             labels: BTreeMap::new(),

@@ -313,7 +313,7 @@ fn disk_name(id: &str) -> String {
 }
 
 /// One byte, with the state and the layers.
-fn send(
+pub(crate) fn send(
     socket: &UnixStream,
     state: String,
     layers: &[Layer],

@@ -175,6 +175,8 @@ impl Machine {
         let freezes = now.freezes[range.clone()].iter().sum();
         now.freezes.splice(range.clone(), [freezes]);
         let old = now.frozen.splice(range, [into]);
+        // What the machine was started from stays.
+        let old = old.filter(|path| !self.birth.as_ref().is_some_and(|birth| birth.has(path)));
         lock(&self.merging.retired).extend(old);
         Ok(())
     }

@@ -531,6 +531,7 @@ impl Loaded {
             vcpu_stats,
             layers: Mutex::new(self.layers),
             free,
+            birth: None,
             merging: crate::merge::Merging::default(),
             pager: self.pager,
             vm: self.vm,

@@ -30,6 +30,7 @@ pub(super) fn hold(folder: &Path) -> std::io::Result<OwnedFd> {
 pub(super) fn start_from(
     dir: &VmDir,
     record: &Record,
+    id: &str,
     generation: Generation,
 ) -> Result<StartFrom, ForkError> {
     let state = memfd_create("generation-state", MemfdFlags::CLOEXEC)
@@ -58,6 +59,7 @@ pub(super) fn start_from(
     }
     Ok(StartFrom {
         config: GenerationConfig {
+            id: id.to_owned(),
             state: PathBuf::from("the frozen machine's state"),
             memory,
             paged: false,
@@ -110,6 +112,11 @@ impl Source {
                 vm: self.parent.clone(),
                 generation: generation.to_owned(),
                 index,
+                control_port: self
+                    .plan
+                    .generation
+                    .as_ref()
+                    .and_then(|from| from.control_port),
             }),
             labels: spec.labels.clone(),
             shells: self.plan.shells.clone(),

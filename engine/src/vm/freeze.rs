@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
-use ratoon_vmm_api::{FreezeRequest, FrozenDisk, FrozenMeta, Run};
+use ratoon_vmm_api::{BirthRequest, FreezeReply, FreezeRequest, FrozenDisk, FrozenMeta, Run};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
@@ -203,6 +203,37 @@ pub fn freeze_and<T>(
 /// # Errors
 /// [`FreezeError`]; the VM goes on.
 pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
+    let next_layers = [(ROOT.to_owned(), dir.next_layer())].into();
+    given(dir, control_port, |control, socket| {
+        control.freeze(&FreezeRequest {
+            socket,
+            next_layers,
+            control_port,
+        })
+    })
+}
+
+/// The generation of this name that the machine in `dir` was started from, if that came to it in memory.
+///
+/// # Errors
+/// [`FreezeError`]: it has none, or was started from another.
+pub(crate) fn birth(
+    dir: &VmDir,
+    id: &str,
+    control_port: Option<u32>,
+) -> Result<Generation, FreezeError> {
+    let id = id.to_owned();
+    given(dir, control_port, |control, socket| {
+        control.birth(&BirthRequest { socket, id })
+    })
+}
+
+/// What the machine's VMM sends when it is asked.
+fn given(
+    dir: &VmDir,
+    control_port: Option<u32>,
+    ask: impl FnOnce(&Control, PathBuf) -> Result<FreezeReply, ControlError> + Send,
+) -> Result<Generation, FreezeError> {
     let begun = Instant::now();
     let socket = dir.freeze_socket();
     let _ = std::fs::remove_file(&socket);
@@ -210,14 +241,9 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
     listener
         .set_nonblocking(true)
         .map_err(transfer("a socket for it"))?;
-    let request = FreezeRequest {
-        socket: socket.clone(),
-        next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
-        control_port,
-    };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
-        let asked = scope.spawn(|| control.freeze(&request));
+        let asked = scope.spawn(|| ask(&control, socket.clone()));
         let mut received = None;
         // It sends before it replies: once it has replied, what is to come is there.
         loop {

@@ -51,6 +51,9 @@ pub struct Parent {
     pub generation: String,
     /// Which of them it is, from 0.
     pub index: u32,
+    /// The host's vsock port of the connection to the runtime that went on through the freeze.
+    #[serde(default)]
+    pub control_port: Option<u32>,
 }
 
 /// What is written about a VM.
