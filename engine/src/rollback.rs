@@ -228,7 +228,8 @@ impl Engine {
         }
         old.replaced();
         links.keep();
-        self.leave(vm, dir, &record);
+        drop(target.holder);
+        self.leave(vm, dir);
         Ok(generation)
     }
 
@@ -326,20 +327,21 @@ impl Engine {
         Ok(None)
     }
 
-    /// Lets the VM live, and removes what the one before it wrote.
-    fn leave(&self, vm: Vm, dir: &VmDir, before: &Record) {
-        let now = vm.detach();
-        let layers = |record: &Record| -> Vec<PathBuf> {
-            let disks = record.config.disks.iter();
-            disks
-                .flat_map(|disk| disk.frozen.iter().chain(&disk.layer))
-                .filter(|path| is_in(path, dir))
-                .cloned()
-                .collect()
+    /// Lets the VM live, and removes what the one before it wrote, merged layers too that no record names. While
+    /// somebody makes links to them all stay, and go with the folder.
+    fn leave(&self, vm: Vm, dir: &VmDir) {
+        let Some(now) = vm.detach() else {
+            return;
         };
-        let kept = now.as_ref().map(layers).unwrap_or_default();
-        for layer in layers(before) {
-            if !kept.contains(&layer) {
+        let disks = now.config.disks.iter();
+        let kept: Vec<_> = disks
+            .flat_map(|disk| disk.frozen.iter().chain(&disk.layer))
+            .collect();
+        let Ok(Some(_alone)) = dir.layers_alone() else {
+            return;
+        };
+        for layer in dir.layers() {
+            if !kept.contains(&&layer) {
                 let _ = std::fs::remove_file(layer);
             }
         }
