@@ -160,7 +160,7 @@ fn a_machine_goes_back_to_a_generation_that_a_child_still_has() {
         check(&ratoon, "kid-0", 0);
     }
     let index = ratoon.run(["exec", "kid-1", "--", "cat", "/run/ratoon/index"]);
-    assert_eq!(index.ok().stdout, "1");
+    assert_eq!(index.ok().stdout.trim(), "1");
     // The machine that was forked, and one that comes from a child.
     mark(&ratoon, "kid-1", 1);
     ratoon.run(["fork", "kid-1", "--name", "grandkid"]).ok();

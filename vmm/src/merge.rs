@@ -118,7 +118,8 @@ impl Machine {
         if let Err(error) = self.merge_memory() {
             tracing::warn!(%error, "memory's layers stay as they are");
         }
-        for index in 0..lock(&self.disks).len() {
+        let disks = lock(&self.disks).len();
+        for index in 0..disks {
             if let Err(error) = self.merge_disk(index) {
                 tracing::warn!(%error, "disk {index}: its layers stay as they are");
             }
