@@ -29,7 +29,7 @@ use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
 use crate::vm::cgroup::{self, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, Before, FreezeError};
+use crate::vm::freeze::{self, Before, FreezeError, Generation};
 use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Record, RecordError, VmDir};
 use crate::vm::shells::Shells;
@@ -303,12 +303,16 @@ impl Engine {
             source,
         })?;
         let layers = Some(layers);
-        let mut plan = self.plan_children(record, spec)?;
+        let mut plan = self.plan_relative(record, spec.detached)?;
+        // Their processes are made while the guest is brought to rest.
+        let shells = plan.shells.get_or_insert_with(|| Shells::none(&plan.vmm));
+        let class = (plan.machine.cpus, plan.machine.memory_mib);
+        shells.ahead(class, (spec.count as usize).min(MOST_AHEAD));
         let frozen = freeze::freeze_and(dir, client, &id, |generation, before| {
             let pause = generation.pause;
             let stopped = generation.asked.saturating_duration_since(begun);
             let disks = generation.disks.clone();
-            plan.generation = Some(Arc::new(start_from(dir, record, generation)));
+            plan.generation = Some(Arc::new(start_from(dir, record, &id, generation)));
             let source = Source {
                 plan,
                 parent: Some(record.id.clone()),
@@ -331,9 +335,22 @@ impl Engine {
         })
     }
 
-    /// How children of a generation that lies in memory are started, all but the generation. Their processes are
-    /// made from here on, while the guest is brought to rest.
-    fn plan_children(&self, record: &Record, spec: &ForkSpec) -> Result<Launch, ForkError> {
+    /// How a VM is started from a generation that lies in memory, whose disk layers are in `dir`.
+    pub(crate) fn plan_from(
+        &self,
+        dir: &VmDir,
+        record: &Record,
+        id: &str,
+        generation: Generation,
+    ) -> Result<Launch, ForkError> {
+        Ok(Launch {
+            generation: Some(Arc::new(start_from(dir, record, id, generation))),
+            ..self.plan_relative(record, true)?
+        })
+    }
+
+    /// How a relative of a VM is started, all but its generation.
+    fn plan_relative(&self, record: &Record, detached: bool) -> Result<Launch, ForkError> {
         let config = &record.config;
         let mut keep_open = Vec::new();
         if let Some(image) = &record.image {
@@ -354,16 +371,11 @@ impl Engine {
         let words: Vec<&str> = words
             .filter(|word| !word.starts_with(HOSTNAME_WORD))
             .collect();
-        let vmm = absolute(&self.programs().vmm)?;
-        let shells = self.shells().cloned();
-        let shells = shells.unwrap_or_else(|| Shells::none(&vmm));
-        let class = (config.vcpus, config.memory_mib);
-        shells.ahead(class, (spec.count as usize).min(MOST_AHEAD));
         Ok(Launch {
-            vmm,
+            vmm: absolute(&self.programs().vmm)?,
             name: None,
             image: record.image.clone(),
-            detached: spec.detached,
+            detached,
             boot_timeout: START_TIMEOUT,
             keep_open: keep_open.into(),
             machine: Machine {
@@ -380,7 +392,7 @@ impl Engine {
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
-            shells: Some(shells),
+            shells: self.shells().cloned(),
             family: None,
         })
     }

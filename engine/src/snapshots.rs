@@ -426,6 +426,7 @@ impl Engine {
             runtime: RuntimeRef::of(about),
             generation: Some(Arc::new(StartFrom {
                 config: GenerationConfig {
+                    id: snapshot.id.to_string(),
                     state: snapshot.folder.join("state.bin"),
                     memory,
                     paged: chunks.is_some(),

@@ -136,17 +136,13 @@ impl Machine {
         memory::prune(&mut layers);
         let meta = FrozenMeta {
             pause_ns,
-            layers: layers
-                .iter()
-                .map(|layer| FrozenLayer {
-                    runs: layer.runs.clone(),
-                    packed: layer.packed,
-                    freezes: layer.freezes,
-                })
-                .collect(),
+            layers: described(&layers),
             disks: self.frozen_disks(),
         };
-        send(&socket, &meta, &state.to_json()?, &layers).map_err(|source| FreezeError::Socket {
+        let json = state.to_json()?;
+        let sent = file_with("ratoon-state", json.as_bytes())
+            .and_then(|state| send(&socket, &meta, state.as_fd(), &layers));
+        sent.map_err(|source| FreezeError::Socket {
             path: request.socket.clone(),
             source,
         })?;
@@ -349,8 +345,18 @@ fn disk_name(id: &str) -> String {
     format!("block.{id}")
 }
 
+/// What a requester is told of layers.
+pub(crate) fn described(layers: &[Layer]) -> Vec<FrozenLayer> {
+    let described = layers.iter().map(|layer| FrozenLayer {
+        runs: layer.runs.clone(),
+        packed: layer.packed,
+        freezes: layer.freezes,
+    });
+    described.collect()
+}
+
 /// Waits for the requester's word.
-fn is_wanted(mut socket: &UnixStream) -> bool {
+pub(crate) fn is_wanted(mut socket: &UnixStream) -> bool {
     let mut byte = [0];
     socket.read_exact(&mut byte).is_ok()
 }
@@ -362,15 +368,14 @@ fn file_with(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
 }
 
 /// One byte, with what there is to know, the state and the layers.
-fn send(
+pub(crate) fn send(
     socket: &UnixStream,
     meta: &FrozenMeta,
-    state: &str,
+    state: BorrowedFd<'_>,
     layers: &[Layer],
 ) -> std::io::Result<()> {
     let meta = file_with("ratoon-generation", &serde_json::to_vec(meta)?)?;
-    let state = file_with("ratoon-state", state.as_bytes())?;
-    let mut fds: Vec<BorrowedFd<'_>> = vec![meta.as_fd(), state.as_fd()];
+    let mut fds: Vec<BorrowedFd<'_>> = vec![meta.as_fd(), state];
     fds.extend(layers.iter().map(|layer| layer.file.as_fd()));
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);

@@ -555,6 +555,7 @@ impl Loaded {
             vcpu_stats,
             layers: Mutex::new(self.layers),
             free: self.free,
+            birth: None,
             merging: crate::merge::Merging::default(),
             pager: self.pager,
             vm: self.vm,

@@ -27,7 +27,12 @@ pub(super) fn hold(folder: &Path) -> std::io::Result<OwnedFd> {
     Ok(manifest.into())
 }
 
-pub(super) fn start_from(dir: &VmDir, record: &Record, generation: Generation) -> StartFrom {
+pub(super) fn start_from(
+    dir: &VmDir,
+    record: &Record,
+    id: &str,
+    generation: Generation,
+) -> StartFrom {
     let frozen = generation.frozen(ROOT).to_vec();
     let freezes = generation.freezes(ROOT);
     let mut files = vec![OwnedFd::from(generation.state)];
@@ -43,6 +48,7 @@ pub(super) fn start_from(dir: &VmDir, record: &Record, generation: Generation) -
     }
     StartFrom {
         config: GenerationConfig {
+            id: id.to_owned(),
             state: PathBuf::from("the frozen machine's state"),
             memory,
             paged: false,
@@ -95,6 +101,11 @@ impl Source {
                 vm: self.parent.clone(),
                 generation: generation.to_owned(),
                 index,
+                control_port: self
+                    .plan
+                    .generation
+                    .as_ref()
+                    .and_then(|from| from.control_port),
             }),
             labels: spec.labels.clone(),
             shells: self.plan.shells.clone(),

@@ -21,6 +21,7 @@ use super::control::ControlError;
 use super::record::{Record, VmDir};
 use super::standstill::Standstill;
 use super::taking::Taking;
+pub(crate) use super::taking::birth;
 pub use super::taking::{Generation, MemoryLayer, take};
 use crate::runtime::RuntimeClient;
 

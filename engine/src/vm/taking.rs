@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ratoon_vmm_api::{FreezeReply, FreezeRequest, FrozenDisk, FrozenMeta, Run};
+use ratoon_vmm_api::{BirthRequest, FreezeReply, FreezeRequest, FrozenDisk, FrozenMeta, Run};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
@@ -104,6 +104,22 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
     Taking::begin(dir, control_port)?.go()
 }
 
+/// The generation of this name that the machine in `dir` was started from, if that came to it in memory.
+///
+/// # Errors
+/// [`FreezeError`]: it has none, or was started from another.
+pub(crate) fn birth(
+    dir: &VmDir,
+    id: &str,
+    control_port: Option<u32>,
+) -> Result<Generation, FreezeError> {
+    let id = id.to_owned();
+    let birth = Taking::asking(dir, control_port, |control, socket| {
+        control.birth(&BirthRequest { socket, id })
+    });
+    birth?.go()
+}
+
 /// A VMM that prepares a freeze. Dropped, it gives that up.
 #[derive(Debug)]
 pub(super) struct Taking {
@@ -125,21 +141,32 @@ impl Taking {
     /// # Errors
     /// [`FreezeError::Transfer`]: no socket.
     pub(super) fn begin(dir: &VmDir, control_port: Option<u32>) -> Result<Self, FreezeError> {
+        let next_layers = [(ROOT.to_owned(), dir.next_layer())].into();
+        Self::asking(dir, control_port, move |control, socket| {
+            control.freeze(&FreezeRequest {
+                socket,
+                next_layers,
+                control_port,
+            })
+        })
+    }
+
+    fn asking(
+        dir: &VmDir,
+        control_port: Option<u32>,
+        ask: impl FnOnce(&Control, PathBuf) -> Result<FreezeReply, ControlError> + Send + 'static,
+    ) -> Result<Self, FreezeError> {
         let socket = dir.freeze_socket();
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
         listener
             .set_nonblocking(true)
             .map_err(transfer("a socket for it"))?;
-        let request = FreezeRequest {
-            socket: socket.clone(),
-            next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
-            control_port,
-        };
+        let answer_at = socket.clone();
         let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
         let asked = std::thread::Builder::new()
             .name("freeze".into())
-            .spawn(move || control.freeze(&request))
+            .spawn(move || ask(&control, answer_at))
             .map_err(transfer("a thread for it"))?;
         Ok(Self {
             socket,

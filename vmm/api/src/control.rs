@@ -188,6 +188,18 @@ pub struct FreezeRequest {
     pub control_port: Option<u32>,
 }
 
+/// `POST /v1/birth`: the generation that the machine was started from, if that came as descriptors: it may lie
+/// in memory alone, and whoever wants to start from it again gets it here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BirthRequest {
+    /// As [`FreezeRequest::socket`].
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// What it is called ([`crate::GenerationConfig::id`]): another one is refused.
+    pub id: String,
+}
+
 /// Reply of `POST /v1/freeze`, when the descriptors have been sent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FreezeReply {
