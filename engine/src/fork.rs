@@ -295,7 +295,9 @@ impl Engine {
     ) -> Result<Forked, ForkError> {
         let id = freeze::machine_id()?;
         let frozen = freeze::freeze_and(dir, client, &id, |generation| {
-            self.went_on(dir, &generation.disks, |_| {});
+            // Nobody else freezes it or puts it back now: what was read before may be of another.
+            let now = self.went_on(dir, &generation.disks);
+            let record = now.as_ref().unwrap_or(record);
             let pause = generation.pause;
             let stopped = generation.asked.saturating_duration_since(begun);
             let source = self.source(dir, record, generation, spec)?;
@@ -398,7 +400,11 @@ impl Engine {
         let launches: Vec<_> = (0..spec.count)
             .map(|index| source.launch(generation, spec, index))
             .collect();
-        let dirs = launch::create(self.store(), &launches)?;
+        let dirs = launch::create(self.store(), &launches).inspect_err(|_| {
+            if let Some(family) = &source.family {
+                cgroup::remove_empty(family);
+            }
+        })?;
         let children = Children {
             store: self.store().clone(),
             launches,

@@ -163,23 +163,25 @@ pub fn freeze_and<T>(
         .and_then(|()| take(dir, Some(client.host_port())));
     // Whether it was frozen or not, it goes on as itself.
     let waking = Waking::itself(dir, generation);
-    std::thread::scope(|scope| {
-        let woken = scope.spawn(|| {
-            let woken = wake(client, &waking);
-            if woken.is_ok() {
-                standstill.over();
-            }
-            woken
-        });
-        let done = frozen.map(then);
-        let woken = match woken.join() {
-            Ok(woken) => woken,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        let done = done?;
-        woken?;
-        Ok(done)
-    })
+    let mut standstill = Some(standstill);
+    let mut go_on = || {
+        let woken = wake(client, &waking);
+        if let (Ok(_), Some(standstill)) = (&woken, standstill.take()) {
+            standstill.over();
+        }
+        woken
+    };
+    let mut woken = None;
+    let done = std::thread::scope(|scope| {
+        let beside = std::thread::Builder::new().name("wake".into());
+        let _ = beside.spawn_scoped(scope, || woken = Some(go_on()));
+        frozen.map(then)
+    });
+    // Without a thread one after the other.
+    let woken = woken.unwrap_or_else(go_on);
+    let done = done?;
+    woken?;
+    Ok(done)
 }
 
 /// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
@@ -202,7 +204,10 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
     };
     let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
     let taken = std::thread::scope(|scope| {
-        let asked = scope.spawn(|| control.freeze(&request));
+        let asked = std::thread::Builder::new()
+            .name("freeze".into())
+            .spawn_scoped(scope, || control.freeze(&request))
+            .map_err(transfer("a thread to ask for it"))?;
         let mut received = None;
         // It sends before it replies: once it has replied, what is to come is there.
         loop {

@@ -30,4 +30,5 @@ pub mod standstill;
 pub mod store;
 
 pub use end::EndCause;
+pub(crate) use handle::reap;
 pub use launch::{Launch, LaunchError, Machine, Vm};
