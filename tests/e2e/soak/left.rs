@@ -15,8 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counts {
-    /// Descriptors of this process.
-    descriptors: usize,
+    /// Descriptors of this process, by what they lead to: numbers are left out.
+    descriptors: Vec<String>,
     /// Processes that it has not asked how they ended.
     zombies: usize,
     /// Files in memory that any process has which is ours, by what they are called.
@@ -28,11 +28,12 @@ pub struct Counts {
 
 impl Counts {
     pub fn now(ratoon: &Ratoon) -> Self {
-        let mut processes = ratoon.processes();
+        // A shell that has become a machine is among both.
+        let mut processes: BTreeSet<_> = ratoon.processes().into_iter().collect();
         processes.extend(shells());
         let all = processes.iter().copied().chain([std::process::id() as i32]);
         Self {
-            descriptors: names("/proc/self/fd").count(),
+            descriptors: descriptors(),
             zombies: children().filter(|(_, state, _)| state == "Z").count(),
             memory_files: all.map(memory_files).sum(),
             processes: processes.len(),
@@ -86,6 +87,18 @@ fn shells() -> Vec<i32> {
     let is_shell = |pid: &i32| read(&format!("/proc/{pid}/cmdline")).contains("--shell");
     let all = children().map(|(pid, ..)| pid).filter(is_shell);
     all.collect()
+}
+
+fn descriptors() -> Vec<String> {
+    let links = names("/proc/self/fd");
+    let links = links.filter_map(|fd| fs::read_link(Path::new("/proc/self/fd").join(fd)).ok());
+    let kind = |link: std::path::PathBuf| {
+        link.to_string_lossy()
+            .replace(|c: char| c.is_ascii_digit(), "")
+    };
+    let mut kinds: Vec<_> = links.map(kind).collect();
+    kinds.sort();
+    kinds
 }
 
 fn memory_files(pid: i32) -> usize {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use ratoon_engine::dirs::Dirs;
+use ratoon_engine::vm::freeze::machine_id;
 use ratoon_engine::vm::life::Status;
 use ratoon_engine::{Engine, Programs};
 use ratoon_tests::{Done, Random, Ratoon, cache_dir, finish, program};
@@ -100,6 +101,8 @@ impl Population {
     /// One machine with a witness.
     pub fn begin(seed: u64) -> Self {
         let ratoon = Ratoon::new();
+        // Opens what random numbers come from, once for all.
+        machine_id().expect("random numbers");
         let before = Counts::now(&ratoon);
         let programs = Programs {
             vmm: program("ratoon-vmm"),
