@@ -238,6 +238,11 @@ impl Engine {
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         dir.sweep_merged_layers();
+        // Until the layers are linked or copied.
+        let _layers = dir.hold_layers().map_err(|source| SnapshotError::File {
+            path: dir.path().to_owned(),
+            source,
+        })?;
         // Nobody else freezes it or puts it back before the record says where it goes on.
         let frozen = freeze::freeze_and(dir, client, &freeze::machine_id()?, |generation| {
             let record = self.went_on(dir, &generation.disks)?;
@@ -245,10 +250,11 @@ impl Engine {
         })?;
         let (generation, record) = frozen.map_err(LaunchError::from)?;
         let pause = generation.pause;
+        let (memory_layers, disk_layers) = generation.depth(ROOT);
         let taken = Ancestor {
             snapshot: String::new(),
-            memory_layers: generation.layers.len(),
-            disk_layers: generation.frozen(ROOT).len(),
+            memory_layers,
+            disk_layers,
         };
         let version = client.hello().runtime.as_str();
         let snapshot = write(store, dir, &record, version, generation, keep, progress)?;
@@ -274,6 +280,7 @@ impl Engine {
             for disk in &mut record.config.disks {
                 if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
                     disk.frozen.clone_from(&frozen.frozen);
+                    disk.freezes.clone_from(&frozen.freezes);
                     disk.layer = Some(frozen.layer.clone());
                 }
             }
@@ -417,6 +424,7 @@ impl Engine {
                 },
                 files: Vec::new(),
                 frozen,
+                freezes: Vec::new(),
                 linked_from: None,
                 ancestors: vec![ancestor],
                 restored_from: Some(snapshot.folder.clone()),
@@ -483,7 +491,8 @@ fn write(
     let parts = regions(config.memory_mib << 20);
     writer.state(generation.state.as_bytes())?;
     if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
-        let frozen = generation.frozen(ROOT);
+        let freezes = generation.freezes(ROOT);
+        let frozen = (generation.frozen(ROOT), freezes.as_slice());
         lineage::write_disk(
             &mut writer,
             base.as_ref(),

@@ -85,7 +85,7 @@ fn count(ratoon: &Ratoon) -> (BTreeSet<i32>, BTreeSet<PathBuf>) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
             let name = entry.file_name().to_string_lossy().into_owned();
-            let is_layer = name.starts_with("layer") && name.ends_with(".qcow2");
+            let is_layer = name.ends_with(".qcow2") || name == "layers.lock";
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 todo.push(path);
             } else if !is_layer && !path.starts_with(ratoon.state_dir().join("ratoon/snapshots")) {

@@ -118,7 +118,8 @@ impl Note {
             let _ = std::fs::remove_file(aside);
         }
         if let Ok(now) = dir.read_record() {
-            remove_but(layers(&self.before, dir), &layers(&now, dir));
+            // Also what it has merged since its record was written.
+            remove_but(dir.layers(), &layers(&now, dir));
         }
         let _ = std::fs::remove_file(dir.rollback_note());
     }

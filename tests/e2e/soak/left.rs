@@ -156,8 +156,12 @@ impl Population {
                     "vmm.log",
                     "control.sock",
                     "vsock.sock",
+                    "layers.lock",
                 ];
-                plain.contains(&name.as_str()) || known.contains(name)
+                // Of what a machine has merged its record hears with the next freeze.
+                plain.contains(&name.as_str())
+                    || known.contains(name)
+                    || name.starts_with("joined-")
             };
             let odd: Vec<_> = names(root.join(id))
                 .filter(|name| !is_known(name))
