@@ -187,3 +187,143 @@ fn remove_but(layers: Vec<PathBuf>, kept: &[PathBuf]) {
         let _ = std::fs::remove_file(layer);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+    use crate::vm::record::tests::config;
+
+    /// A process that stands for a VMM.
+    fn vmm() -> (Child, Option<ProcessRef>) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = ProcessRef::of(i32::try_from(child.id()).unwrap());
+        (child, process)
+    }
+
+    /// A rollback that was killed: the old VMM is aside, the new one writes into a layer of its own.
+    struct Killed {
+        _temp: tempfile::TempDir,
+        store: Store,
+        dir: VmDir,
+        old: Child,
+        new: Child,
+        before: Record,
+        now: Record,
+    }
+
+    impl Killed {
+        fn with_note(is_replaced: bool) -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let dir = VmDir::new(temp.path().join("0123456789ab"));
+            std::fs::create_dir(dir.path()).unwrap();
+            let ((old, old_process), (new, new_process)) = (vmm(), vmm());
+            let record = |layer: &str, vmm| {
+                let mut record = Record::new(config(&dir.id()), Some("box".into()), None);
+                let disk = serde_json::json!({
+                    "id": "root", "path": "/d", "layer": dir.path().join(layer)
+                });
+                record.config.disks = vec![serde_json::from_value(disk).unwrap()];
+                record.vmm = vmm;
+                record
+            };
+            let before = record("layer.qcow2", old_process);
+            let now = record("layer-1.qcow2", new_process);
+            for name in ["layer.qcow2", "layer-1.qcow2", "joined-0.qcow2"] {
+                std::fs::write(dir.path().join(name), name).unwrap();
+            }
+            for (path, aside) in sockets(&dir) {
+                std::fs::write(path, "new").unwrap();
+                std::fs::write(aside, "old").unwrap();
+            }
+            dir.write_record(&now).unwrap();
+            let note = Note {
+                before: before.clone(),
+                was_paused: true,
+                is_replaced,
+            };
+            note.write(&dir).unwrap();
+            Self {
+                store: Store::new(temp.path()),
+                _temp: temp,
+                dir,
+                old,
+                new,
+                before,
+                now,
+            }
+        }
+
+        fn lives(child: &mut Child) -> bool {
+            child.try_wait().unwrap().is_none()
+        }
+
+        fn files(&self) -> Vec<String> {
+            let entries = std::fs::read_dir(self.dir.path()).unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<_> = names.collect();
+            names.sort();
+            names
+        }
+    }
+
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            for child in [&mut self.old, &mut self.new] {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+
+    #[test]
+    fn a_vm_whose_rollback_was_killed_goes_on_as_it_was_and_the_new_one_ends() {
+        let mut killed = Killed::with_note(false);
+        mend(&killed.store).unwrap();
+        assert!(Killed::lives(&mut killed.old) && !Killed::lives(&mut killed.new));
+        assert_eq!(killed.dir.read_record().unwrap(), killed.before);
+        assert_eq!(
+            killed.files(),
+            [
+                "control.sock",
+                "joined-0.qcow2",
+                "layer.qcow2",
+                "record.json",
+                "vsock.sock"
+            ]
+        );
+        let socket = std::fs::read(killed.dir.vsock_socket()).unwrap();
+        assert_eq!(socket, b"old");
+    }
+
+    #[test]
+    fn a_vm_that_was_replaced_before_its_rollback_was_killed_goes_on_as_the_new_one() {
+        let mut killed = Killed::with_note(true);
+        mend(&killed.store).unwrap();
+        assert!(!Killed::lives(&mut killed.old) && Killed::lives(&mut killed.new));
+        assert_eq!(killed.dir.read_record().unwrap(), killed.now);
+        assert_eq!(
+            killed.files(),
+            ["control.sock", "layer-1.qcow2", "record.json", "vsock.sock"]
+        );
+        let socket = std::fs::read(killed.dir.vsock_socket()).unwrap();
+        assert_eq!(socket, b"new");
+    }
+
+    #[test]
+    fn a_rollback_that_is_under_way_is_left_alone_and_its_vm_is_not_swept() {
+        let mut killed = Killed::with_note(false);
+        let at_work = File::open(killed.dir.path()).unwrap();
+        at_work.lock().unwrap();
+        let files = killed.files();
+        mend(&killed.store).unwrap();
+        // Abandoned, by its record: whoever rolled it back would be gone.
+        killed.now.owner = None;
+        killed.dir.write_record(&killed.now).unwrap();
+        assert!(killed.now.is_abandoned());
+        assert!(killed.store.sweep().unwrap().is_empty());
+        assert!(Killed::lives(&mut killed.old) && Killed::lives(&mut killed.new));
+        assert_eq!(killed.files(), files);
+    }
+}
