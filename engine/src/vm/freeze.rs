@@ -162,6 +162,7 @@ pub fn freeze_and<T>(
     let still = FreezeParams {
         processes: true,
         file_systems: false,
+        until_wake: true,
     };
     if let Err(error) =
         client.call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
