@@ -244,7 +244,7 @@ impl Engine {
             source,
         })?;
         // Nobody else freezes it or puts it back before the record says where it goes on.
-        let frozen = freeze::freeze_and(dir, client, &freeze::machine_id()?, |generation| {
+        let frozen = freeze::freeze_and(dir, client, &freeze::machine_id()?, |generation, _| {
             let record = self.went_on(dir, &generation.disks)?;
             Ok::<_, StoreError>((generation, record))
         })?;
@@ -417,6 +417,7 @@ impl Engine {
             runtime: RuntimeRef::of(about),
             generation: Some(Arc::new(StartFrom {
                 config: GenerationConfig {
+                    id: snapshot.id.to_string(),
                     state: snapshot.folder.join("state.bin"),
                     memory,
                     paged: chunks.is_some(),
@@ -489,7 +490,12 @@ fn write(
     let mut writer = store.begin()?;
     let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
-    writer.state(generation.state.as_bytes())?;
+    let state = generation.state();
+    writer.state(
+        state
+            .map_err(failed(Path::new("the VMM's state")))?
+            .as_bytes(),
+    )?;
     if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
         let freezes = generation.freezes(ROOT);
         let frozen = (generation.frozen(ROOT), freezes.as_slice());

@@ -117,8 +117,9 @@ impl Note {
         for (_, aside) in sockets(dir) {
             let _ = std::fs::remove_file(aside);
         }
-        if let Ok(now) = dir.read_record() {
-            // Also what it has merged since its record was written.
+        // Also what it has merged since its record was written. While somebody makes links to them all stay,
+        // and go with the folder.
+        if let (Ok(now), Ok(Some(_alone))) = (dir.read_record(), dir.layers_alone()) {
             remove_but(dir.layers(), &layers(&now, dir));
         }
         let _ = std::fs::remove_file(dir.rollback_note());

@@ -405,6 +405,8 @@ impl Population {
             }
             assert!(self.saved.len() < count, "they cannot be removed");
         }
+        // The engine asks how those of its own have ended.
+        assert!(self.look().is_empty());
         self.engine = None;
         self.ratoon.nothing_is_left();
         self.before.are_those_of(&self.ratoon);
