@@ -303,14 +303,19 @@ impl Server {
     }
 }
 
+/// Whether it may start a program.
+pub(crate) fn starts_a_program(request: &Call) -> bool {
+    matches!(
+        request,
+        Call::Exec(_) | Call::CodeStart(_) | Call::CodeRun(_) | Call::CodeRestart(_)
+    )
+}
+
 /// While processes are frozen, one that is started would be frozen before it has executed its program, and
 /// we would wait for it; while the disk is frozen, who writes to it waits. Neither must happen to the loop,
 /// which is to hear of `thaw`.
 fn quiet_enough(request: &Call) -> Result<(), ErrorReply> {
-    let starts = matches!(
-        request,
-        Call::Exec(_) | Call::CodeStart(_) | Call::CodeRun(_) | Call::CodeRestart(_)
-    );
+    let starts = starts_a_program(request);
     let writes = matches!(
         request,
         Call::FileWrite(_) | Call::FileMkdir(_) | Call::FileRename(_)

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use ratoon_protocol::{Call, ExitStatus, MAX_PAYLOAD_LEN, Usage};
 use rustix::process::Signal;
 
+use crate::calls::starts_a_program;
 use crate::code::Contexts;
 use crate::power;
 use crate::process::Ended;
@@ -30,7 +31,7 @@ use crate::spawn::Spawner;
 use crate::swap::Arriving;
 use crate::swap::forms::Fd;
 use crate::sys::{self, PollFd, poll_fd};
-use crate::system::Identity;
+use crate::system::{self, Identity};
 use crate::task::{Job, State, Task};
 use crate::work::{News, Office};
 
@@ -245,7 +246,8 @@ impl Server {
     /// After a `wake`: what waited for it goes on. Not at once but at the round's end: connections that
     /// did not survive the freeze were reset before the wake came, and their calls are not a child's.
     fn release(&mut self) {
-        if !self.identity.is_waiting() && !self.waiting.is_empty() {
+        let is_over = !self.identity.is_waiting() && !system::programs_wait();
+        if is_over && !self.waiting.is_empty() {
             for (session, action) in std::mem::take(&mut self.waiting) {
                 self.act(session, action);
             }
@@ -350,10 +352,14 @@ impl Server {
     /// Whether it has to wait for `wake`: a call, or what follows one that waits.
     fn waits(&self, session: u64, action: &Action) -> bool {
         // What waits already goes first.
-        if !self.identity.is_waiting() && self.waiting.is_empty() {
+        let is_waiting = self.identity.is_waiting();
+        let programs_wait = !is_waiting && system::programs_wait();
+        if !is_waiting && !programs_wait && self.waiting.is_empty() {
             return false;
         }
         match action {
+            // A wake will come, and whoever is to bring it is heard.
+            Action::Begin { request, .. } if programs_wait => starts_a_program(request),
             Action::Begin { request, .. } => !matches!(
                 request,
                 Call::Ping | Call::Wake(_) | Call::Session(_) | Call::SessionEnd

@@ -23,11 +23,13 @@ static CANCELLED: AtomicBool = AtomicBool::new(false);
 pub fn cancel_on_signals() -> std::io::Result<&'static AtomicBool> {
     // The flag alone wakes nobody, but the work asks often.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            CANCELLED.store(true, Ordering::Relaxed);
-        }
-    });
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                CANCELLED.store(true, Ordering::Relaxed);
+            }
+        })?;
     Ok(&CANCELLED)
 }
 

@@ -17,11 +17,11 @@ pub struct Spinner(ProgressBar);
 impl Spinner {
     /// Shows `message`.
     pub fn start(message: String) -> Self {
-        let bar = if output::errors_go_to_a_terminal() {
-            ProgressBar::new_spinner()
-        } else {
-            ProgressBar::hidden()
-        };
+        // A tick is a thread, which nobody needs who sees nothing of it.
+        if !output::errors_go_to_a_terminal() {
+            return Self(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::new_spinner();
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
             bar.set_style(style);
         }

@@ -231,6 +231,7 @@ impl Engine {
             }
             info
         };
+        crate::vm::reap();
         Ok(self.store.list()?.iter().map(looked_at).collect())
     }
 

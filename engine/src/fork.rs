@@ -321,7 +321,7 @@ impl Engine {
                 layers,
                 snapshot: None,
             };
-            let went_on = || self.went_on(dir, &disks, |_| {});
+            let went_on = || drop(self.went_on(dir, &disks));
             let children =
                 self.children(source, &id, spec, begun, cancel, Some(before), went_on)?;
             Ok::<_, ForkError>((pause, stopped, children))
@@ -425,7 +425,11 @@ impl Engine {
         let launches: Vec<_> = (0..spec.count)
             .map(|index| source.launch(generation, spec, index))
             .collect();
-        let dirs = launch::create(self.store(), &launches)?;
+        let dirs = launch::create(self.store(), &launches).inspect_err(|_| {
+            if let Some(family) = &source.family {
+                cgroup::remove_empty(family);
+            }
+        })?;
         let children = Children {
             store: self.store().clone(),
             launches,

@@ -6,8 +6,12 @@
 //!                     ^------------------------------ fails: the new one ended, sockets back, resumed
 //! ```
 //!
+//! When this process is killed in the middle, the next one puts it right (`rollback/note.rs`).
+//!
 //! A generation of a fork is held by the children that were started from it: one of them that still runs
 //! gives its files. When the last has gone, so has the generation.
+
+mod note;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,23 +19,18 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::process::Signal;
-
+pub(crate) use self::note::mend;
+use self::note::{Note, set_aside};
 use crate::engine::Engine;
 use crate::fork::ForkError;
 use crate::lineage::ROOT;
 use crate::snapshots::{RestoreSpec, SnapshotError, wake};
-use crate::vm::control::{Control, ControlError};
+use crate::vm::control::ControlError;
 use crate::vm::freeze;
-use crate::vm::launch::{self, Launch, LaunchError, Vm};
+use crate::vm::launch::{self, Launch, LaunchError};
 use crate::vm::life::{self, Status};
 use crate::vm::record::{Ancestor, Record, RecordError, VmDir};
 use crate::vm::store::{Entry, StoreError};
-
-/// How long a VMM may take to hold its vCPUs.
-const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a killed VMM may take to be gone.
-const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why a VM does not go back. It goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -105,60 +104,9 @@ impl From<StoreError> for RollbackError {
     }
 }
 
-/// The old VMM, which goes on unless it is replaced.
-struct Old<'d> {
-    dir: &'d VmDir,
-    control: Control,
-    was_paused: bool,
-    moved: Vec<(PathBuf, PathBuf)>,
-    is_replaced: bool,
-}
-
-impl<'d> Old<'d> {
-    fn set_aside(dir: &'d VmDir, was_paused: bool) -> Result<Self, RollbackError> {
-        let control = Control::new(dir.control_socket(), CONTROL_TIMEOUT);
-        control.pause()?;
-        let mut old = Self {
-            dir,
-            control,
-            was_paused,
-            moved: Vec::new(),
-            is_replaced: false,
-        };
-        for path in [dir.control_socket(), dir.vsock_socket()] {
-            let aside = path.with_extension("old");
-            std::fs::rename(&path, &aside).map_err(|source| RollbackError::File {
-                path: path.clone(),
-                source,
-            })?;
-            old.moved.push((path, aside));
-        }
-        Ok(old)
-    }
-
-    fn replaced(mut self) {
-        self.is_replaced = true;
-        for (_, aside) in &self.moved {
-            let _ = std::fs::remove_file(aside);
-        }
-    }
-}
-
-impl Drop for Old<'_> {
-    fn drop(&mut self) {
-        if self.is_replaced {
-            return;
-        }
-        for (path, aside) in &self.moved {
-            let _ = std::fs::rename(aside, path);
-        }
-        if !self.was_paused {
-            let resumed = self.control.resume();
-            if let Err(error) = resumed {
-                tracing::error!(%error, "VM {} stays paused", self.dir.id());
-            }
-        }
-    }
+fn file(path: &Path) -> impl FnOnce(std::io::Error) -> RollbackError {
+    let path = path.to_owned();
+    |source| RollbackError::File { path, source }
 }
 
 impl Engine {
@@ -203,9 +151,11 @@ impl Engine {
         if let Some(holder) = &target.holder {
             links = links_in(dir, holder, &generation, &mut plan)?;
         }
-        let process = record.vmm.as_ref().and_then(|vmm| vmm.open());
-        let old = Old::set_aside(dir, status == Status::Paused)?;
-        let begun = launch::restart(self.store(), &plan, dir, cancel).map_err(RollbackError::from);
+        let mut note = Note::new(record, status == Status::Paused);
+        note.write(dir).map_err(file(dir.path()))?;
+        let begun = set_aside(dir).and_then(|()| {
+            launch::restart(self.store(), &plan, dir, cancel).map_err(RollbackError::from)
+        });
         let woken = begun.and_then(|mut vm| match wake(&mut vm, generation.clone()) {
             Ok(()) => Ok(vm),
             Err(error) => {
@@ -213,23 +163,17 @@ impl Engine {
                 Err(error.into())
             }
         });
-        let vm = match woken {
-            Ok(vm) => vm,
+        match woken {
+            Ok(vm) => drop(vm.detach()),
             Err(error) => {
-                // Its own record again, with the VMM that goes on.
-                self.store().update(dir, |now| *now = record)?;
+                note.back(self.store(), dir)?;
                 return Err(error);
             }
-        };
-        if let Some(process) = process {
-            // Nobody waits for it but us; what it holds is freed when it is gone.
-            let _ = process.signal(Signal::KILL);
-            let _ = process.wait(KILL_TIMEOUT);
         }
-        old.replaced();
+        note.replaced(dir);
         links.keep();
         drop(target.holder);
-        self.leave(vm, dir);
+        note.forward(dir);
         Ok(generation)
     }
 
@@ -325,26 +269,6 @@ impl Engine {
             }));
         }
         Ok(None)
-    }
-
-    /// Lets the VM live, and removes what the one before it wrote, merged layers too that no record names. While
-    /// somebody makes links to them all stay, and go with the folder.
-    fn leave(&self, vm: Vm, dir: &VmDir) {
-        let Some(now) = vm.detach() else {
-            return;
-        };
-        let disks = now.config.disks.iter();
-        let kept: Vec<_> = disks
-            .flat_map(|disk| disk.frozen.iter().chain(&disk.layer))
-            .collect();
-        let Ok(Some(_alone)) = dir.layers_alone() else {
-            return;
-        };
-        for layer in dir.layers() {
-            if !kept.contains(&&layer) {
-                let _ = std::fs::remove_file(layer);
-            }
-        }
     }
 }
 

@@ -33,6 +33,7 @@ use crate::vm::launch::{
     From as StartFrom, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm, launch,
 };
 use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
+use crate::vm::store::StoreError;
 use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
@@ -223,16 +224,8 @@ impl Engine {
         keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
-        let record = dir.read_record()?;
         let mut client = RuntimeClient::connect(&dir.vsock_socket(), CONNECT_TIMEOUT)?;
-        self.snapshot_into(
-            &self.snapshots()?,
-            dir,
-            &record,
-            &mut client,
-            keep,
-            progress,
-        )
+        self.snapshot_into(&self.snapshots()?, dir, &mut client, keep, progress)
     }
 
     /// As [`Engine::snapshot`], of a VM whose runtime's client the caller has.
@@ -240,7 +233,6 @@ impl Engine {
         &self,
         store: &Store,
         dir: &VmDir,
-        record: &Record,
         client: &mut RuntimeClient,
         keep: Keep<'_>,
         progress: &dyn Progress,
@@ -251,7 +243,12 @@ impl Engine {
             path: dir.path().to_owned(),
             source,
         })?;
-        let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
+        // Nobody else freezes it or puts it back before the record says where it goes on.
+        let frozen = freeze::freeze_and(dir, client, &freeze::machine_id()?, |generation, _| {
+            let record = self.went_on(dir, &generation.disks)?;
+            Ok::<_, StoreError>((generation, record))
+        })?;
+        let (generation, record) = frozen.map_err(LaunchError::from)?;
         let pause = generation.pause;
         let (memory_layers, disk_layers) = generation.depth(ROOT);
         let taken = Ancestor {
@@ -259,32 +256,27 @@ impl Engine {
             memory_layers,
             disk_layers,
         };
-        let disks = generation.disks.clone();
         let version = client.hello().runtime.as_str();
-        let written = write(store, dir, record, version, generation, keep, progress);
-        self.went_on(dir, &disks, |record| {
-            record
-                .ancestors
-                .extend(written.as_ref().ok().map(|snapshot| Ancestor {
+        let snapshot = write(store, dir, &record, version, generation, keep, progress)?;
+        // It has gone, or is another machine by now, that does not come from this snapshot.
+        let _ = self.store().update(dir, |now| {
+            if now.vmm == record.vmm {
+                now.ancestors.push(Ancestor {
                     snapshot: snapshot.id.to_string(),
                     ..taken
-                }));
+                });
+            }
         });
-        Ok(Taken {
-            snapshot: written?,
-            pause,
-        })
+        Ok(Taken { snapshot, pause })
     }
 
     /// Writes down where a VM that was frozen goes on.
-    pub(crate) fn went_on(
-        &self,
-        dir: &VmDir,
-        disks: &[FrozenDisk],
-        also: impl FnOnce(&mut Record),
-    ) {
-        // A VM that has gone meanwhile has no use for it.
-        let _ = self.store().update(dir, |record| {
+    /// Returns its record, which is of this VM and no other as long as the caller keeps freezes and rollbacks off.
+    ///
+    /// # Errors
+    /// When it has gone meanwhile, or its record cannot be written.
+    pub(crate) fn went_on(&self, dir: &VmDir, disks: &[FrozenDisk]) -> Result<Record, StoreError> {
+        self.store().update(dir, |record| {
             for disk in &mut record.config.disks {
                 if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
                     disk.frozen.clone_from(&frozen.frozen);
@@ -292,8 +284,7 @@ impl Engine {
                     disk.layer = Some(frozen.layer.clone());
                 }
             }
-            also(record);
-        });
+        })
     }
 
     /// Starts a VM from a snapshot and wakes it.

@@ -105,10 +105,9 @@ impl Warming {
         let vm = self.started.vm;
         start_python(&mut client)?;
         let dir = vm.dir().clone();
-        let record = vm.record().clone();
         let store = &self.warm.store;
         let nameless = Keep::default();
-        let taken = engine.snapshot_into(store, &dir, &record, &mut client, nameless, progress)?;
+        let taken = engine.snapshot_into(store, &dir, &mut client, nameless, progress)?;
         let id = taken.snapshot.id.to_string();
         let old = store.get(&self.warm.name).ok();
         let kept = store.set_name(&id, &self.warm.name, true)?;
@@ -302,7 +301,6 @@ impl Warm {
     /// Makes it from a VM that has just booted.
     pub(crate) fn make(&self, engine: &Engine, vm: &mut Vm) -> Made {
         let dir = vm.dir().clone();
-        let record = vm.record().clone();
         let Ok(mut client) = vm.runtime() else {
             return Made::Lost;
         };
@@ -322,7 +320,7 @@ impl Warm {
             name: Some(&self.name),
             ..Keep::default()
         };
-        let taken = engine.snapshot_into(&self.store, &dir, &record, &mut client, keep, &Quiet);
+        let taken = engine.snapshot_into(&self.store, &dir, &mut client, keep, &Quiet);
         let made = match taken {
             Ok(_) => Made::Kept,
             Err(SnapshotError::Freeze(error)) => {

@@ -242,6 +242,7 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     let all = FreezeParams {
         processes: true,
         file_systems: true,
+        ..FreezeParams::default()
     };
     done(Call::Freeze(all)).expect("it freezes");
     let mkdir = Call::FileMkdir(FileMkdir {

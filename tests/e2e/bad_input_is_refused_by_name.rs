@@ -17,6 +17,7 @@ crate::promises![
     a_damaged_ext4,
     no_kvm_and_no_permission_for_it_as_root,
     an_unknown_machine,
+    no_children_and_too_many,
 ];
 
 /// Runs with `args` before the image; the error must contain every one of `words`.
@@ -169,4 +170,17 @@ fn an_unknown_machine() {
         let done = ratoon.run([command, "no-such-vm"]);
         check(&ratoon, done, 125, &["no-such-vm"]);
     }
+}
+
+fn no_children_and_too_many() {
+    for count in ["0", "-1", "1000000", "99999999999999999999", "several"] {
+        for flag in [&["-n", count][..], &[&format!("--count={count}")]] {
+            let ratoon = Ratoon::new();
+            let done = ratoon.run(["fork", "box"].iter().chain(flag));
+            check(&ratoon, done, 2, &[count, "--count", "choose 1 to 10000"]);
+        }
+    }
+    let ratoon = Ratoon::new();
+    let done = ratoon.run(["fork", "box", "--deadline", "-1s"]);
+    check(&ratoon, done, 2, &["--deadline"]);
 }

@@ -7,6 +7,8 @@ mod a_chain_of_forks_may_be_of_any_length;
 mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
 mod a_damaged_snapshot_is_never_a_wrong_byte;
+mod a_dead_machine_gives_back_what_only_it_had;
+mod a_fork_ends_in_a_clear_result_for_each_child;
 mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
 mod a_killed_snapshot_harms_nobody;
@@ -26,6 +28,8 @@ mod memory_is_fetched_when_it_is_touched;
 mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
 mod shared;
+mod soak;
+mod warm_shells_cost_a_child_no_process;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -43,12 +47,22 @@ macro_rules! promises {
 }
 
 fn main() {
+    if soak::is_wanted() {
+        return soak::run();
+    }
+    if warm_shells_cost_a_child_no_process::is_wanted() {
+        return warm_shells_cost_a_child_no_process::run();
+    }
     let arguments = Arguments::from_args();
     let need_a_guest = [
+        // It takes as long as it is told to: the first, so that the others go on beside it.
+        soak::trials(),
         a_chain_of_forks_may_be_of_any_length::trials(),
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
         a_damaged_snapshot_is_never_a_wrong_byte::trials(),
+        a_dead_machine_gives_back_what_only_it_had::trials(),
+        a_fork_ends_in_a_clear_result_for_each_child::trials(),
         a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
         a_killed_snapshot_harms_nobody::trials(),
@@ -66,6 +80,7 @@ fn main() {
         memory_is_fetched_when_it_is_touched::trials(),
         memory_that_a_guest_frees_goes_back::trials(),
         nothing_is_left_behind::trials(),
+        warm_shells_cost_a_child_no_process::trials(),
     ];
     let kvm = ratoon_tests::kvm();
     if let Err(error) = &kvm {
@@ -79,5 +94,6 @@ fn main() {
     trials.extend(bad_input_is_refused_by_name::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::end();
+    a_fork_ends_in_a_clear_result_for_each_child::end();
     conclusion.exit();
 }

@@ -216,6 +216,7 @@ async fn calls_about_the_machine_say_what_they_mean() {
     let what = FreezeParams {
         processes: true,
         file_systems: false,
+        ..FreezeParams::default()
     };
     client.freeze(what).await.unwrap();
     client.thaw(what).await.unwrap();

@@ -147,6 +147,9 @@ pub struct FreezeParams {
     /// Freeze `/` (FIFREEZE), when it is on a disk: writers wait.
     #[serde(default)]
     pub file_systems: bool,
+    /// A `wake` is to come: calls that start programs wait for it, and are not refused. Of `freeze` alone.
+    #[serde(default)]
+    pub until_wake: bool,
 }
 
 /// Parameters of `wake`: who this machine is from now on. Until it has come, a runtime that was

@@ -39,7 +39,9 @@ pub use identity::Identity;
 pub use metrics::metrics;
 pub use network::set_network;
 pub use ports::ports;
-pub use quiet::{are_file_systems_frozen, are_processes_frozen, freeze, sync, thaw, thaw_at_once};
+pub use quiet::{
+    are_file_systems_frozen, are_processes_frozen, freeze, programs_wait, sync, thaw, thaw_at_once,
+};
 pub use settings::{add_entropy, name_files, set_hostname, set_time};
 
 /// The system's refusal of `what`, as the client is to hear it.

@@ -44,6 +44,14 @@ static PROCESSES: AtomicBool = AtomicBool::new(false);
 /// The same for writers to `/`.
 static FILE_SYSTEMS: AtomicBool = AtomicBool::new(false);
 
+/// A `wake` will let processes go on.
+static UNTIL_WAKE: AtomicBool = AtomicBool::new(false);
+
+/// Whether whoever wants to start a program now is to wait.
+pub fn programs_wait() -> bool {
+    are_processes_frozen() && UNTIL_WAKE.load(Ordering::SeqCst)
+}
+
 /// Whether a program that is started now would stand still.
 pub fn are_processes_frozen() -> bool {
     PROCESSES.load(Ordering::SeqCst)
@@ -69,6 +77,7 @@ pub fn freeze(params: FreezeParams) -> Work {
         let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let stops = params.processes && !are_processes_frozen();
         if stops {
+            UNTIL_WAKE.store(params.until_wake, Ordering::SeqCst);
             PROCESSES.store(true, Ordering::SeqCst);
             if let Err(error) = stop(Path::new(BASE), STOP_WAIT) {
                 PROCESSES.store(false, Ordering::SeqCst);

@@ -132,6 +132,7 @@ fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
     let still = FreezeParams {
         processes: true,
         file_systems: false,
+        ..FreezeParams::default()
     };
     client.call::<()>(&Call::Freeze(still), "stopped its processes", patience)?;
     client.call::<()>(&Call::ExpectWake, "expected its wake", patience)?;

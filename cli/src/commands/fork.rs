@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use ratoon_engine::Engine;
-use ratoon_engine::fork::{ChildError, ForkError, ForkSpec, Forked};
+use ratoon_engine::fork::{ChildError, ForkError, ForkSpec, Forked, MAX_CHILDREN};
 use ratoon_engine::runtime::{ExecIo, RuntimeError};
 use ratoon_engine::vm::cgroup::Limits;
 use ratoon_engine::vm::launch::{LaunchError, Vm};
@@ -38,7 +38,14 @@ pub struct Args {
     #[arg(value_name = "VM")]
     vm: String,
     /// How many children.
-    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1)]
+    #[arg(
+        short = 'n',
+        long = "count",
+        value_name = "N",
+        default_value_t = 1,
+        allow_negative_numbers = true,
+        value_parser = count
+    )]
     count: u32,
     /// Give up children that are not ready after so long: 50ms, 2s.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
@@ -70,6 +77,12 @@ pub struct Args {
     /// What to run in each child.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<String>,
+}
+
+fn count(text: &str) -> Result<u32, String> {
+    let count = text.parse().ok();
+    let count = count.filter(|count| (1..=MAX_CHILDREN).contains(count));
+    count.ok_or_else(|| format!("choose 1 to {MAX_CHILDREN}"))
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -385,6 +398,14 @@ impl Write for Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_of_children_that_cannot_be_is_refused_with_those_that_can() {
+        assert_eq!(count("10000"), Ok(10_000));
+        for odd in ["0", "-1", "10001", "4294967297", "two", ""] {
+            assert_eq!(count(odd), Err("choose 1 to 10000".to_owned()), "{odd}");
+        }
+    }
 
     #[test]
     fn a_label_is_a_key_and_a_value() {

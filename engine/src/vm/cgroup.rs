@@ -160,17 +160,22 @@ impl Group {
         })
     }
 
-    /// Removes it, and what is empty above it. The kernel refuses what is in use.
+    /// Removes it; see [`remove_empty`].
     pub fn remove(&self) {
-        let mut path = Some(self.own.as_path());
-        while let Some(group) = path {
-            if std::fs::remove_dir(group).is_err() && group.exists() {
-                break;
-            }
-            path = group.parent();
-            if group.ends_with("ratoon") {
-                break;
-            }
+        remove_empty(&self.own);
+    }
+}
+
+/// Removes a group, and what is empty above it. The kernel refuses what is in use.
+pub(crate) fn remove_empty(group: &Path) {
+    let mut path = Some(group);
+    while let Some(group) = path {
+        if std::fs::remove_dir(group).is_err() && group.exists() {
+            break;
+        }
+        path = group.parent();
+        if group.ends_with("ratoon") {
+            break;
         }
     }
 }

@@ -153,13 +153,18 @@ impl Control {
         path: &'static str,
         body: Vec<u8>,
     ) -> Result<T, ControlError> {
-        // On a thread of its own, so that a caller inside another tokio runtime may block on it.
-        let (status, body) = std::thread::scope(|scope| {
-            scope
-                .spawn(|| self.exchange(method, path, body))
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })?;
+        let (status, body) = match tokio::runtime::Handle::try_current() {
+            Err(_) => self.exchange(method, path, body)?,
+            // On a thread of its own: the caller is inside another tokio runtime.
+            Ok(_) => std::thread::scope(|scope| {
+                std::thread::Builder::new()
+                    .name("control".into())
+                    .spawn_scoped(scope, || self.exchange(method, path, body))
+                    .map_err(|error| self.http(error))?
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })?,
+        };
         if status.is_success() {
             serde_json::from_slice(&body).map_err(|error| self.http(error))
         } else {

@@ -114,6 +114,7 @@ pub fn freeze_and<T>(
     let still = FreezeParams {
         processes: true,
         file_systems: false,
+        until_wake: true,
     };
     if let Err(error) =
         client.call::<()>(&Call::Freeze(still), "stopped its processes", GUEST_TIMEOUT)
@@ -130,26 +131,32 @@ pub fn freeze_and<T>(
         .and_then(|()| taking.go());
     let (before, wait) = mpsc::channel();
     let before = Before { _wake: before };
-    std::thread::scope(|scope| {
-        let woken = scope.spawn(move || {
+    let mut standstill = Some(standstill);
+    let mut go_on = || {
+        // Whether it was frozen or not, it goes on as itself.
+        let woken = wake(client, &Waking::itself(dir, generation));
+        if let (Ok(_), Some(standstill)) = (&woken, standstill.take()) {
+            standstill.over();
+        }
+        woken
+    };
+    let mut woken = None;
+    let beside = (&mut woken, &mut go_on);
+    let done = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("wake".into());
+        let _ = thread.spawn_scoped(scope, move || {
+            let (woken, go_on) = beside;
             // Either way it is time.
             let _ = wait.recv_timeout(HEAD_START);
-            // Whether it was frozen or not, it goes on as itself.
-            let woken = wake(client, &Waking::itself(dir, generation));
-            if woken.is_ok() {
-                standstill.over();
-            }
-            woken
+            *woken = Some(go_on());
         });
-        let done = frozen.map(|frozen| then(frozen, before));
-        let woken = match woken.join() {
-            Ok(woken) => woken,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        let done = done?;
-        woken?;
-        Ok(done)
-    })
+        frozen.map(|frozen| then(frozen, before))
+    });
+    // Without a thread one after the other.
+    let woken = woken.unwrap_or_else(go_on);
+    let done = done?;
+    woken?;
+    Ok(done)
 }
 
 /// Who a VM is from now on.

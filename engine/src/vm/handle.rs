@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ratoon_client::RuntimeError;
@@ -20,6 +21,16 @@ use crate::runtime::RuntimeClient;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a killed VMM may take to be gone: the kernel frees the guest's memory in that time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Processes of VMs that were let go. Nobody waits for them, but a process that has ended stays until its
+/// parent has asked how.
+static LET_GO: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
+/// Asks those that were let go and have ended.
+pub(crate) fn reap() {
+    let mut children = LET_GO.lock().unwrap_or_else(PoisonError::into_inner);
+    children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+}
 
 /// A running VM whose runtime has connected. Dropped, it is ended and removed, unless it was
 /// [detached](Vm::detach).
@@ -187,6 +198,8 @@ impl Vm {
         let parts = self.parts.take()?;
         // A VMM that has gone takes no byte: the record then says what became of it.
         let _ = rustix::io::write(&parts.lifeline, b"r");
+        let mut children = LET_GO.lock().unwrap_or_else(PoisonError::into_inner);
+        children.push(parts.child);
         Some(parts.record)
     }
 }

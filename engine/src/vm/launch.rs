@@ -29,7 +29,7 @@ use super::cgroup::{Group, GroupError, Limits};
 use super::connect::{Until, call_runtime, ended, wait_ready};
 use super::end::EndCause;
 pub use super::handle::Vm;
-use super::handle::{KillOnDrop, Parts, Runtime};
+use super::handle::{KillOnDrop, Parts, Runtime, reap};
 use super::process::ProcessRef;
 use super::record::{Ancestor, ImageRef, Parent, Record, VmDir, hostname};
 use super::shells::Shells;
@@ -241,6 +241,7 @@ pub fn launch(
 /// # Errors
 /// [`LaunchError`].
 pub(crate) fn create(store: &Store, launches: &[Launch]) -> Result<Vec<VmDir>, LaunchError> {
+    reap();
     if let Some(first) = launches.first() {
         check_files(first)?;
     }
@@ -279,7 +280,7 @@ pub(crate) fn launch_in(
     dir: &VmDir,
     cancel: Option<BorrowedFd<'_>>,
 ) -> Result<Vm, LaunchError> {
-    let started = start(store, launch, dir, cancel);
+    let started = start(store, launch, dir, Some(dir.path()), cancel);
     if started.is_err() {
         // The first error is the one to tell; what this leaves the next sweep removes.
         let _ = store.remove(dir);
@@ -311,13 +312,16 @@ pub(crate) fn restart(
         record.ancestors = from.map_or_else(Vec::new, |from| from.ancestors.clone());
         record.restored_from = from.and_then(|from| from.restored_from.clone());
     })?;
-    start(store, launch, dir, cancel)
+    // The folder is another VM's still.
+    start(store, launch, dir, None, cancel)
 }
 
+/// `own` is what the VMM removes when this process is killed.
 fn start(
     store: &Store,
     launch: &Launch,
     dir: &VmDir,
+    own: Option<&Path>,
     cancel: Option<BorrowedFd<'_>>,
 ) -> Result<Vm, LaunchError> {
     let system = |action| {
@@ -342,6 +346,7 @@ fn start(
     }
     let mut config = config(launch, dir);
     config.generation = from.map(|from| from.config.clone());
+    config.remove_when_orphaned = own.map(Path::to_owned);
     let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,

@@ -280,11 +280,12 @@ pub fn remove(store: &Store, entry: &Entry, force: bool) -> Result<(), LifeError
     Ok(())
 }
 
-/// Removes what dead commands left: see [`Store::sweep`].
+/// Removes what dead commands left: see [`Store::sweep`]. What they left half done is put right before.
 ///
 /// # Errors
 /// [`LifeError`].
 pub fn sweep(store: &Store) -> Result<(), LifeError> {
+    crate::rollback::mend(store)?;
     for entry in store.sweep()? {
         end_for_good(&entry)?;
         store.remove(&entry.dir)?;

@@ -31,4 +31,5 @@ pub mod store;
 mod taking;
 
 pub use end::EndCause;
+pub(crate) use handle::reap;
 pub use launch::{Launch, LaunchError, Machine, Vm};

@@ -254,6 +254,11 @@ impl VmDir {
         self.0.join("standstill")
     }
 
+    /// There while the VM is put back to a snapshot; holds the record from before. See [`crate::rollback`].
+    pub fn rollback_note(&self) -> PathBuf {
+        self.0.join("rollback.json")
+    }
+
     /// What the guest writes to its root disk after its next freeze: a name that is free.
     pub fn next_layer(&self) -> PathBuf {
         let name = |number: u64| self.0.join(format!("layer-{number}.qcow2"));

@@ -338,7 +338,8 @@ impl Store {
                 } else if is_id(&name) {
                     let entry = Entry::read(VmDir::new(self.root.join(&name)));
                     let Ok(record) = &entry.record else { continue };
-                    if !record.is_abandoned() {
+                    // One that was being put back to a snapshot is put right, not removed.
+                    if !record.is_abandoned() || entry.dir.rollback_note().exists() {
                         continue;
                     }
                     if record.vmm_is_alive() || record.vmm.is_none() {
@@ -359,6 +360,13 @@ impl Store {
             remove_tree(&path)?;
         }
         Ok(left)
+    }
+
+    /// VMs that are being put back to a snapshot, or were when whoever did so was killed.
+    pub(crate) fn in_rollback(&self) -> Result<Vec<VmDir>, StoreError> {
+        let ids = self.names()?.into_iter().filter(|name| is_id(name));
+        let dirs = ids.map(|id| VmDir::new(self.root.join(id)));
+        Ok(dirs.filter(|dir| dir.rollback_note().exists()).collect())
     }
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
