@@ -29,7 +29,7 @@ use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
 use crate::vm::cgroup::{self, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, Before, FreezeError, Generation};
+use crate::vm::freeze::{self, FreezeError, Generation};
 use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Record, RecordError, VmDir};
 use crate::vm::shells::Shells;
@@ -268,9 +268,10 @@ impl Engine {
             group: None,
             family: None,
             layers: None,
+            before: None,
             snapshot: paged.then(|| (self.clone(), store, snapshot)),
         };
-        let children = self.children(source, &generation, spec, begun, cancel, None, || {})?;
+        let children = self.children(source, &generation, spec, begun, cancel)?;
         Ok(Forked {
             generation,
             pause: Duration::ZERO,
@@ -320,10 +321,17 @@ impl Engine {
                 family: None,
                 layers,
                 snapshot: None,
+                before: Some(before),
             };
-            let went_on = || drop(self.went_on(dir, &disks));
-            let children =
-                self.children(source, &id, spec, begun, cancel, Some(before), went_on)?;
+            let children = std::thread::scope(|scope| {
+                // A VM that has gone meanwhile has no use for it.
+                let went_on = || drop(self.went_on(dir, &disks));
+                let beside = std::thread::Builder::new().spawn_scoped(scope, went_on);
+                if beside.is_err() {
+                    went_on();
+                }
+                self.children(source, &id, spec, begun, cancel)
+            })?;
             Ok::<_, ForkError>((pause, stopped, children))
         });
         let (pause, stopped, children) = frozen??;
@@ -404,8 +412,6 @@ impl Engine {
         spec: &ForkSpec,
         begun: Instant,
         cancel: Option<BorrowedFd<'_>>,
-        before: Option<Before>,
-        beside: impl FnOnce() + Send,
     ) -> Result<Vec<Result<Vm, ChildError>>, ForkError> {
         if !spec.names.is_empty() && spec.names.len() != spec.count as usize {
             return Err(ForkError::Names {
@@ -440,16 +446,13 @@ impl Engine {
             snapshot: source.snapshot,
             _layers: source.layers,
             before: Mutex::new(
-                vec![before; spec.count as usize]
+                vec![source.before; spec.count as usize]
                     .into_iter()
                     .flatten()
                     .collect(),
             ),
         };
-        let done = std::thread::scope(|scope| {
-            scope.spawn(beside);
-            fan_out(spec.count as usize, children, deadline, cancel)
-        });
+        let done = fan_out(spec.count as usize, children, deadline, cancel);
         if let Some(shells) = self.shells() {
             shells.refill();
         }

@@ -77,6 +77,8 @@ pub(super) struct Source {
     pub(super) layers: Option<File>,
     /// Memory comes from a pager.
     pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
+    /// The VM that was forked waits for them with its wake.
+    pub(super) before: Option<Before>,
 }
 
 impl Source {
