@@ -7,7 +7,6 @@ mod a_chain_of_forks_may_be_of_any_length;
 mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
 mod a_damaged_snapshot_is_never_a_wrong_byte;
-mod a_dead_machine_gives_back_what_only_it_had;
 mod a_fork_ends_in_a_clear_result_for_each_child;
 mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
@@ -61,7 +60,6 @@ fn main() {
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
         a_damaged_snapshot_is_never_a_wrong_byte::trials(),
-        a_dead_machine_gives_back_what_only_it_had::trials(),
         a_fork_ends_in_a_clear_result_for_each_child::trials(),
         a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
