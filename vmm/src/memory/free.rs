@@ -167,7 +167,7 @@ mod tests {
 
     use vm_memory::Bytes;
 
-    use super::super::{again, create, file_of, first};
+    use super::super::{again, ahead, create, file_of, first};
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(around.map(|at| byte(&memory, at)), [7, 0, 0, 7]);
         // The guest uses one page of it again.
         fill(&memory, 5 * MIB, 4096);
-        let layer = again(&memory, &free.take()).unwrap();
+        let layer = again(&memory, ahead(&memory).unwrap(), &free.take()).unwrap();
         assert_eq!(layer.runs, [run(4 * MIB, 4 * MIB)]);
         assert_eq!(layer.file.metadata().unwrap().blocks() * 512, 4096);
         assert_eq!(byte(&memory, 5 * MIB), 7);
@@ -242,7 +242,12 @@ mod tests {
         assert_eq!(around.map(|at| byte(&child, at)), [7, 0, 0, 7]);
         assert_eq!(byte(&child, 5 * MIB), 7);
         // Nothing more was written: the next freeze has nothing to say.
-        assert!(again(&memory, &free.take()).unwrap().runs.is_empty());
+        assert!(
+            again(&memory, ahead(&memory).unwrap(), &free.take())
+                .unwrap()
+                .runs
+                .is_empty()
+        );
     }
 
     #[test]

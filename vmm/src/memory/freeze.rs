@@ -413,7 +413,7 @@ mod tests {
         drop(aside);
         memory.write_obj(8_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&layer, MIB)), (8, 7));
-        let second = again(&memory, &[]).unwrap();
+        let second = again(&memory, ahead(&memory).unwrap(), &[]).unwrap();
         assert_eq!(
             second.runs,
             [Run {
@@ -423,8 +423,19 @@ mod tests {
         );
         memory.write_obj(9_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&second, MIB)), (9, 8));
-        assert_eq!(again(&memory, &[]).unwrap().runs.len(), 1);
-        assert!(again(&memory, &[]).unwrap().runs.is_empty());
+        assert_eq!(
+            again(&memory, ahead(&memory).unwrap(), &[])
+                .unwrap()
+                .runs
+                .len(),
+            1
+        );
+        assert!(
+            again(&memory, ahead(&memory).unwrap(), &[])
+                .unwrap()
+                .runs
+                .is_empty()
+        );
         assert_eq!(byte(&memory, MIB), 9);
     }
 
