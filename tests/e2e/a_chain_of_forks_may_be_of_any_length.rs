@@ -84,7 +84,7 @@ fn a_machine_is_forked_again_and_again_and_its_layers_stay_few() {
         check(&ratoon, &format!("at-{step}-0"), step);
     }
     // Without merging there would be as many as forks; with it, some wait for their turn.
-    assert!(most.0 < DEPTH && most.1 < DEPTH, "{most:?}");
+    assert!(most.0 < DEPTH, "{most:?}");
     let end = Instant::now() + Duration::from_secs(120);
     loop {
         // What is left is done after the next fork, and seen when it is.

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ratoon_devices::block;
 use ratoon_vmm_api::{DiskConfig, Outcome, Run, VmState};
@@ -40,6 +41,10 @@ const OFTEN: usize = 4;
 const TOO_MANY_RUNS: usize = 16 << 10;
 /// What moves over while the vCPUs are held once: mappings, and bytes of them.
 const SLICE: (usize, u64) = (64, 16 << 20);
+/// How often a file is tried that somebody may be making links to; the next freeze tries again.
+const RETRIES: usize = 40;
+/// How long between.
+const RETRY: Duration = Duration::from_millis(250);
 /// Below what runs the guest.
 const NICE: i32 = 10;
 
@@ -93,7 +98,15 @@ impl Machine {
                     machine.merge();
                 }
                 machine.move_over();
-                machine.remove_retired();
+                // Whoever has asked for the freeze makes links for some time yet.
+                for _ in 0..RETRIES {
+                    machine.remove_retired();
+                    let is_left = !lock(&machine.merging.retired).is_empty();
+                    if !is_left || machine.depth().0 >= TOO_MANY {
+                        break;
+                    }
+                    std::thread::sleep(RETRY);
+                }
             });
         match begun {
             Ok(begun) => *thread = Some(begun),

@@ -490,7 +490,7 @@ impl Backend for Layer {
     fn replace_layers(&mut self, replaced: Range<usize>, path: &Path) -> Result<(), OpenError> {
         let failed = io_error(path);
         let top = self.top();
-        if self.next.is_some() || replaced.is_empty() || replaced.end >= top {
+        if replaced.is_empty() || replaced.end >= top {
             return Err(failed(io::Error::other("there are no such layers")));
         }
         // Complete in the file, which is read again: nobody writes through the old tables any more.
