@@ -7,6 +7,7 @@
 //! How it fails: a machine that ends or does not come up in time is an error with the last lines
 //! that it said; ^C is [`Interrupted`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,6 +26,7 @@ use ratoon_protocol::RUNTIME_PORT;
 use ratoon_vmm_api::{DiskConfig, MetricsReply, SerialConfig, VmConfig, VsockConfig};
 use tempfile::TempDir;
 
+pub use crate::clock::monotonic_ns;
 use crate::proc;
 
 /// How long a guest may take to come up.
@@ -75,6 +77,8 @@ pub struct Parts {
     pub disk: PathBuf,
     /// QEMU, when there is one.
     pub qemu: Option<PathBuf>,
+    /// The peers given by `--peer NAME=PATH`.
+    pub peers: BTreeMap<String, PathBuf>,
     /// The programs, for machines that the engine starts.
     pub programs: Programs,
     /// The cache that has kernel and images.
@@ -103,12 +107,6 @@ impl Shape {
             ready_on_console: false,
         }
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds, as the VMM stamps its phases.
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 fn nap(from: Instant, what: &str, patience: Duration) -> Result<()> {

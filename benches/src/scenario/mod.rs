@@ -2,10 +2,12 @@
 
 pub mod block;
 pub mod boot;
+pub mod choice;
 pub mod clones;
 pub mod fork;
 pub mod freeze;
 pub mod memory;
+pub mod null;
 pub mod restore;
 pub mod run;
 pub mod runtime;
@@ -18,7 +20,9 @@ use anyhow::{Result, bail};
 use ratoon_engine::runtime::{ExecIo, RuntimeClient};
 use ratoon_protocol::ExecParams;
 
+use crate::budget::Budget;
 use crate::machine::Parts;
+use crate::record::Text;
 use crate::samples::{Readiness, Series};
 
 /// What a scenario runs with.
@@ -30,6 +34,8 @@ pub struct Plan<'a> {
     pub quick: bool,
     /// How many rounds, when the user says so.
     pub runs: Option<usize>,
+    /// The scenario's time.
+    pub budget: Budget<'a>,
 }
 
 impl Plan<'_> {
@@ -41,16 +47,17 @@ impl Plan<'_> {
 
 fn series(
     scenario: &'static str,
-    system: &'static str,
+    system: impl Into<Text>,
     metric: impl Into<String>,
     unit: &'static str,
     readiness: Readiness,
 ) -> Series {
     Series {
-        scenario,
-        system,
-        metric: metric.into(),
-        unit,
+        scenario: scenario.into(),
+        system: system.into(),
+        case: "".into(),
+        metric: Text::Owned(metric.into()),
+        unit: unit.into(),
         readiness,
     }
 }
