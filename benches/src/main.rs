@@ -4,6 +4,7 @@
 //! sample, as they are taken) and, at its end, what is made of it: `summary.md`. ^C ends
 //! the run with what there is; the summary then says that it is partial.
 
+mod arrivals;
 mod budget;
 mod clock;
 mod host;
