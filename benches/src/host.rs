@@ -121,10 +121,15 @@ pub fn facts(peers: BTreeMap<String, String>) -> Host {
         .filter(|name| name.starts_with("kvm"))
         .collect();
     kvm.sort();
+    // Where things lie on this machine is nobody's business: `--peer qemu=/a/b` is `--peer qemu=b`.
     let base = |arg: String| {
-        arg.rsplit('/')
-            .next()
-            .map_or_else(String::new, str::to_owned)
+        let (name, path) = arg.split_once('=').unwrap_or(("", &arg));
+        let file = path.rsplit('/').next().unwrap_or_default();
+        if name.is_empty() {
+            file.to_owned()
+        } else {
+            format!("{name}={file}")
+        }
     };
     Host {
         date: output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),

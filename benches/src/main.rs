@@ -1,9 +1,10 @@
 //! `ratoon-bench`: measures Ratoon on this machine, with raw samples, beside peers.
 //!
 //! `docs/benchmarks.md` says what each figure means. A run writes `samples.jsonl` (one line a
-//! sample, as they are taken) and, at its end, what is made of it: `summary.md`. ^C ends
-//! the run with what there is; the summary then says that it is partial.
+//! sample, as they are taken) and, at its end, what is made of it: `report.html`, `summary.md`,
+//! `report.json`. ^C ends the run with what there is; the reports then say that it is partial.
 
+mod analysis;
 mod arrivals;
 mod budget;
 mod clock;
@@ -11,11 +12,11 @@ mod host;
 mod machine;
 mod proc;
 mod record;
+mod report;
 mod samples;
 mod sandbox;
 mod scenario;
 mod stats;
-mod summary;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ use ratoon_engine::dirs::Dirs;
 use ratoon_engine::image::ImageStore;
 use ratoon_engine::initramfs;
 
+use analysis::Analysis;
 use budget::Budget;
 use machine::{Interrupted, Parts, STOP};
 use record::Outcome;
@@ -235,9 +237,13 @@ fn run(args: &Args) -> Result<ExitCode> {
     let mut samples = Samples::create(&args.out.join("samples.jsonl"), &host, args.quick)?;
     let went = measure(args, &parts, &mut samples);
     samples.end(Some(host::noise()), went.partial);
-    let summary = summary::markdown(samples.records());
-    std::fs::write(args.out.join("summary.md"), &summary).context("summary.md")?;
-    print!("{summary}");
+    let analysis = Analysis::of_records(samples.records(), None);
+    print!("{}", report::markdown(&analysis));
+    report::write(&analysis, &args.out)?;
+    eprintln!(
+        "ratoon-bench: the page: {}",
+        args.out.join(report::PAGE).display()
+    );
     Ok(went.code)
 }
 
