@@ -7,6 +7,7 @@
 //! How it fails: a machine that ends or does not come up in time is an error with the last lines
 //! that it said; ^C is [`Interrupted`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,6 +26,8 @@ use ratoon_protocol::RUNTIME_PORT;
 use ratoon_vmm_api::{DiskConfig, MetricsReply, NetConfig, SerialConfig, VmConfig, VsockConfig};
 use tempfile::TempDir;
 
+pub use crate::clock::monotonic_ns;
+use crate::peer::SavedPeers;
 use crate::proc;
 use crate::sandbox::WarmMachines;
 
@@ -74,6 +77,8 @@ pub struct Parts {
     pub initramfs: PathBuf,
     /// The image's disk, only read.
     pub disk: PathBuf,
+    /// The peers given by `--peer NAME=PATH`.
+    pub peers: BTreeMap<String, PathBuf>,
     /// The programs, for machines that the engine starts.
     pub programs: Programs,
     /// The cache that has kernel and images.
@@ -82,6 +87,8 @@ pub struct Parts {
     pub image: String,
     /// What scenarios share.
     pub warm: Arc<WarmMachines>,
+    /// The same of peers.
+    pub saved: Arc<SavedPeers>,
 }
 
 /// Shape of one machine.
@@ -107,12 +114,6 @@ impl Shape {
             networks: Vec::new(),
         }
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds, as the VMM stamps its phases.
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 fn nap(from: Instant, what: &str, patience: Duration) -> Result<()> {
@@ -158,6 +159,24 @@ pub struct Ready {
     pub console_ns: Option<u64>,
     /// CPU time of the VMM until that line.
     pub cpu_ns: Option<u64>,
+}
+
+impl Ready {
+    /// Reads the HELLO of a machine whose runtime has called.
+    ///
+    /// # Errors
+    /// When none comes.
+    pub fn of(seen: Seen, spawned_ns: u64) -> Result<Self> {
+        let stream = seen.stream.context("the runtime's connection")?;
+        stream.set_nonblocking(false)?;
+        let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
+        Ok(Self {
+            client,
+            hello_ns: monotonic_ns() - spawned_ns,
+            console_ns: seen.console_ns,
+            cpu_ns: seen.cpu_ns,
+        })
+    }
 }
 
 /// A directory for one machine.
@@ -319,16 +338,7 @@ impl Ratoon {
             BOOT_PATIENCE,
         );
         let seen = seen.with_context(|| last_words(self.dir.path(), &["vmm.log", "serial.log"]))?;
-        let (stream, _) = seen.stream.context("the runtime's connection")?;
-        stream.set_nonblocking(false)?;
-        let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
-        let hello_ns = monotonic_ns() - self.spawned_ns;
-        Ok(Ready {
-            client,
-            hello_ns,
-            console_ns: seen.console_ns,
-            cpu_ns: seen.cpu_ns,
-        })
+        Ready::of(seen, self.spawned_ns)
     }
 
     /// Stops the VM and waits for the whole end of its process. Returns how long that took.
@@ -371,8 +381,8 @@ pub fn accept(listener: &UnixListener) -> Result<UnixStream> {
 /// What was seen of a machine on its way up. Times are after the spawn.
 #[derive(Debug)]
 pub struct Seen {
-    /// The runtime's connection, and when it was there; none without vsock.
-    pub stream: Option<(UnixStream, u64)>,
+    /// The runtime's connection; none without vsock.
+    pub stream: Option<UnixStream>,
     /// When the console's ready line was there, if it was looked for and came first.
     pub console_ns: Option<u64>,
     /// CPU time of the process until that line.
@@ -405,7 +415,7 @@ pub fn watch(
         }
         match ready.map(UnixListener::accept) {
             Some(Ok((stream, _))) => {
-                seen.stream = Some((stream, monotonic_ns() - spawned_ns));
+                seen.stream = Some(stream);
                 return Ok(seen);
             }
             None if seen.console_ns.is_some() => return Ok(seen),

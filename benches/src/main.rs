@@ -1,118 +1,89 @@
-//! `ratoon-bench`: measures Ratoon on this machine, with raw samples, and beside a peer.
+//! `ratoon-bench`: measures Ratoon on this machine, with raw samples, beside peers.
 //!
-//! `docs/benchmarks.md` says what each figure means. It writes `samples.jsonl` (one line a sample,
-//! as they are taken), `host.json` and `summary.md`, and prints the summary. ^C ends the run with
-//! what there is; the summary then says that it is partial.
+//! `docs/benchmarks.md` says what each figure means. A run writes `samples.jsonl` (one line a
+//! sample, as they are taken) and, at its end, what is made of it: `summary.md`. ^C ends
+//! the run with what there is; the summary then says that it is partial.
 
+mod budget;
+mod clock;
 mod host;
 mod machine;
+mod peer;
 mod proc;
+mod record;
 mod samples;
 mod sandbox;
 mod scenario;
+mod stats;
+mod summary;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use ratoon_engine::Programs;
 use ratoon_engine::dirs::Dirs;
 use ratoon_engine::image::ImageStore;
 use ratoon_engine::initramfs;
 
+use budget::Budget;
 use machine::{Interrupted, Parts, STOP};
+use record::Outcome;
 use samples::Samples;
 use scenario::Plan;
+use scenario::choice::Choice;
+
+/// A full run takes no longer, building and the last round aside.
+const FULL: Duration = Duration::from_secs(14 * 60);
+/// A quick one.
+const QUICK: Duration = Duration::from_secs(105);
 
 /// Measures Ratoon on this machine.
 ///
 /// Exit status: 0 when all scenarios ran, 1 when one failed, 130 when interrupted.
 #[derive(Parser)]
-#[command(name = "ratoon-bench", version)]
+#[command(name = "ratoon-bench", version, max_term_width = 100)]
 struct Args {
-    /// Fewer rounds.
+    /// Two minutes in all: fewer scenarios, fewer rounds.
     #[arg(long)]
     quick: bool,
-    /// Folder for samples.jsonl, host.json and summary.md; made when missing.
+    /// Folder for samples.jsonl and what is made of it; made when missing.
     #[arg(long, value_name = "DIR", default_value = "bench-results")]
     out: PathBuf,
-    /// How many rounds each scenario does, in place of its own number.
+    /// How many rounds each scenario does, however long they take.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     runs: Option<u32>,
-    /// QEMU for the comparison; default: qemu-system-x86_64 on the PATH.
-    #[arg(long, value_name = "PATH")]
-    qemu: Option<PathBuf>,
+    /// How long the whole run may take; default: 840, with --quick 105.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    time: Option<u32>,
+    /// A peer to measure beside us; may be given more than once. QEMU is found on the PATH.
+    #[arg(long = "peer", value_name = "NAME=PATH", value_parser = peer)]
+    peers: Vec<(String, PathBuf)>,
     /// The image whose disk guests boot from.
     #[arg(long, default_value = "debian")]
     image: String,
-    /// What to measure.
-    #[arg(required = true, value_enum)]
+    /// What to measure; default: all.
+    #[arg(value_enum)]
     scenarios: Vec<Choice>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Choice {
-    /// Spawn to first guest instruction (R1), by phase.
-    Start,
-    /// Memory of the VMM beyond its guest's.
-    Memory,
-    /// Spawn to an answering runtime (R3), beside QEMU's microvm.
-    Boot,
-    /// Reads through a guest.
-    Block,
-    /// The socket device: throughput and round trips.
-    Vsock,
-    /// The runtime's calls: ping, commands, code.
-    Runtime,
-    /// Machines from a snapshot: to the first instruction, answer and command.
-    Restore,
-    /// How long a machine that is frozen stands still.
-    Freeze,
-    /// Memory of idle machines from one snapshot.
-    Clones,
-    /// Children of a running machine: one, a hundred, deep ones.
-    Fork,
-    /// `ratoon run`, whole, the second time.
-    Run,
-    /// All of them.
-    All,
-}
+/// Peers that adapters exist for.
+const PEERS: [&str; 3] = ["firecracker", "cloud-hypervisor", "qemu"];
 
-impl Choice {
-    const EACH: [Self; 11] = [
-        Self::Start,
-        Self::Memory,
-        Self::Boot,
-        Self::Block,
-        Self::Vsock,
-        Self::Runtime,
-        Self::Restore,
-        Self::Freeze,
-        Self::Clones,
-        Self::Fork,
-        Self::Run,
-    ];
-
-    fn run(self, plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-        match self {
-            Self::Start => scenario::start::run(plan, samples),
-            Self::Memory => scenario::memory::run(plan, samples),
-            Self::Boot => scenario::boot::run(plan, samples),
-            Self::Block => scenario::block::run(plan, samples),
-            Self::Vsock => scenario::vsock::run(plan, samples),
-            Self::Runtime => scenario::runtime::run(plan, samples),
-            Self::Restore => scenario::restore::run(plan, samples),
-            Self::Freeze => scenario::freeze::run(plan, samples),
-            Self::Clones => scenario::clones::run(plan, samples),
-            Self::Fork => scenario::fork::run(plan, samples),
-            Self::Run => scenario::run::run(plan, samples),
-            Self::All => Self::EACH
-                .into_iter()
-                .try_for_each(|choice| choice.run(plan, samples)),
-        }
+fn peer(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("NAME=PATH is wanted")?;
+    if !PEERS.contains(&name) {
+        return Err(format!("no peer {name}; there are {}", PEERS.join(", ")));
     }
+    let path = PathBuf::from(path);
+    if !path.is_file() {
+        return Err(format!("{}: no such program", path.display()));
+    }
+    Ok((name.to_owned(), path))
 }
 
 /// A release build has no table of debugging lines; a debug build's figures would mean nothing.
@@ -156,10 +127,9 @@ fn parts(args: &Args) -> Result<Parts> {
         .write(true)
         .open("/dev/kvm")
         .context("/dev/kvm: `ratoon doctor` says how to mend it")?;
-    if let Some(qemu) = &args.qemu
-        && !qemu.is_file()
-    {
-        bail!("--qemu {}: no such program", qemu.display());
+    let mut peers: BTreeMap<String, PathBuf> = args.peers.iter().cloned().collect();
+    if let Some(qemu) = on_path("qemu-system-x86_64") {
+        peers.entry("qemu".into()).or_insert(qemu);
     }
     let vmm = release_program(bin.join("ratoon-vmm"))?;
     Ok(Parts {
@@ -174,7 +144,9 @@ fn parts(args: &Args) -> Result<Parts> {
         kernel,
         initramfs: initramfs::ensure(&runtime, &dirs.cache().join("initramfs"))?,
         disk: ImageStore::open(dirs.cache())?.get(&args.image)?.disk,
-        qemu: args.qemu.clone().or_else(|| on_path("qemu-system-x86_64")),
+        warm: std::sync::Arc::default(),
+        saved: std::sync::Arc::default(),
+        peers,
     })
 }
 
@@ -191,48 +163,83 @@ fn stop_on_signals() -> Result<()> {
     Ok(())
 }
 
+/// How the scenarios went.
+struct Went {
+    code: ExitCode,
+    /// Why not all is there that was asked for.
+    partial: Option<String>,
+}
+
+/// Runs the scenarios, each within its share of what is left of the time.
+fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
+    let whole = match (args.runs, args.time) {
+        (_, Some(seconds)) => Duration::from_secs(seconds.into()),
+        (Some(_), None) => Duration::MAX / 4,
+        (None, None) if args.quick => QUICK,
+        (None, None) => FULL,
+    };
+    let begun = Instant::now();
+    let chosen = Choice::plan(&args.scenarios, args.quick);
+    let share = |choices: &[Choice]| -> f64 { choices.iter().map(|c| c.share(args.quick)).sum() };
+    let mut went = Went {
+        code: ExitCode::SUCCESS,
+        partial: None,
+    };
+    let mut failed = Vec::new();
+    for (index, choice) in chosen.iter().enumerate() {
+        let name = choice.name();
+        if STOP.load(Ordering::Relaxed) || samples.is_torn() {
+            samples.scenario_ended(&name, Outcome::NotBegun, 0.0, None);
+            continue;
+        }
+        let left = whole.saturating_sub(begun.elapsed());
+        let plan = Plan {
+            parts,
+            quick: args.quick,
+            runs: args.runs.map(|n| n as usize),
+            budget: Budget::of(left.mul_f64(choice.share(args.quick) / share(&chosen[index..]))),
+        };
+        eprintln!("ratoon-bench: {name} …");
+        let from = Instant::now();
+        let result = choice.run(&plan, samples);
+        let took = from.elapsed().as_secs_f64();
+        let (outcome, error) = match result {
+            Ok(()) if plan.budget.ran_out() => (Outcome::OutOfTime, None),
+            Ok(()) => (Outcome::Done, None),
+            Err(error) if error.is::<Interrupted>() || STOP.load(Ordering::Relaxed) => {
+                went.code = ExitCode::from(130);
+                (Outcome::Interrupted, None)
+            }
+            Err(error) => {
+                eprintln!("ratoon-bench: {name}: {error:#}");
+                went.code = ExitCode::FAILURE;
+                failed.push(name.clone());
+                (Outcome::Failed, Some(format!("{error:#}")))
+            }
+        };
+        samples.scenario_ended(&name, outcome, took, error);
+    }
+    if STOP.load(Ordering::Relaxed) {
+        went.partial = Some("interrupted".into());
+    } else if !failed.is_empty() {
+        went.partial = Some(format!("failed: {}", failed.join(", ")));
+    }
+    went
+}
+
 fn run(args: &Args) -> Result<ExitCode> {
     let parts = parts(args)?;
     stop_on_signals()?;
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("output folder {}", args.out.display()))?;
-    let mut host = host::facts(parts.qemu.as_deref());
-    let mut samples = Samples::create(&args.out.join("samples.jsonl"))?;
-    let plan = Plan {
-        parts: &parts,
-        quick: args.quick,
-        runs: args.runs.map(|n| n as usize),
-    };
-    let chosen: Vec<Choice> = if args.scenarios.contains(&Choice::All) {
-        Choice::EACH.to_vec()
-    } else {
-        args.scenarios.clone()
-    };
-    let mut code = ExitCode::SUCCESS;
-    for choice in chosen {
-        eprintln!("ratoon-bench: {choice:?} …");
-        let Err(error) = choice.run(&plan, &mut samples) else {
-            continue;
-        };
-        if error.is::<Interrupted>() || STOP.load(Ordering::Relaxed) {
-            samples.note("PARTIAL: interrupted");
-            code = ExitCode::from(130);
-            break;
-        }
-        eprintln!("ratoon-bench: {choice:?}: {error:#}");
-        samples.note(format!("{choice:?} FAILED: {error:#}"));
-        code = ExitCode::FAILURE;
-    }
-    host.noise_after = Some(host::noise());
-    let summary = format!("{}\n{}", host.markdown(), samples.markdown());
-    std::fs::write(
-        args.out.join("host.json"),
-        serde_json::to_vec_pretty(&host)?,
-    )
-    .context("host.json")?;
+    let host = host::facts(host::versions(&parts.peers));
+    let mut samples = Samples::create(&args.out.join("samples.jsonl"), &host, args.quick)?;
+    let went = measure(args, &parts, &mut samples);
+    samples.end(Some(host::noise()), went.partial);
+    let summary = summary::markdown(samples.records());
     std::fs::write(args.out.join("summary.md"), &summary).context("summary.md")?;
     print!("{summary}");
-    Ok(code)
+    Ok(went.code)
 }
 
 fn main() -> ExitCode {

@@ -12,9 +12,10 @@ use ratoon_engine::runtime::{CallIo, RuntimeClient};
 use ratoon_engine::snapshot::Quiet;
 use ratoon_engine::snapshots::{Keep, RestoreSpec};
 use ratoon_engine::vm::control::Control;
+use ratoon_engine::vm::freeze::{self, Child, Waking};
 use ratoon_engine::vm::launch::Vm;
 use ratoon_engine::{Engine, RunSpec};
-use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus};
+use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus, FreezeParams};
 use ratoon_vmm_api::MetricsReply;
 use tempfile::TempDir;
 
@@ -89,13 +90,7 @@ impl Sandboxes {
         };
         let mut vm = self.engine.start(&spec, None)?.vm;
         let mut client = vm.runtime()?;
-        exec(
-            &mut client,
-            &["python3", "-c", "import json"],
-            &mut io::sink(),
-        )?;
-        exec(&mut client, &["true"], &mut io::sink())?;
-        cell(&mut client, "import json, time")?;
+        warm_up(&mut client)?;
         Ok((vm, client))
     }
 
@@ -185,6 +180,49 @@ impl std::fmt::Debug for WarmMachines {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("WarmMachines").finish_non_exhaustive()
     }
+}
+
+/// Runs what later measurements run, in any system's machine.
+///
+/// # Errors
+/// When a command or cell fails.
+pub fn warm_up(client: &mut RuntimeClient) -> Result<()> {
+    exec(client, &["python3", "-c", "import json"], &mut io::sink())?;
+    exec(client, &["true"], &mut io::sink())?;
+    cell(client, "import json, time")?;
+    Ok(())
+}
+
+/// Who a machine is that was not made by the engine: another name each time, as a child gets one.
+///
+/// # Errors
+/// When the system has no random numbers.
+pub fn child() -> Result<Waking> {
+    let mut hostname = freeze::machine_id()?;
+    hostname.truncate(12);
+    Ok(Waking {
+        id: "bench".into(),
+        generation: "bench".into(),
+        index: None,
+        child: Some(Child {
+            hostname: Some(hostname),
+            ..Child::default()
+        }),
+    })
+}
+
+/// Tells a machine's runtime to stop its processes and expect a wake.
+///
+/// # Errors
+/// When it does not.
+pub fn still(client: &mut RuntimeClient) -> Result<()> {
+    let still = FreezeParams {
+        processes: true,
+        file_systems: false,
+    };
+    client.call::<()>(&Call::Freeze(still), "stopped its processes", PATIENCE)?;
+    client.call::<()>(&Call::ExpectWake, "expected its wake", PATIENCE)?;
+    Ok(())
 }
 
 /// What a machine's VMM has counted.

@@ -16,6 +16,7 @@ mod firecracker;
 mod http;
 mod place;
 mod qemu;
+mod saved;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use anyhow::Result;
 use ratoon_vmm::host;
 
 pub use place::{Place, Running};
+pub use saved::{SavedPeers, Woken, wake};
 
 use crate::machine::{Parts, STOP};
 use crate::record::Text;
@@ -131,7 +133,7 @@ impl<'p> Guest<'p> {
 }
 
 /// How long a guest of a peer may take for anything.
-const PATIENCE: Duration = Duration::from_secs(240);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The adapters of these programs, by the names of [`crate::machine::Parts::peers`].
 pub fn adapters(programs: &BTreeMap<String, PathBuf>) -> Vec<Box<dyn Adapter>> {
@@ -174,9 +176,10 @@ impl<'p> Peers<'p> {
         Ok(Self { scenario, standing })
     }
 
-    /// Those that are still there.
-    pub fn names(&self) -> Vec<&'static str> {
-        self.standing.iter().map(|peer| peer.name()).collect()
+    /// Ours, and those that are still there.
+    pub fn names_with_ours(&self) -> Vec<&'static str> {
+        let theirs = self.standing.iter().map(|peer| peer.name());
+        std::iter::once("ratoon").chain(theirs).collect()
     }
 
     /// Lets one do something. If it fails it is n/a from then on, with its words.

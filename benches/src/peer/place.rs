@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use super::{Adapter, Guest};
 use crate::clock::monotonic_ns;
-use crate::machine::{Process, Seen, go_on, last_words, new_dir, watch};
+use crate::machine::{Process, Ready, Seen, go_on, last_words, new_dir, watch};
 
 /// How often a new process is looked at for its API: a tenth of what it takes.
 const API_LOOK: Duration = Duration::from_micros(200);
@@ -197,6 +197,16 @@ impl Running<'_> {
             patience,
         );
         seen.map_err(|error| self.explain(error))
+    }
+
+    /// Waits for the runtime's first HELLO, the ready line on the way.
+    ///
+    /// # Errors
+    /// When the process ends first or it takes too long.
+    pub fn hello(&mut self) -> Result<Ready> {
+        let seen = self.ready()?;
+        let spawned_ns = self.spawned_ns;
+        Ready::of(seen, spawned_ns).map_err(|error| self.explain(error))
     }
 
     /// A new connection to the runtime, as far as its HELLO.
