@@ -10,6 +10,7 @@ mod budget;
 mod clock;
 mod host;
 mod machine;
+mod peer;
 mod proc;
 mod record;
 mod report;
@@ -146,7 +147,8 @@ fn parts(args: &Args) -> Result<Parts> {
         kernel,
         initramfs: initramfs::ensure(&runtime, &dirs.cache().join("initramfs"))?,
         disk: ImageStore::open(dirs.cache())?.get(&args.image)?.disk,
-        qemu: peers.get("qemu").cloned(),
+        warm: std::sync::Arc::default(),
+        saved: std::sync::Arc::default(),
         peers,
     })
 }

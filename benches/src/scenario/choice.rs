@@ -13,24 +13,30 @@ pub enum Choice {
     Null,
     /// Spawn to first guest instruction (R1), by phase.
     Start,
-    /// Memory of the VMM beyond its guest's.
-    Memory,
-    /// Spawn to an answering runtime (R3), beside QEMU's microvm.
+    /// Spawn to an answering runtime (R3), beside peers.
     Boot,
+    /// Machines from a snapshot: to the first instruction, answer and command, beside peers.
+    Restore,
+    /// The runtime's calls in a machine that runs, beside peers: ping, commands, code.
+    Exec,
+    /// Memory of a VMM beyond its guest's, booted and cloned, beside peers.
+    Memory,
+    /// How long a machine that is frozen stands still, as it sees it.
+    Pause,
+    /// Many restores at once.
+    Burst,
+    /// Machines asked for by a Poisson process, from when each was meant to be.
+    Sustained,
+    /// How many machines the host takes.
+    Density,
+    /// Children of a running machine: one, a hundred, deep ones.
+    Fork,
     /// Reads through a guest.
     Block,
     /// The socket device: throughput and round trips.
     Vsock,
-    /// The runtime's calls: ping, commands, code.
-    Runtime,
-    /// Machines from a snapshot: to the first instruction, answer and command.
-    Restore,
-    /// How long a machine that is frozen stands still.
-    Freeze,
-    /// Memory of idle machines from one snapshot.
-    Clones,
-    /// Children of a running machine: one, a hundred, deep ones.
-    Fork,
+    /// The network device: throughput and round trips over a tap.
+    Net,
     /// `ratoon run`, whole, the second time.
     Run,
     /// All of them.
@@ -39,19 +45,22 @@ pub enum Choice {
 
 /// Scenarios in the order in which they run, each with its share of the time of a full run and of
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
-const SHARES: [(Choice, u32, Option<u32>); 12] = [
+const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Null, 1, Some(1)),
-    (Choice::Start, 60, Some(12)),
-    (Choice::Memory, 20, Some(15)),
-    (Choice::Boot, 150, Some(30)),
-    (Choice::Block, 80, None),
-    (Choice::Vsock, 60, None),
-    (Choice::Runtime, 60, None),
-    (Choice::Restore, 150, Some(30)),
-    (Choice::Freeze, 60, None),
-    (Choice::Clones, 40, None),
-    (Choice::Fork, 150, Some(30)),
-    (Choice::Run, 40, None),
+    (Choice::Start, 30, Some(8)),
+    (Choice::Boot, 120, Some(26)),
+    (Choice::Restore, 200, Some(45)),
+    (Choice::Exec, 60, Some(8)),
+    (Choice::Memory, 60, Some(6)),
+    (Choice::Pause, 70, None),
+    (Choice::Burst, 40, Some(7)),
+    (Choice::Sustained, 60, None),
+    (Choice::Density, 40, None),
+    (Choice::Fork, 120, None),
+    (Choice::Block, 50, None),
+    (Choice::Vsock, 50, None),
+    (Choice::Net, 40, None),
+    (Choice::Run, 30, None),
 ];
 
 impl Choice {
@@ -90,15 +99,18 @@ impl Choice {
         match self {
             Self::Null => super::null::run(plan, samples),
             Self::Start => super::start::run(plan, samples),
-            Self::Memory => super::memory::run(plan, samples),
             Self::Boot => super::boot::run(plan, samples),
+            Self::Restore => super::restore::run(plan, samples),
+            Self::Exec => super::exec::run(plan, samples),
+            Self::Memory => super::memory::run(plan, samples),
+            Self::Pause => super::pause::run(plan, samples),
+            Self::Burst => super::burst::run(plan, samples),
+            Self::Sustained => super::sustained::run(plan, samples),
+            Self::Density => super::density::run(plan, samples),
+            Self::Fork => super::fork::run(plan, samples),
             Self::Block => super::block::run(plan, samples),
             Self::Vsock => super::vsock::run(plan, samples),
-            Self::Runtime => super::runtime::run(plan, samples),
-            Self::Restore => super::restore::run(plan, samples),
-            Self::Freeze => super::freeze::run(plan, samples),
-            Self::Clones => super::clones::run(plan, samples),
-            Self::Fork => super::fork::run(plan, samples),
+            Self::Net => super::net::run(plan, samples),
             Self::Run => super::run::run(plan, samples),
             // Never in a plan: it stands for the others.
             Self::All => Ok(()),

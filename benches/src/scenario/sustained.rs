@@ -1,0 +1,218 @@
+//! Machines asked for by a Poisson process: what callers wait who do not wait for each other.
+//!
+//! The arrivals are drawn before the first one, with a fixed seed. Each restores a machine from the warm
+//! snapshot, runs `true` and ends it. Latency counts from the moment at which the caller was *meant* to come:
+//! a stall makes all who come meanwhile wait, and is seen in all of them (no coordinated omission).
+//!
+//! Rates are shares of what the host can do, as a few restores one after the other tell: a fixed rate would be
+//! idleness on one host and a queue without end on another. Where a queue grows all the same, callers beyond
+//! those that may be inside wait, and their time counts.
+
+use std::io;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::{Plan, exec, series};
+use crate::machine::go_on;
+use crate::samples::{Readiness, Samples, number};
+use crate::sandbox::{Sandboxes, Warm};
+
+const NAME: &str = "sustained";
+const MIB: u64 = 256;
+const SEED: u64 = 0x5241_544f_4f4e;
+/// Shares of the host's capacity.
+const LOADS: [f64; 3] = [0.25, 0.5, 0.75];
+/// Callers that may be inside at once.
+const INSIDE_MAX: usize = 64;
+/// No more arrivals than these in one load.
+const ARRIVALS_MAX: usize = 5_000;
+
+/// Runs it.
+///
+/// # Errors
+/// When a machine does not come up.
+pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
+    let warm = plan.parts.warm.of(plan.parts, MIB)?;
+    let capacity = capacity(&warm.sandboxes)?;
+    let loads = if plan.quick { &LOADS[1..2] } else { &LOADS[..] };
+    for (index, &load) in loads.iter().enumerate() {
+        let rate = capacity * load;
+        // A half for the arrivals' time, the rest for who is late.
+        let time = plan.budget.part(1.0 / (loads.len() - index) as f64).left();
+        let most = plan.runs.unwrap_or(ARRIVALS_MAX);
+        let time = time.min(Duration::from_secs(600)).mul_f64(0.7);
+        let mut arrivals = arrivals(SEED, rate, time, most);
+        if arrivals.is_empty() {
+            arrivals.push(Duration::ZERO);
+        }
+        samples.note(format!(
+            "sustained: {load} of this host's {} a second: {} arrivals at {} a second, seed {SEED:#x}",
+            number(capacity),
+            arrivals.len(),
+            number(rate)
+        ));
+        let came = serve(&warm.sandboxes, &arrivals)?;
+        for (round, (meant, waited)) in came.into_iter().enumerate() {
+            let series = series(
+                NAME,
+                "ratoon",
+                "meant arrival to the end of true",
+                "ms",
+                Readiness::R4,
+            );
+            let series = series.case(format!("load {load}"));
+            samples.add_from(&series, round, waited.as_secs_f64() * 1e3, meant)?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores a second that the host can do, its processors shared by as many callers.
+fn capacity(sandboxes: &Sandboxes) -> Result<f64> {
+    let callers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    const EACH: usize = 2;
+    one(sandboxes)?;
+    let from = Instant::now();
+    std::thread::scope(|scope| -> Result<()> {
+        let serve = || (0..EACH).try_for_each(|_| one(sandboxes));
+        let callers: Vec<_> = (0..callers).map(|_| scope.spawn(serve)).collect();
+        for caller in callers {
+            caller
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(())
+    })?;
+    Ok((callers * EACH) as f64 / from.elapsed().as_secs_f64())
+}
+
+fn one(sandboxes: &Sandboxes) -> Result<()> {
+    go_on()?;
+    let (vm, mut client) = sandboxes.restore(Warm::SNAPSHOT)?;
+    exec(&mut client, &["true"], &mut io::sink())?;
+    drop(client);
+    vm.end()?;
+    Ok(())
+}
+
+/// How many callers are inside.
+#[derive(Default)]
+struct Door {
+    inside: Mutex<usize>,
+    left: Condvar,
+}
+
+impl Door {
+    fn enter(&self) {
+        let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = self
+            .left
+            .wait_while(inside, |inside| *inside >= INSIDE_MAX)
+            .unwrap_or_else(PoisonError::into_inner);
+        *inside += 1;
+    }
+
+    fn leave(&self) {
+        *self.inside.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.left.notify_one();
+    }
+}
+
+/// Serves all; when each was meant to come, and how long it waited from then on until its command had ended.
+fn serve(sandboxes: &Sandboxes, arrivals: &[Duration]) -> Result<Vec<(Instant, Duration)>> {
+    let door = Door::default();
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let mut callers = Vec::new();
+        for &offset in arrivals {
+            let meant = begun + offset;
+            std::thread::sleep(meant.saturating_duration_since(Instant::now()));
+            // An interrupt is told by who is inside.
+            if go_on().is_err() {
+                break;
+            }
+            door.enter();
+            let door = &door;
+            callers.push(scope.spawn(move || {
+                let restored = (|| -> Result<_> {
+                    go_on()?;
+                    let (vm, mut client) = sandboxes.restore(Warm::SNAPSHOT)?;
+                    exec(&mut client, &["true"], &mut io::sink())?;
+                    Ok((vm, meant.elapsed()))
+                })();
+                let served = restored.and_then(|(vm, waited)| {
+                    vm.end()?;
+                    Ok((meant, waited))
+                });
+                door.leave();
+                served
+            }));
+        }
+        let mut served = Vec::new();
+        for caller in callers {
+            let one = caller
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            served.push(one?);
+        }
+        go_on()?;
+        Ok(served)
+    })
+}
+
+/// When callers come within `time`, `rate` of them a second on average: gaps are exponential.
+fn arrivals(seed: u64, rate: f64, time: Duration, most: usize) -> Vec<Duration> {
+    let mut random = Random(seed);
+    let mut at = 0.0;
+    std::iter::from_fn(|| {
+        at += -random.fraction().ln() / rate;
+        (at < time.as_secs_f64()).then(|| Duration::from_secs_f64(at))
+    })
+    .take(most)
+    .collect()
+}
+
+/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
+struct Random(u64);
+
+impl Random {
+    fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Above 0, at most 1.
+    fn fraction(&mut self) -> f64 {
+        ((self.number() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrivals_come_at_their_rate_with_exponential_gaps_and_the_same_for_a_seed() {
+        let time = Duration::from_secs(1000);
+        let first = arrivals(1, 5.0, time, usize::MAX);
+        assert_eq!(first, arrivals(1, 5.0, time, usize::MAX));
+        assert_ne!(first, arrivals(2, 5.0, time, usize::MAX));
+        assert!((4800..5200).contains(&first.len()), "{}", first.len());
+        assert!(first.is_sorted() && *first.last().unwrap() < time);
+        // Of exponential gaps 1 - 1/e are shorter than the mean.
+        let short = first.windows(2).filter(|two| two[1] - two[0] < Duration::from_millis(200));
+        let share = short.count() as f64 / first.len() as f64;
+        assert!((0.60..0.66).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn there_are_no_more_arrivals_than_are_wanted() {
+        assert_eq!(arrivals(1, 100.0, Duration::from_secs(100), 7).len(), 7);
+        assert!(arrivals(1, 1e-9, Duration::from_secs(1), 7).is_empty());
+    }
+}
