@@ -238,9 +238,7 @@ fn caveats(a: &Analysis, b: &Analysis) -> Vec<String> {
     for (name, of) in facts {
         let (first, second) = (of(&a.host), of(&b.host));
         if first != second {
-            caveats.push(format!(
-                "another {name}: first “{first}”, then “{second}”"
-            ));
+            caveats.push(format!("another {name}: first “{first}”, then “{second}”"));
         }
     }
     let (first, second) = (a.host.noise_before.median_ms, b.host.noise_before.median_ms);

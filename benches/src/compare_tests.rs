@@ -60,7 +60,10 @@ fn one(unit: &'static str, a: Vec<f64>, b: Vec<f64>) -> String {
 fn a_slower_run_is_told_with_how_much_and_the_interval_of_that() {
     let words = one("ms", noisy(1, 10.0, 50), noisy(2, 11.2, 50));
     assert!(words.starts_with("slower by 1"), "{words}");
-    assert!(words.contains(" % (") && words.contains("p < 0.001"), "{words}");
+    assert!(
+        words.contains(" % (") && words.contains("p < 0.001"),
+        "{words}"
+    );
     assert!(words.contains("effect large (+"), "{words}");
     let words = one("MiB/s", noisy(1, 10.0, 50), noisy(2, 9.0, 50));
     assert!(words.starts_with("lower by 1"), "{words}");
@@ -85,7 +88,10 @@ fn few_samples_prove_nothing_however_far_apart() {
 
 #[test]
 fn counts_that_never_vary_are_compared_as_they_are() {
-    assert_eq!(one("count", vec![7.0; 3], vec![7.0; 4]), "the same, always 7.00");
+    assert_eq!(
+        one("count", vec![7.0; 3], vec![7.0; 4]),
+        "the same, always 7.00"
+    );
     assert_eq!(
         one("count", vec![200.0; 3], vec![203.0; 3]),
         "more: always 200, then always 203 (+1.50 %)"
@@ -134,7 +140,10 @@ fn among_many_figures_without_a_difference_none_is_found() {
 
 #[test]
 fn what_only_one_run_has_and_another_machine_are_told() {
-    let mut b = run(&[(series("y", "ms"), noisy(1, 1.0, 9)), (series("x", "ms"), vec![1.0; 9])]);
+    let mut b = run(&[
+        (series("y", "ms"), noisy(1, 1.0, 9)),
+        (series("x", "ms"), vec![1.0; 9]),
+    ]);
     b.host.kernel = "7.0".into();
     b.host.noise_before.median_ms = 30.0;
     let a = run(&[(series("x", "ms"), vec![1.0; 9])]);

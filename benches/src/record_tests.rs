@@ -46,7 +46,10 @@ fn a_last_line_without_its_end_is_left_out_and_told() {
 #[test]
 fn garbage_is_refused_with_its_line() {
     let message = refusal(&(header() + SAMPLE + "garbage\n" + SAMPLE));
-    assert!(message.contains("line 3: not a line of `ratoon bench`"), "{message}");
+    assert!(
+        message.contains("line 3: not a line of `ratoon bench`"),
+        "{message}"
+    );
     let message = refusal("\u{7f}ELF\u{1}\u{1}");
     assert!(message.contains("line 1: not a line"), "{message}");
     let message = refusal(SAMPLE);

@@ -67,12 +67,7 @@ struct Kind<'s> {
     snapshot: &'static str,
 }
 
-fn one_size(
-    plan: &Plan<'_>,
-    budget: &Budget<'_>,
-    samples: &mut Samples,
-    mib: u64,
-) -> Result<()> {
+fn one_size(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, mib: u64) -> Result<()> {
     let warm = plan.parts.warm.of(plan.parts, mib)?;
     let (steady, mut steady_client) = warm.original()?;
     let with_shells = warm.sandboxes.beside(mib, 2)?;
