@@ -113,7 +113,11 @@ impl Place {
             go_on()?;
             running.alive()?;
             if from.elapsed() > self.patience {
-                bail!("no API within {} s; {}", self.patience.as_secs_f32(), self.words());
+                bail!(
+                    "no API within {} s; {}",
+                    self.patience.as_secs_f32(),
+                    self.words()
+                );
             }
             std::thread::sleep(API_LOOK);
         }

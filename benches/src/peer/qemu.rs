@@ -10,8 +10,7 @@ use anyhow::{Result, bail};
 
 use super::{Ability, Adapter, Guest, Place};
 
-const MACHINE: &str =
-    "microvm,x-option-roms=off,pit=on,pic=on,rtc=off,isa-serial=on,acpi=off";
+const MACHINE: &str = "microvm,x-option-roms=off,pit=on,pic=on,rtc=off,isa-serial=on,acpi=off";
 
 #[derive(Debug)]
 struct Qemu {

@@ -81,7 +81,13 @@ fn once(sandboxes: &Sandboxes, samples: &mut Samples, count: usize, round: usize
         last = last.max(came.ended);
         came.vm.end()?;
     }
-    let all = series(NAME, "ratoon", "asked to the last one's end", "ms", Readiness::R4);
+    let all = series(
+        NAME,
+        "ratoon",
+        "asked to the last one's end",
+        "ms",
+        Readiness::R4,
+    );
     let ms = last.saturating_sub(asked) as f64 / 1e6;
     samples.add(&all.case(case(count)), round, ms)
 }

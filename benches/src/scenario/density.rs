@@ -55,7 +55,13 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         let (vm, mut client) = warm.sandboxes.restore(Warm::SNAPSHOT)?;
         exec(&mut client, &["true"], &mut io::sink())?;
         let ms = (monotonic_ns() - asked) as f64 / 1e6;
-        let what = series(NAME, "ratoon", "asked to the end of true", "ms", Readiness::R4);
+        let what = series(
+            NAME,
+            "ratoon",
+            "asked to the end of true",
+            "ms",
+            Readiness::R4,
+        );
         samples.add(&what, machines.len(), ms)?;
         latencies.push(ms);
         machines.push((vm, client));

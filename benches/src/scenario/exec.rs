@@ -83,9 +83,11 @@ const CALLS: [Asked; 3] = [
     ("exec true", Readiness::R4, |client| {
         exec(client, &["true"], &mut io::sink())
     }),
-    ("statement in the default context", Readiness::R4, |client| {
-        sandbox::cell(client, "1 + 1").map(drop)
-    }),
+    (
+        "statement in the default context",
+        Readiness::R4,
+        |client| sandbox::cell(client, "1 + 1").map(drop),
+    ),
 ];
 
 fn beside_peers(

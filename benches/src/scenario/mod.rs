@@ -68,13 +68,7 @@ fn series(
 }
 
 /// Tells ours against a peer's, when both have a median.
-fn note_ratio(
-    samples: &mut Samples,
-    scenario: &'static str,
-    case: &str,
-    metric: &str,
-    peer: &str,
-) {
+fn note_ratio(samples: &mut Samples, scenario: &'static str, case: &str, metric: &str, peer: &str) {
     let p50 = |system| percentile(samples.of_case(scenario, system, case, metric), 50);
     if peer == "ratoon" {
         return;

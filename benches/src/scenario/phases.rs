@@ -35,7 +35,11 @@ impl Timeline {
             ("phase: vCPUs", it.vcpus_ns, R0),
             ("phase: kernel or state loaded", it.loaded_ns, R0),
             ("phase: devices", it.devices_ns, R0),
-            ("phase: first guest instruction", it.first_instruction_ns, R1),
+            (
+                "phase: first guest instruction",
+                it.first_instruction_ns,
+                R1,
+            ),
         ];
         // Of a boot the runtime speaks first.
         if it.wake_ns != 0 && it.wake_ns < it.answer_ns {

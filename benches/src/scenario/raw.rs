@@ -165,7 +165,13 @@ impl<'a> Haul<'a> {
     pub fn end(self, samples: &mut Samples, what: &str, bytes: usize, turn: usize) -> Result<()> {
         let seconds = self.from.elapsed().as_secs_f64();
         let mib = bytes as f64 / (1 << 20) as f64;
-        let rate = series(self.scenario, "ratoon", what.to_owned(), "MiB/s", Readiness::None);
+        let rate = series(
+            self.scenario,
+            "ratoon",
+            what.to_owned(),
+            "MiB/s",
+            Readiness::None,
+        );
         samples.add(&rate, turn, mib / seconds)?;
         if let (Some(before), Some(after)) = (self.instructions, counters(&self.vm.metrics()?)[0]) {
             let what = format!("{what}: guest-kernel instructions");

@@ -205,7 +205,9 @@ mod tests {
         assert!((4800..5200).contains(&first.len()), "{}", first.len());
         assert!(first.is_sorted() && *first.last().unwrap() < time);
         // Of exponential gaps 1 - 1/e are shorter than the mean.
-        let short = first.windows(2).filter(|two| two[1] - two[0] < Duration::from_millis(200));
+        let short = first
+            .windows(2)
+            .filter(|two| two[1] - two[0] < Duration::from_millis(200));
         let share = short.count() as f64 / first.len() as f64;
         assert!((0.60..0.66).contains(&share), "{share}");
     }
