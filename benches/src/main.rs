@@ -3,13 +3,15 @@
 //! `docs/benchmarks.md` says what each figure means. A run writes `samples.jsonl` (one line a
 //! sample, as they are taken) and, at its end, what is made of it: `report.html`, `summary.md`,
 //! `report.json`. ^C ends the run with what there is; the reports then say that it is partial.
-//! `compare` tells two runs apart, `report` makes the reports again.
+//! `compare` tells two runs apart, `gate` holds counts against a baseline, `report` makes the reports
+//! again.
 
 mod analysis;
 mod arrivals;
 mod budget;
 mod clock;
 mod compare;
+mod gate;
 mod host;
 mod machine;
 mod peer;
@@ -46,6 +48,7 @@ use clap::{Parser, Subcommand};
   ratoon bench --peer firecracker=./firecracker boot
   ratoon bench compare before after
   ratoon bench report before
+  ratoon bench gate
 
 docs/benchmarks.md explains the method.")]
 struct Cli {
@@ -66,6 +69,18 @@ enum Action {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Hold counts and memory against the committed baseline; exit status 1 when one grew.
+    Gate {
+        /// The baseline.
+        #[arg(long, value_name = "FILE", default_value = "benches/baseline.json")]
+        baseline: PathBuf,
+        /// Take the figures of now as the baseline of hosts of this class.
+        #[arg(long)]
+        renew: bool,
+        /// The image whose disk guests boot from.
+        #[arg(long, default_value = "debian")]
+        image: String,
     },
     /// Make the reports of a run again, from its folder or samples.jsonl.
     Report {
@@ -92,6 +107,11 @@ fn dispatch(cli: &Cli) -> Result<ExitCode> {
                 print!("{}", compare::text(&comparison));
             }
         }
+        Some(Action::Gate {
+            baseline,
+            renew,
+            image,
+        }) => return gate::run(baseline, *renew, image),
         Some(Action::Report { run, out }) => {
             let page = report::again(run, out.as_deref())?;
             println!("{}", page.display());

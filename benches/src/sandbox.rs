@@ -129,11 +129,12 @@ pub struct WarmMachines(Mutex<BTreeMap<u64, Arc<Warm>>>);
 
 /// A machine with Debian and a warm Python, and plain snapshot of it.
 pub struct Warm {
+    /// Dropped before its folder is.
+    original: Mutex<Option<(Vm, RuntimeClient)>>,
     /// The engine that has the snapshot [`Warm::SNAPSHOT`].
     pub sandboxes: Sandboxes,
     /// How long it stood still for that: its first freeze.
     pub first_pause: Duration,
-    original: Mutex<Option<(Vm, RuntimeClient)>>,
 }
 
 impl Warm {

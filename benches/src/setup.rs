@@ -45,7 +45,8 @@ fn release_program(path: PathBuf) -> Result<PathBuf> {
     std::path::absolute(&path).context("the program's path")
 }
 
-fn on_path(program: &str) -> Option<PathBuf> {
+/// The program of this name on the PATH.
+pub fn on_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?)
         .map(|dir| dir.join(program))
         .find(|path| path.is_file())

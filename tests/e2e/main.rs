@@ -10,6 +10,7 @@ mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
 mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
+mod a_measurement_can_be_checked;
 mod a_program_cannot_harm_its_machine;
 mod a_restored_machine_gets_the_hosts_runtime;
 mod a_restored_machine_is_the_same_machine;
@@ -51,6 +52,7 @@ fn main() {
         a_guests_end_is_told::trials(),
         a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
+        a_measurement_can_be_checked::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_restored_machine_gets_the_hosts_runtime::trials(),
         a_restored_machine_is_the_same_machine::trials(),

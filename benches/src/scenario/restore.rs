@@ -86,7 +86,7 @@ fn one_size(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, mib: u6
     if !plan.quick && mib == SIZES[0] {
         warm.sandboxes.snapshot(&steady, COMPRESSED, true)?;
         kinds.push(Kind {
-            case: format!("{}, compressed", case(mib)),
+            case: format!("{}, compressed, pager running", case(mib)),
             sandboxes: &warm.sandboxes,
             snapshot: COMPRESSED,
         });
@@ -149,15 +149,6 @@ fn one_size(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, mib: u6
             exec(&mut client, &["true"], &mut io::sink())?;
             working_set::note(vm.dir());
             vm.end()?;
-        }
-    }
-    if kinds.iter().any(|kind| kind.snapshot == COMPRESSED) {
-        let how = format!("{}, compressed, cold page cache", case(mib));
-        for round in budget.rounds(plan.rounds(5, 2)) {
-            go_on()?;
-            forget(&warm.sandboxes, COMPRESSED, disk)?;
-            let restored = restored(&warm.sandboxes, COMPRESSED)?;
-            restored.add(samples, "ratoon", &how, round)?;
         }
     }
     Ok(())
