@@ -246,7 +246,7 @@ impl Analysis {
         analysis
     }
 
-    /// The scenarios that have figures, in their order.
+    /// The scenarios that have figures, in their order, the harness's own last.
     pub fn scenario_names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = Vec::new();
         for group in &self.groups {
@@ -254,6 +254,8 @@ impl Analysis {
                 names.push(&group.what.scenario);
             }
         }
+        // The harness itself is of the least interest.
+        names.sort_by_key(|name| *name == NULL);
         names
     }
 }

@@ -31,9 +31,9 @@ pub fn markdown(analysis: &Analysis) -> String {
     if let Some(overhead) = &analysis.overhead {
         let _ = writeln!(
             out,
-            "* the harness's own share: {} ms around a call that does nothing, {:.4} % of the \
+            "* the harness's own share: {} ns around a call that does nothing, {:.4} % of the \
              shortest latency ({}, {} ms)",
-            number(overhead.null_p50_ms),
+            number(overhead.null_p50_ms * 1e6),
             overhead.share * 100.0,
             cell(&overhead.shortest.0),
             number(overhead.shortest.1)

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use super::plot::{self, Bar, Line};
-use super::{command, facts, ratio_text, with_interval};
+use super::{command, facts, with_interval};
 use crate::analysis::{Analysis, Figure, Group, NULL, OURS, Waterfall, is_headline};
 use crate::stats::{PERCENTILES, number, percentile_name};
 
@@ -29,7 +29,9 @@ struct Systems<'a>(Vec<&'a str>);
 impl<'a> Systems<'a> {
     fn of(analysis: &'a Analysis) -> Self {
         let mut systems = vec![OURS];
-        for figure in analysis.groups.iter().flat_map(|group| &group.figures) {
+        let groups = analysis.groups.iter();
+        let groups = groups.filter(|group| group.what.scenario != NULL);
+        for figure in groups.flat_map(|group| &group.figures) {
             if !systems.contains(&&*figure.system) {
                 systems.push(&figure.system);
             }
@@ -144,7 +146,7 @@ fn section(out: &mut String, analysis: &Analysis, systems: &Systems<'_>, scenari
         .iter()
         .filter(|group| {
             let n: usize = group.figures.iter().map(|figure| figure.n).sum();
-            group.what.is_time() && !group.what.is_phase() && n >= PLOTTED_FROM
+            group.what.is_time() && !group.what.is_phase() && n >= PLOTTED_FROM && scenario != NULL
         })
         .collect();
     if !plotted.is_empty() {
@@ -274,7 +276,10 @@ fn table(
     percentiles: &[u32],
 ) {
     let beside = groups.iter().any(|group| group.figures.len() > 1);
-    out.push_str("<h3>Percentiles</h3>\n<div class=\"scroll\"><table><thead><tr>");
+    if !with_scenario {
+        out.push_str("<h3>Percentiles</h3>\n");
+    }
+    out.push_str("<div class=\"scroll\"><table><thead><tr>");
     if with_scenario {
         out.push_str("<th>scenario</th>");
     }
@@ -301,7 +306,7 @@ fn table(
             }
             let _ = write!(
                 out,
-                "<td class=\"what\">{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"n\">{}</td>",
+                "<td class=\"what\">{}</td><td>{}</td><td class=\"system\">{}</td><td>{}</td><td class=\"n\">{}</td>",
                 first(escape(&group.title())),
                 first(group.what.readiness.name().to_owned()),
                 key(systems, &figure.system),
@@ -313,8 +318,14 @@ fn table(
             }
             let _ = write!(out, "<td class=\"n\">{}</td>", number(figure.max));
             if beside {
-                let ratio = ratio_text(figure.ratio_to_ours).unwrap_or_default();
-                let _ = write!(out, "<td class=\"n\">{ratio}</td>");
+                let _ = match figure.ratio_to_ours {
+                    None => write!(out, "<td class=\"n\"></td>"),
+                    Some((ratio, interval)) => write!(
+                        out,
+                        "<td class=\"n\">{ratio:.2}<small>{:.2} to {:.2}</small></td>",
+                        interval.low, interval.high
+                    ),
+                };
             }
             out.push_str("</tr>\n");
         }
@@ -330,6 +341,7 @@ fn percentile_cell(out: &mut String, figure: &Figure, per_mille: u32) {
         (None, _) => write!(out, "<td class=\"n na\">n/a</td>"),
         (_, None) => write!(out, "<td class=\"n\">{text}</td>"),
         (_, Some(interval)) => {
+            let interval = interval.replace(" or more", "+");
             write!(out, "<td class=\"n\">{text}<small>{interval}</small></td>")
         }
     };
@@ -382,8 +394,7 @@ fn method(out: &mut String, analysis: &Analysis) {
         "<h2 id=\"method\">Method</h2>\n<p>Every sample is in <code>samples.jsonl</code>; nothing is \
          trimmed. Percentiles are nearest rank and printed only when at least one sample lies beyond: \
          p50 from 2 samples, p90 from 10, p95 from 20, p99 from 100, p99.9 from 1000. In small print \
-         below each: the 95 % bootstrap interval (2000 resamples, seeded; from 5 samples on). “or \
-         more”: the interval ends at the slowest sample, so the samples set no bound. “Times ours”: \
+         below each: the 95 % bootstrap interval (2000 resamples, seeded; from 5 samples on). A “+”: the interval ends at the slowest sample, so the samples set no bound. “Times ours”: \
          ratio of medians with its interval. Systems of one run take turns, so that what disturbs one \
          disturbs all.</p>\n<p>Latencies are differences of CLOCK_MONOTONIC. Where a first round \
          only warms the page cache it is not counted, and docs/benchmarks.md says so of its scenario. Under \
@@ -393,9 +404,9 @@ fn method(out: &mut String, analysis: &Analysis) {
     if let Some(overhead) = &analysis.overhead {
         let _ = write!(
             out,
-            "<p>The harness's own share, shown by the scenario <code>{NULL}</code>: {} ms, {:.4} % of the \
+            "<p>The harness's own share, shown by the scenario <code>{NULL}</code>: {} ns, {:.4} % of the \
              shortest latency reported ({}, {} ms).</p>\n",
-            number(overhead.null_p50_ms),
+            number(overhead.null_p50_ms * 1e6),
             overhead.share * 100.0,
             escape(&overhead.shortest.0),
             number(overhead.shortest.1)

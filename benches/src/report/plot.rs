@@ -91,8 +91,14 @@ fn y(share: f64) -> f64 {
 
 /// As short as can be: `0.5`, `20`, `1500`.
 fn tick_name(value: f64) -> String {
-    let text = format!("{value:.6}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    // Two digits tell all ticks apart, wherever the point is.
+    let places = (1.0 - value.log10().floor()).clamp(0.0, 12.0) as usize;
+    let text = format!("{value:.places$}");
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    } else {
+        text
+    }
 }
 
 /// How many of the samples are at most so long, one line a system.
@@ -229,4 +235,60 @@ pub fn bars(bars: &[Bar]) -> String {
     }
     out.push_str("</div>");
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_have_short_names_that_differ() {
+        assert_eq!(tick_name(1500.0), "1500");
+        assert_eq!(tick_name(0.5), "0.5");
+        assert_eq!(tick_name(20.0), "20");
+        assert_eq!(tick_name(0.000_11), "0.00011");
+    }
+
+    #[test]
+    fn a_narrow_distribution_does_not_fill_the_axis_and_nothing_has_no_picture() {
+        let line = |sorted| Line {
+            system: "ratoon",
+            colour: 0,
+            sorted,
+        };
+        let axis = Axis::around(&[line(&[10.0, 10.1])]).expect("values");
+        assert!(axis.high / axis.low > 1.5);
+        assert!(axis.x(10.1) - axis.x(10.0) < 20.0);
+        assert!(!axis.ticks().is_empty());
+        assert_eq!(distribution("x", "ms", &[line(&[])]), "");
+        assert_eq!(distribution("x", "ms", &[line(&[0.0])]), "");
+    }
+
+    #[test]
+    fn the_slowest_samples_are_all_in_the_line_however_many_there_are() {
+        let sorted: Vec<f64> = (1..=10_000).map(f64::from).collect();
+        let axis = Axis {
+            low: 1.0,
+            high: 10_000.0,
+        };
+        let path = steps(&axis, &sorted);
+        let points = path.matches('H').count();
+        assert!((POINTS..=POINTS + 2 * TAIL).contains(&points), "{points}");
+        assert!(path.ends_with(&format!("V{:.1}", y(1.0))));
+    }
+
+    #[test]
+    fn bars_are_on_one_scale() {
+        let bar = |from, length| Bar {
+            name: "a <b>".into(),
+            from,
+            length,
+            colour: 0,
+            value: String::new(),
+        };
+        let text = bars(&[bar(0.0, 1.0), bar(1.0, 3.0)]);
+        assert!(text.contains("left:25.00%;width:75.00%"), "{text}");
+        assert!(text.contains("a &lt;b&gt;"));
+        assert_eq!(bars(&[]), "");
+    }
 }

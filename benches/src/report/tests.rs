@@ -102,7 +102,7 @@ fn the_page_shows_distributions_a_start_by_phase_memory_and_what_is_missing() {
     assert!(page.contains("Partial: interrupted."));
     assert!(page.contains("fewer samples than planned"));
     assert!(page.contains("git checkout abc1234 &amp;&amp; scripts/bench --quick start"));
-    assert!(page.contains("3.00 ("), "the peer's ratio");
+    assert!(page.contains(">3.00<small>"), "the peer's ratio");
 }
 
 #[test]
