@@ -22,6 +22,8 @@ pub struct Memory {
     pub pss_kib: u64,
     /// Resident and nobody else's.
     pub private_kib: u64,
+    /// Of that, what was written: what one more process needs, however many there are.
+    pub dirty_kib: u64,
 }
 
 impl Memory {
@@ -35,7 +37,11 @@ impl Memory {
         match key {
             "Rss:" => self.rss_kib += value,
             "Pss:" => self.pss_kib += value,
-            "Private_Clean:" | "Private_Dirty:" => self.private_kib += value,
+            "Private_Clean:" => self.private_kib += value,
+            "Private_Dirty:" => {
+                self.private_kib += value;
+                self.dirty_kib += value;
+            }
             _ => {}
         }
     }
@@ -232,19 +238,20 @@ VmFlags: rd wr mr
     #[test]
     fn memory_is_told_by_part() {
         let parts = parse_smaps(SMAPS, &[0x7f00_2000_1000]);
-        let memory = |rss_kib, pss_kib, private_kib| Memory {
+        let memory = |rss_kib, pss_kib, private_kib, dirty_kib| Memory {
             rss_kib,
             pss_kib,
             private_kib,
+            dirty_kib,
         };
         assert_eq!(
             parts.into_iter().collect::<Vec<_>>(),
             [
-                ("anonymous", memory(40, 40, 40)),
-                ("data", memory(20, 20, 20)),
-                ("guest", memory(9000, 9000, 9000)),
-                ("stacks", memory(12, 12, 12)),
-                ("text", memory(800, 400, 0)),
+                ("anonymous", memory(40, 40, 40, 36)),
+                ("data", memory(20, 20, 20, 20)),
+                ("guest", memory(9000, 9000, 9000, 9000)),
+                ("stacks", memory(12, 12, 12, 12)),
+                ("text", memory(800, 400, 0, 0)),
             ]
         );
     }
@@ -255,6 +262,7 @@ VmFlags: rd wr mr
         assert_eq!(guest.private_kib, 9000);
         assert_eq!(vmm.rss_kib, 800 + 20 + 12 + 40);
         assert_eq!(vmm.private_kib, 20 + 12 + 40);
+        assert_eq!(vmm.dirty_kib, 20 + 12 + 36);
     }
 
     #[test]
