@@ -289,3 +289,7 @@ fn check(record: &Record, first: bool) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;

@@ -34,8 +34,8 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         let from = monotonic_ns();
         nothing(round)?;
         let to = monotonic_ns();
-        let what = series(NAME, "harness", METRIC, "ms", Readiness::None);
-        samples.add(&what, round, (to - from) as f64 / 1e6)?;
+        let what = series(NAME, "harness", METRIC, "ns", Readiness::None);
+        samples.add(&what, round, (to - from) as f64)?;
     }
     Ok(())
 }

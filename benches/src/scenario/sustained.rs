@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::{Plan, exec, series};
+use crate::arrivals::poisson;
 use crate::machine::go_on;
 use crate::samples::{Readiness, Samples, number};
 use crate::sandbox::{Sandboxes, Warm};
@@ -164,32 +165,10 @@ fn serve(sandboxes: &Sandboxes, arrivals: &[Duration]) -> Result<Vec<(Instant, D
 
 /// When callers come within `time`, `rate` of them a second on average: gaps are exponential.
 fn arrivals(seed: u64, rate: f64, time: Duration, most: usize) -> Vec<Duration> {
-    let mut random = Random(seed);
-    let mut at = 0.0;
-    std::iter::from_fn(|| {
-        at += -random.fraction().ln() / rate;
-        (at < time.as_secs_f64()).then(|| Duration::from_secs_f64(at))
-    })
-    .take(most)
-    .collect()
-}
-
-/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
-struct Random(u64);
-
-impl Random {
-    fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Above 0, at most 1.
-    fn fraction(&mut self) -> f64 {
-        ((self.number() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
+    poisson(seed, rate)
+        .take_while(|at| *at < time)
+        .take(most)
+        .collect()
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 //! trimmed, nothing is assumed of the distribution. All that is random is seeded: the same samples
 //! give the same figures. They cannot fail; what too few samples cannot tell is `None`.
 
+pub mod bootstrap;
+pub mod permutation;
+
 /// The percentiles that are told, as per mille (p99.9 is 999).
 pub const PERCENTILES: [u32; 5] = [500, 900, 950, 990, 999];
 
