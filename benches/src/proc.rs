@@ -22,7 +22,7 @@ pub struct Memory {
     pub pss_kib: u64,
     /// Resident and nobody else's.
     pub private_kib: u64,
-    /// The part of that which was written.
+    /// Of that, what was written: what one more process needs, however many there are.
     pub dirty_kib: u64,
 }
 
@@ -262,6 +262,7 @@ VmFlags: rd wr mr
         assert_eq!(guest.private_kib, 9000);
         assert_eq!(vmm.rss_kib, 800 + 20 + 12 + 40);
         assert_eq!(vmm.private_kib, 20 + 12 + 40);
+        assert_eq!(vmm.dirty_kib, 20 + 12 + 36);
     }
 
     #[test]
