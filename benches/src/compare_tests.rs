@@ -125,7 +125,7 @@ fn among_many_figures_without_a_difference_none_is_found() {
             .collect();
         run(&figures)
     };
-    let found: usize = (0..10)
+    let found: usize = (0..4)
         .map(|turn| {
             let comparison = between(&of(turn * 100), &of(5000 + turn * 100));
             comparison
@@ -135,7 +135,7 @@ fn among_many_figures_without_a_difference_none_is_found() {
                 .count()
         })
         .sum();
-    assert!(found <= 2, "{found} of 100 figures");
+    assert!(found <= 1, "{found} of 40 figures");
 }
 
 #[test]

@@ -125,6 +125,9 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ratoon-bench: {error:#}");
+            if error.is::<machine::Interrupted>() {
+                return ExitCode::from(130);
+            }
             ExitCode::FAILURE
         }
     }
