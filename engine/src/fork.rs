@@ -264,6 +264,7 @@ impl Engine {
             parent: None,
             group: None,
             family: None,
+            layers: None,
             snapshot: paged.then(|| (self.clone(), store, snapshot)),
         };
         let children = self.children(source, &generation, spec, begun, cancel)?;
@@ -294,11 +295,17 @@ impl Engine {
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Forked, ForkError> {
         let id = freeze::machine_id()?;
+        let layers = dir.hold_layers().map_err(|source| ForkError::System {
+            what: "a lock on the VM's layers",
+            source,
+        })?;
+        let layers = Some(layers);
         let frozen = freeze::freeze_and(dir, client, &id, |generation| {
             self.went_on(dir, &generation.disks, |_| {});
             let pause = generation.pause;
             let stopped = generation.asked.saturating_duration_since(begun);
-            let source = self.source(dir, record, generation, spec)?;
+            let mut source = self.source(dir, record, generation, spec)?;
+            source.layers = layers;
             let children = self.children(source, &id, spec, begun, cancel)?;
             Ok::<_, ForkError>((pause, stopped, children))
         });
@@ -368,6 +375,7 @@ impl Engine {
             parent: Some(record.id.clone()),
             group: record.group.clone(),
             family: None,
+            layers: None,
             snapshot: None,
         })
     }
@@ -407,6 +415,7 @@ impl Engine {
             generation: generation.to_owned(),
             message: spec.message.clone(),
             snapshot: source.snapshot,
+            _layers: source.layers,
         };
         let done = fan_out(spec.count as usize, children, deadline, cancel);
         if let Some(shells) = self.shells() {

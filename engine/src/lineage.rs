@@ -20,7 +20,7 @@ use ratoon_devices::block::merge;
 use ratoon_snapshot::{
     Digest, Layer, MemoryFile, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
 };
-use ratoon_vmm_api::MemoryLayerConfig;
+use ratoon_vmm_api::{MemoryLayerConfig, layers_within};
 
 use crate::snapshots::SnapshotError;
 use crate::vm::freeze::{Generation, MemoryLayer};
@@ -50,10 +50,15 @@ struct Placed {
 
 /// Memory of several layers: the topmost that has a page counts.
 #[derive(Debug)]
-pub(crate) struct Layered(Vec<Placed>);
+pub(crate) struct Layered {
+    layers: Vec<Placed>,
+    /// How many freezes each stands for.
+    freezes: Vec<u32>,
+}
 
 impl Layered {
     pub(crate) fn new(layers: Vec<MemoryLayer>) -> Self {
+        let freezes = layers.iter().map(|layer| layer.freezes).collect();
         let placed = layers.into_iter().map(|layer| {
             let mut packed_at = 0;
             let mut runs: Vec<(Run, u64)> = Vec::with_capacity(layer.runs.len());
@@ -73,13 +78,16 @@ impl Layered {
                 packed: layer.packed,
             }
         });
-        Self(placed.collect())
+        Self {
+            layers: placed.collect(),
+            freezes,
+        }
     }
 
     /// The file that counts at `offset`, the place in it, and up to where in memory.
     fn at(&self, offset: u64, end: u64) -> std::io::Result<(&File, u64, u64)> {
         let mut end = end;
-        for layer in self.0.iter().rev() {
+        for layer in self.layers.iter().rev() {
             let next = layer.runs.partition_point(|(run, _)| run.offset <= offset);
             if let Some((run, place)) = next.checked_sub(1).map(|last| layer.runs[last])
                 && offset < run.end()
@@ -105,7 +113,7 @@ impl Layered {
     /// Where the layers from this one on have anything in their files.
     fn content(&self, from: usize) -> Result<Vec<Run>, ratoon_snapshot::Error> {
         let mut content = Vec::new();
-        for layer in self.0.iter().skip(from) {
+        for layer in self.layers.iter().skip(from) {
             let runs = layer.runs.iter().map(|(run, _)| *run);
             match layer.packed {
                 true => content.extend(runs),
@@ -119,7 +127,7 @@ impl Layered {
 
     /// What the layers from this one on have.
     fn changed(&self, from: usize) -> Vec<Run> {
-        let layers = self.0.iter().skip(from);
+        let layers = self.layers.iter().skip(from);
         let runs = layers.flat_map(|layer| layer.runs.iter().map(|(run, _)| *run));
         joined(runs.collect())
     }
@@ -213,11 +221,11 @@ pub(crate) struct Base {
 impl Base {
     /// The youngest snapshot in `store` that a VM comes from.
     pub(crate) fn of(store: &Store, record: &Record, frozen: &Generation) -> Option<Self> {
-        let disk_layers = frozen.frozen(ROOT).len();
+        let (memory_layers, disk_layers) = frozen.depth(ROOT);
         record.ancestors.iter().rev().find_map(|ancestor| {
             let snapshot = store.get(&ancestor.snapshot).ok()?;
             let held = snapshot.hold().ok()?;
-            let fits = ancestor.memory_layers <= frozen.layers.len()
+            let fits = ancestor.memory_layers <= memory_layers
                 && ancestor.disk_layers <= disk_layers
                 && snapshot.manifest.memory.bytes == record.config.memory_mib << 20;
             fits.then(|| Self {
@@ -253,7 +261,9 @@ impl Base {
         if !is_plain || below.len() > MAX_DEPTH {
             return Ok(None);
         }
-        let new = self.ancestor.memory_layers;
+        // A merged layer that has something new is taken whole: what it has of the old is not wrong.
+        let freezes = memory.freezes.iter().copied();
+        let new = layers_within(freezes, self.ancestor.memory_layers);
         let runs = fewer(memory.changed(new), MAX_RUNS);
         let is_small = bytes(&memory.content(new)?) * 2 <= bytes(&memory.populated()?);
         Ok(is_small.then_some((runs, self.snapshot.manifest.memory.blake3)))
@@ -268,18 +278,20 @@ impl Base {
 pub(crate) fn write_disk(
     writer: &mut Writer,
     base: Option<&Base>,
-    frozen: &[PathBuf],
+    (frozen, freezes): (&[PathBuf], &[u32]),
     image: &Path,
     merged: &Path,
     progress: &dyn Progress,
 ) -> Result<(), SnapshotError> {
-    let known = base.map_or(0, |base| base.ancestor.disk_layers);
+    // A merged layer that has something new is taken whole, over the old that it has too.
+    let of = |base: &Base| layers_within(freezes.iter().copied(), base.ancestor.disk_layers);
+    let known = base.map_or(0, of);
     let named = base.map_or(0, |base| base.layers().count());
     if named + (frozen.len() - known) > MERGE_ABOVE {
         progress.step("merging disk layers");
         let mut keep_on = || !progress.cancelled();
         let _ = std::fs::remove_file(merged);
-        merge(frozen, image, merged, &mut keep_on)?;
+        merge(frozen, 0, image, merged, &mut keep_on)?;
         let linked = writer.layer_linked(ROOT, "root-merged.qcow2", merged, progress);
         // It has its name in the snapshot.
         let _ = std::fs::remove_file(merged);
@@ -317,6 +329,7 @@ pub(crate) fn memory_layers(
     let layers = counting.map(|file| MemoryLayerConfig {
         path: file.path,
         packed: file.is_difference,
+        freezes: 1,
         runs: file
             .runs
             .iter()
@@ -347,6 +360,7 @@ mod tests {
                 .map(|&(offset, len)| ratoon_vmm_api::Run { offset, len })
                 .collect(),
             packed,
+            freezes: 1,
         }
     }
 
@@ -367,6 +381,21 @@ mod tests {
         assert_eq!(memory.changed(2), [run(2, 2)]);
         assert_eq!(memory.changed(3), []);
         assert!(memory.read_at(7, &mut bytes).is_err(), "beyond the end");
+    }
+
+    #[test]
+    fn a_merged_layer_with_something_new_counts_as_new() {
+        let mut merged = layer(false, &[(2, 3)], b"..mmm");
+        merged.freezes = 3;
+        let layers = vec![layer(false, &[(0, 8)], b"aaaaaaaa"), merged];
+        let memory = Layered::new(layers);
+        // The base, and the first of the three that were merged: it was a snapshot.
+        for depth in [1, 2, 3] {
+            let new = layers_within(memory.freezes.iter().copied(), depth);
+            assert_eq!(memory.changed(new), [run(2, 3)], "{depth}");
+        }
+        let new = layers_within(memory.freezes.iter().copied(), 4);
+        assert_eq!(memory.changed(new), []);
     }
 
     #[test]

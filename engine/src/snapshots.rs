@@ -246,12 +246,18 @@ impl Engine {
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
         dir.sweep_merged_layers();
+        // Until the layers are linked or copied.
+        let _layers = dir.hold_layers().map_err(|source| SnapshotError::File {
+            path: dir.path().to_owned(),
+            source,
+        })?;
         let generation = freeze::freeze(dir, client, &freeze::machine_id()?)?;
         let pause = generation.pause;
+        let (memory_layers, disk_layers) = generation.depth(ROOT);
         let taken = Ancestor {
             snapshot: String::new(),
-            memory_layers: generation.layers.len(),
-            disk_layers: generation.frozen(ROOT).len(),
+            memory_layers,
+            disk_layers,
         };
         let disks = generation.disks.clone();
         let version = client.hello().runtime.as_str();
@@ -282,6 +288,7 @@ impl Engine {
             for disk in &mut record.config.disks {
                 if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
                     disk.frozen.clone_from(&frozen.frozen);
+                    disk.freezes.clone_from(&frozen.freezes);
                     disk.layer = Some(frozen.layer.clone());
                 }
             }
@@ -426,6 +433,7 @@ impl Engine {
                 },
                 files: Vec::new(),
                 frozen,
+                freezes: Vec::new(),
                 linked_from: None,
                 ancestors: vec![ancestor],
                 restored_from: Some(snapshot.folder.clone()),
@@ -492,7 +500,8 @@ fn write(
     let parts = regions(config.memory_mib << 20);
     writer.state(generation.state.as_bytes())?;
     if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
-        let frozen = generation.frozen(ROOT);
+        let freezes = generation.freezes(ROOT);
+        let frozen = (generation.frozen(ROOT), freezes.as_slice());
         lineage::write_disk(
             &mut writer,
             base.as_ref(),

@@ -11,6 +11,7 @@ mod a_guests_end_is_told;
 mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
 mod a_measurement_can_be_checked;
+mod a_measurement_says_what_went_wrong;
 mod a_program_cannot_harm_its_machine;
 mod a_restored_machine_gets_the_hosts_runtime;
 mod a_restored_machine_is_the_same_machine;
@@ -53,6 +54,7 @@ fn main() {
         a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
         a_measurement_can_be_checked::trials(),
+        a_measurement_says_what_went_wrong::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_restored_machine_gets_the_hosts_runtime::trials(),
         a_restored_machine_is_the_same_machine::trials(),
@@ -77,6 +79,7 @@ fn main() {
         .map(|trial| trial.with_ignored_flag(kvm.is_err()))
         .collect();
     trials.extend(bad_input_is_refused_by_name::trials());
+    trials.extend(a_measurement_says_what_went_wrong::without_guests::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::end();
     conclusion.exit();

@@ -57,6 +57,12 @@ pub struct VirtioSlot {
 }
 
 impl Bus {
+    /// The disk of this id.
+    pub fn disk(&self, id: &str) -> Option<&VirtioSlot> {
+        let name = format!("block.{id}");
+        self.virtio.iter().find(|slot| slot.name == name)
+    }
+
     /// A bus with `virtio` devices in the order of their addresses.
     pub fn new(serial: Serial, virtio: Vec<VirtioSlot>) -> Self {
         Self {

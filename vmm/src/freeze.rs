@@ -93,6 +93,7 @@ impl Machine {
     /// # Errors
     /// [`FreezeError`]; the machine goes on, except after a failure of memory.
     pub fn freeze(&self, request: &FreezeRequest) -> Result<FreezeReply, FreezeError> {
+        self.make_room();
         let mut layers = lock(&self.layers);
         if layers.len() >= MAX_LAYERS {
             return Err(FreezeError::TooManyLayers);
@@ -146,6 +147,7 @@ impl Machine {
             // Nobody can write it any more; should a mapping linger, it is only not sealed.
             let _ = rustix::fs::fcntl_add_seals(&*first.file, SealFlags::WRITE);
         }
+        memory::prune(&mut layers);
         let json = state.to_json()?;
         let disks = self.frozen_disks();
         send(&socket, json, &layers, disks).map_err(|source| FreezeError::Socket {
@@ -268,7 +270,9 @@ impl Machine {
                     source,
                 })?;
                 if pushed {
+                    disk.freezes.resize(disk.frozen.len(), 1);
                     disk.frozen.extend(disk.layer.replace(next.clone()));
+                    disk.freezes.push(1);
                 }
             }
         }
@@ -281,6 +285,7 @@ impl Machine {
             Some(FrozenDisk {
                 id: disk.id.clone(),
                 frozen: disk.frozen.clone(),
+                freezes: disk.freezes.clone(),
                 layer: disk.layer.clone()?,
             })
         });
@@ -321,6 +326,7 @@ fn send(
             .map(|layer| FrozenLayer {
                 runs: layer.runs.clone(),
                 packed: layer.packed,
+                freezes: layer.freezes,
             })
             .collect(),
         disks,

@@ -25,6 +25,7 @@ pub(crate) fn whole(file: File, len: u64) -> Layer {
         file: Arc::new(file),
         runs: vec![Run { offset: 0, len }],
         packed: false,
+        freezes: 1,
     }
 }
 
@@ -78,6 +79,7 @@ impl Files {
                 file: Arc::new(file),
                 runs,
                 packed: layer.packed,
+                freezes: layer.freezes,
             })
         };
         layers.map(layer).collect()

@@ -24,6 +24,7 @@ mod generation;
 pub mod host;
 pub mod machine;
 pub mod memory;
+mod merge;
 pub mod pager;
 pub mod shell;
 pub mod start;

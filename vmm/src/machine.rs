@@ -102,6 +102,8 @@ pub struct Machine {
     pub(crate) pager: Option<Pager>,
     /// What the balloon takes back of it.
     pub(crate) free: Arc<FreeMemory>,
+    /// What becomes of its layers when there are many.
+    pub(crate) merging: crate::merge::Merging,
     /// Its disks: freezes add layers to what the configuration says.
     pub(crate) disks: Mutex<Vec<DiskConfig>>,
     // Last, and in this order: KVM's slots point into the memory.

@@ -532,6 +532,7 @@ impl Loaded {
             vcpu_stats,
             layers: Mutex::new(self.layers),
             free,
+            merging: crate::merge::Merging::default(),
             pager: self.pager,
             vm: self.vm,
             memory: self.memory,

@@ -1,6 +1,7 @@
 //! What a block device needs of its disk, whatever the disk is made of.
 
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use vm_memory::VolatileSlice;
@@ -74,6 +75,18 @@ pub trait Backend: Send {
     /// The operating system's; the disk goes on as it was.
     fn push_layer(&mut self) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// Goes on with the layer at `path` in place of these frozen ones, counted from the lowest, whose
+    /// content it has (see [`super::merge`]).
+    ///
+    /// # Errors
+    /// See [`OpenError`]; the disk goes on as it was. A disk that has no layers refuses.
+    fn replace_layers(&mut self, replaced: Range<usize>, path: &Path) -> Result<(), OpenError> {
+        let _ = replaced;
+        Err(OpenError::NoLayers {
+            path: path.to_owned(),
+        })
     }
 
     /// Removes a prepared layer that is not wanted any more.

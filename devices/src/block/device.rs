@@ -280,6 +280,19 @@ impl Device for Block {
             })
     }
 
+    fn replace_layers(
+        &mut self,
+        replaced: std::ops::Range<usize>,
+        path: &Path,
+    ) -> Result<(), DeviceError> {
+        self.backend
+            .replace_layers(replaced, path)
+            .map_err(|error| DeviceError::Host {
+                what: format!("taking the merged layers of disk {}", self.backend.name()),
+                source: io::Error::other(error),
+            })
+    }
+
     fn drop_prepared(&mut self) {
         self.backend.drop_prepared();
     }

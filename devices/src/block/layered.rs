@@ -30,6 +30,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -484,6 +485,40 @@ impl Backend for Layer {
         self.path = path;
         self.is_touched = false;
         Ok(true)
+    }
+
+    fn replace_layers(&mut self, replaced: Range<usize>, path: &Path) -> Result<(), OpenError> {
+        let failed = io_error(path);
+        let top = self.top();
+        if self.next.is_some() || replaced.is_empty() || replaced.end >= top {
+            return Err(failed(io::Error::other("there are no such layers")));
+        }
+        // Complete in the file, which is read again: nobody writes through the old tables any more.
+        self.disk.flush().map_err(&failed)?;
+        let (merged, _) = file::open(path, false)?;
+        let below = Below {
+            path,
+            format: "qcow2",
+            len_bytes: self.len_bytes,
+        };
+        // The base is file 0, frozen layer n is file n + 1.
+        let mut files: Vec<File> = Vec::with_capacity(self.files.len());
+        for file in &self.files[..=replaced.start] {
+            files.push(file.try_clone().map_err(&failed)?);
+        }
+        files.push(merged);
+        for file in &self.files[replaced.end + 1..] {
+            files.push(file.try_clone().map_err(&failed)?);
+        }
+        let mut disk = raw(&files[0]).map_err(&failed)?;
+        let new_top = files.len() - 1;
+        for (number, file) in files.iter().enumerate().skip(1) {
+            disk = open_over(file, path, disk, below, number == new_top)?;
+        }
+        self.disk = disk;
+        self.files = files;
+        self.places = Places::new(self.len_bytes, CLUSTER_BYTES);
+        Ok(())
     }
 
     fn drop_prepared(&mut self) {

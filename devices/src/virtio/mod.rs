@@ -251,6 +251,23 @@ pub trait Device: Send {
         Ok(false)
     }
 
+    /// Goes on with the layer at `path` in place of these frozen ones, counted from the lowest, whose
+    /// content it has.
+    ///
+    /// # Errors
+    /// The host's, by name; a device that is no disk with layers refuses. The device goes on as it was.
+    fn replace_layers(
+        &mut self,
+        replaced: std::ops::Range<usize>,
+        path: &Path,
+    ) -> Result<(), DeviceError> {
+        let _ = (replaced, path);
+        Err(DeviceError::Host {
+            what: "taking merged layers".into(),
+            source: std::io::ErrorKind::Unsupported.into(),
+        })
+    }
+
     /// Removes a prepared layer that is not wanted any more.
     fn drop_prepared(&mut self) {}
 

@@ -44,6 +44,7 @@ pub(super) fn start_from(
         source,
     })?;
     let frozen = generation.frozen(ROOT).to_vec();
+    let freezes = generation.freezes(ROOT);
     let mut files = vec![OwnedFd::from(state)];
     let mut memory = Vec::new();
     for (number, layer) in generation.layers.into_iter().enumerate() {
@@ -52,6 +53,7 @@ pub(super) fn start_from(
             path: PathBuf::from(format!("memory layer {number}")),
             runs: layer.runs,
             packed: layer.packed,
+            freezes: layer.freezes,
         });
     }
     Ok(StartFrom {
@@ -63,6 +65,7 @@ pub(super) fn start_from(
         },
         files,
         frozen,
+        freezes,
         linked_from: Some(dir.path().to_owned()),
         ancestors: record.ancestors.clone(),
         restored_from: record.restored_from.clone(),
@@ -79,6 +82,8 @@ pub(super) struct Source {
     pub(super) group: Option<Group>,
     /// That of the children.
     pub(super) family: Option<PathBuf>,
+    /// Keeps the frozen layers where children link to them.
+    pub(super) layers: Option<File>,
     /// Memory comes from a pager.
     pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
 }
@@ -123,6 +128,7 @@ pub(super) struct Children {
     pub(super) generation: String,
     pub(super) message: Option<String>,
     pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
+    pub(super) _layers: Option<File>,
 }
 
 impl Each for Children {

@@ -67,6 +67,8 @@ pub struct MemoryLayer {
     pub runs: Vec<Run>,
     /// They are end to end in the file, not where they are in memory.
     pub packed: bool,
+    /// How many freezes it stands for: layers of many are merged.
+    pub freezes: u32,
 }
 
 impl Generation {
@@ -74,6 +76,19 @@ impl Generation {
     pub fn frozen(&self, disk: &str) -> &[PathBuf] {
         let disk = self.disks.iter().find(|it| it.id == disk);
         disk.map_or(&[], |disk| &disk.frozen)
+    }
+
+    /// How many layers of freezes each of [`Self::frozen`] stands for.
+    pub fn freezes(&self, disk: &str) -> Vec<u32> {
+        let disk = self.disks.iter().find(|it| it.id == disk);
+        disk.map_or_else(Vec::new, |disk| disk.freezes().collect())
+    }
+
+    /// How many freezes its memory and this disk of it stand for: what is merged counts as what it was.
+    pub fn depth(&self, disk: &str) -> (usize, usize) {
+        let memory = self.layers.iter().map(|layer| layer.freezes as usize);
+        let disk = self.freezes(disk).into_iter().map(|it| it as usize);
+        (memory.sum(), disk.sum())
     }
 }
 
@@ -236,6 +251,7 @@ pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, Freeze
                     file,
                     runs: layer.runs,
                     packed: layer.packed,
+                    freezes: layer.freezes,
                 })
                 .collect(),
             disks: meta.disks,

@@ -106,6 +106,8 @@ pub struct From {
     pub files: Vec<OwnedFd>,
     /// What had been written to the root disk, the lowest layer first; only read.
     pub frozen: Vec<PathBuf>,
+    /// How many layers of freezes each stands for; none: one each.
+    pub freezes: Vec<u32>,
     /// Of these, the ones in this folder go with another VM: a child links them into its own.
     pub linked_from: Option<PathBuf>,
     /// The snapshots that all this comes from, the oldest first.
@@ -478,6 +480,10 @@ fn config(launch: &Launch, dir: &VmDir) -> VmConfig {
                     let layers = from.layers(dir).into_iter();
                     layers.map(|(place, _)| place).collect()
                 }
+                None => Vec::new(),
+            },
+            freezes: match &launch.generation {
+                Some(from) => from.freezes.clone(),
                 None => Vec::new(),
             },
             layer: Some(dir.free_layer()),

@@ -196,6 +196,7 @@ fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_th
         },
         files: Vec::new(),
         frozen: Vec::new(),
+        freezes: Vec::new(),
         linked_from: None,
         ancestors: Vec::new(),
         restored_from: None,

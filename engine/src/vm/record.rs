@@ -36,9 +36,9 @@ pub struct ImageRef {
 pub struct Ancestor {
     /// Its id.
     pub snapshot: String,
-    /// How many layers of the VM's memory, from the lowest, are its memory.
+    /// How many layers of the VM's memory, from the lowest, are its memory. Merged ones count as what they were.
     pub memory_layers: usize,
-    /// How many frozen layers of the VM's root disk, from the lowest, are its disk.
+    /// How many frozen layers of the VM's root disk, from the lowest, are its disk, counted so too.
     pub disk_layers: usize,
 }
 
@@ -266,6 +266,19 @@ impl VmDir {
     /// What all frozen layers of its root disk have, while this process writes a snapshot.
     pub fn merged_layer(&self) -> PathBuf {
         self.0.join(format!("merged-{}.qcow2", std::process::id()))
+    }
+
+    /// Keeps the layers of the VM's generations in its folder, while there are links to be made to them: to be
+    /// taken before the freeze. See [`ratoon_vmm_api::LAYERS_LOCK`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn hold_layers(&self) -> std::io::Result<std::fs::File> {
+        let mut options = std::fs::OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.0.join(ratoon_vmm_api::LAYERS_LOCK))?;
+        file.lock_shared()?;
+        Ok(file)
     }
 
     /// The VMM's [`ExitReport`].

@@ -17,6 +17,9 @@ pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
 pub const MAX_DISKS: usize = 8;
 /// The most frozen layers of one disk.
 pub const MAX_FROZEN_LAYERS: usize = 60;
+/// A file in the folder of a disk's layers. A VMM removes layers that it has merged only with a lock on it
+/// (`flock`), and so do others, shared, who make links to the layers of a generation: from before the freeze.
+pub const LAYERS_LOCK: &str = "layers.lock";
 /// The most network devices.
 pub const MAX_NETWORKS: usize = 4;
 
@@ -108,6 +111,24 @@ pub struct MemoryLayerConfig {
     /// as the memory, and each run is where it is in memory.
     #[serde(default)]
     pub packed: bool,
+    /// How many layers of freezes it stands for: 1, or more when they were merged.
+    #[serde(default = "one")]
+    pub freezes: u32,
+}
+
+pub(crate) fn one() -> u32 {
+    1
+}
+
+/// How many of the lowest layers lie wholly within the first `depth` freezes, when each stands for so many of
+/// them: what was merged keeps its place.
+pub fn layers_within(freezes: impl IntoIterator<Item = u32>, depth: usize) -> usize {
+    let mut sum = 0_usize;
+    let ends = freezes.into_iter().map(|count| {
+        sum = sum.saturating_add(count as usize);
+        sum
+    });
+    ends.take_while(|end| *end <= depth).count()
 }
 
 /// A part of a memory layer.
@@ -138,6 +159,9 @@ pub struct DiskConfig {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub frozen: Vec<PathBuf>,
+    /// How many layers of freezes each of `frozen` stands for; none: one each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freezes: Vec<u32>,
     /// A qcow2 file over all these that takes all writes; made when it does not exist.
     #[serde(default)]
     #[schema(value_type = Option<String>)]

@@ -223,6 +223,9 @@ pub struct FrozenDisk {
     pub id: String,
     /// All its frozen layers, the lowest first: nobody writes them again.
     pub frozen: Vec<PathBuf>,
+    /// How many layers of freezes each stands for; none: one each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freezes: Vec<u32>,
     /// Where the machine, as it goes on, writes. Not the one that was asked for when nothing had
     /// been written since the last freeze: that is not made then.
     pub layer: PathBuf,
@@ -236,4 +239,15 @@ pub struct FrozenLayer {
     /// See [`crate::MemoryLayerConfig::packed`].
     #[serde(default)]
     pub packed: bool,
+    /// See [`crate::MemoryLayerConfig::freezes`].
+    #[serde(default = "crate::config::one")]
+    pub freezes: u32,
+}
+
+impl FrozenDisk {
+    /// How many layers of freezes each frozen layer stands for.
+    pub fn freezes(&self) -> impl Iterator<Item = u32> {
+        let known = self.freezes.iter().copied();
+        known.chain(std::iter::repeat(1)).take(self.frozen.len())
+    }
 }

@@ -11,9 +11,9 @@ mod control;
 mod inherit;
 
 pub use config::{
-    ConfigError, DiskConfig, GenerationConfig, MAX_DISKS, MAX_FROZEN_LAYERS, MAX_MEMORY_MIB,
-    MAX_NETWORKS, MAX_VCPUS, MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run, SerialConfig,
-    VmConfig, VsockConfig,
+    ConfigError, DiskConfig, GenerationConfig, LAYERS_LOCK, MAX_DISKS, MAX_FROZEN_LAYERS,
+    MAX_MEMORY_MIB, MAX_NETWORKS, MAX_VCPUS, MIN_MEMORY_MIB, MemoryLayerConfig, NetConfig, Run,
+    SerialConfig, VmConfig, VsockConfig, layers_within,
 };
 pub use control::{
     ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta,

@@ -107,7 +107,14 @@ async fn freeze(machine: Arc<Machine>, body: Incoming) -> Response<Full<Bytes>> 
             );
         }
     };
-    let frozen = tokio::task::spawn_blocking(move || machine.freeze(&request)).await;
+    let frozen = tokio::task::spawn_blocking(move || {
+        let frozen = machine.freeze(&request);
+        if frozen.is_ok() {
+            machine.merge_later();
+        }
+        frozen
+    });
+    let frozen = frozen.await;
     match frozen {
         Ok(Ok(reply)) => json(
             StatusCode::OK,

@@ -60,6 +60,19 @@ impl FreeMemory {
     }
 }
 
+impl FreeMemory {
+    /// What [`Self::take`] would give, which stays.
+    pub fn runs(&self) -> Vec<Run> {
+        let free = lock(&self.0);
+        let runs = free.runs.iter();
+        runs.map(|(&offset, &end)| Run {
+            offset,
+            len: end - offset,
+        })
+        .collect()
+    }
+}
+
 impl Free {
     /// Adds a run, and makes one of those that touch.
     fn add(&mut self, offset: u64, end: u64) {

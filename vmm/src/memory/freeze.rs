@@ -18,12 +18,13 @@ use ratoon_vmm_api::Run;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::MemoryError;
+use super::runs::joined;
 
 /// A page's length in bytes.
 pub const PAGE: u64 = 4096;
 
 /// Runs of changed pages with gaps of at most so many pages are one run: each costs a mapping.
-const GAP_PAGES: u64 = 16;
+pub(super) const GAP_PAGES: u64 = 16;
 
 /// One immutable file of a generation's memory; later layers lie over earlier ones.
 #[derive(Debug, Clone)]
@@ -34,6 +35,8 @@ pub struct Layer {
     pub runs: Vec<Run>,
     /// It has the runs end to end.
     pub packed: bool,
+    /// How many freezes it stands for.
+    pub freezes: u32,
 }
 
 /// A mapping that was moved aside, unmapped when dropped: milliseconds for gigabytes.
@@ -49,7 +52,7 @@ impl Drop for Aside {
     }
 }
 
-fn last(what: &'static str) -> MemoryError {
+pub(super) fn last(what: &'static str) -> MemoryError {
     MemoryError::Freeze {
         what,
         source: std::io::Error::last_os_error(),
@@ -57,7 +60,7 @@ fn last(what: &'static str) -> MemoryError {
 }
 
 /// Each region: its address here, its offset in the file, its length.
-fn regions(memory: &GuestMemoryMmap) -> Vec<(usize, u64, usize)> {
+pub(super) fn regions(memory: &GuestMemoryMmap) -> Vec<(usize, u64, usize)> {
     let mut offset = 0;
     memory
         .iter()
@@ -70,7 +73,12 @@ fn regions(memory: &GuestMemoryMmap) -> Vec<(usize, u64, usize)> {
 }
 
 /// Maps `file` from `offset` on over `[address, address + len)`, privately.
-fn map_private(address: usize, len: usize, file: &File, offset: u64) -> Result<(), MemoryError> {
+pub(super) fn map_private(
+    address: usize,
+    len: usize,
+    file: &File,
+    offset: u64,
+) -> Result<(), MemoryError> {
     // SAFETY: the range is guest memory of ours, mapped for as long as the machine lives; guest
     // memory is only accessed through raw pointers, to which another mapping of it is another value.
     let mapped = unsafe {
@@ -125,6 +133,7 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
         file: file.clone(),
         runs: vec![whole],
         packed: false,
+        freezes: 1,
     };
     Ok((layer, aside))
 }
@@ -163,28 +172,10 @@ pub fn again(memory: &GuestMemoryMmap, free: &[Run]) -> Result<Layer, MemoryErro
     }
     Ok(Layer {
         file,
-        runs: joined(runs, free),
+        runs: joined(runs.into_iter().chain(free.iter().copied()).collect()),
         packed: false,
+        freezes: 1,
     })
-}
-
-/// Both lists of runs as one, ascending and apart.
-fn joined(mut runs: Vec<Run>, free: &[Run]) -> Vec<Run> {
-    if free.is_empty() {
-        return runs;
-    }
-    runs.extend_from_slice(free);
-    runs.sort_unstable_by_key(|run| run.offset);
-    let mut all: Vec<Run> = Vec::new();
-    for run in runs {
-        match all.last_mut() {
-            Some(last) if run.offset <= last.offset + last.len => {
-                last.len = last.len.max(run.offset + run.len - last.offset);
-            }
-            _ => all.push(run),
-        }
-    }
-    all
 }
 
 /// Maps a layer that is the whole over memory that nobody has touched.

@@ -7,6 +7,8 @@
 
 mod free;
 mod freeze;
+mod merge;
+mod runs;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ pub use free::FreeMemory;
 pub use freeze::{Aside, Layer, PAGE, again, first, touched};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+pub use merge::{floor, install, merge, move_over, plan, plan_layers, prune};
 use ratoon_vmm_api::Run;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -267,6 +270,7 @@ mod tests {
             file,
             runs: runs.collect(),
             packed,
+            freezes: 1,
         }
     }
 

@@ -36,7 +36,8 @@ impl Chain {
 
     /// Whether a layer was frozen.
     fn freeze(&mut self) -> bool {
-        let next = self.path(&format!("layer-{}", self.frozen.len() + 1));
+        let names = (1..).map(|number| self.path(&format!("layer-{number}")));
+        let next = names.into_iter().find(|path| !path.exists()).unwrap();
         self.backend.prepare_layer(&next).unwrap();
         self.backend.write_back().unwrap();
         let is_frozen = self.backend.push_layer().unwrap();
@@ -141,15 +142,93 @@ fn merged_layers_are_what_they_were_together() {
         assert!(chain.freeze());
     }
     let merged = chain.path("merged");
-    merge(&chain.frozen, &chain.base, &merged, &mut || true).unwrap();
+    merge(&chain.frozen, 0, &chain.base, &merged, &mut || true).unwrap();
     let mut child = open(&chain.base, false, &[merged], Some(&chain.path("x"))).unwrap();
     assert!(read(child.as_mut(), 0, chain.model.len()) == chain.model);
     agrees_with_a_model(child.as_mut(), &mut chain.model.clone(), 9);
 
     let stopped = chain.path("stopped");
-    let error = merge(&chain.frozen, &chain.base, &stopped, &mut || false).unwrap_err();
+    let error = merge(&chain.frozen, 0, &chain.base, &stopped, &mut || false).unwrap_err();
     assert!(matches!(&error, OpenError::LayerCreate { path, .. } if *path == stopped));
     assert!(!stopped.exists());
+}
+
+#[test]
+fn a_disk_goes_on_over_merged_layers_and_no_byte_changes() {
+    for seed in 0..2 {
+        let mut chain = Chain::new();
+        let mut random = Seeded(seed);
+        for round in 0..10 {
+            agrees_with_a_model(chain.backend.as_mut(), &mut chain.model, seed * 100 + round);
+            assert!(chain.freeze());
+            if round % 3 != 2 {
+                continue;
+            }
+            let end = chain.frozen.len();
+            let first = random.below(end as u64 - 1) as usize;
+            let merged = chain.path(&format!("merged-{round}"));
+            merge(&chain.frozen, first, &chain.base, &merged, &mut || true).unwrap();
+            // What it writes meanwhile is in its top.
+            let bytes = random.bytes(100 * 512);
+            write(chain.backend.as_mut(), 512, &bytes);
+            chain.model[512..512 + bytes.len()].copy_from_slice(&bytes);
+            let range = first..end;
+            chain
+                .backend
+                .replace_layers(range.clone(), &merged)
+                .unwrap();
+            chain.frozen.splice(range, [merged]);
+            assert!(read(chain.backend.as_mut(), 0, chain.model.len()) == chain.model);
+        }
+        agrees_with_a_model(chain.backend.as_mut(), &mut chain.model, seed);
+        assert!(chain.freeze());
+        let mut child = chain.child("child");
+        assert!(
+            read(child.as_mut(), 0, chain.model.len()) == chain.model,
+            "{seed}"
+        );
+    }
+}
+
+#[test]
+fn merged_layers_in_the_middle_hide_and_show_what_they_did() {
+    let mut chain = Chain::new();
+    let cluster = 65536_usize;
+    let fill = |backend: &mut dyn Backend, first: usize, count: usize, byte: u8| {
+        write(
+            backend,
+            (first * cluster) as u64,
+            &vec![byte; count * cluster],
+        );
+    };
+    fill(chain.backend.as_mut(), 0, 8, 1);
+    assert!(chain.freeze());
+    fill(chain.backend.as_mut(), 2, 2, 2);
+    chain
+        .backend
+        .write_zeroes(4 * cluster as u64, 2 * cluster as u64, true)
+        .unwrap();
+    assert!(chain.freeze());
+    fill(chain.backend.as_mut(), 3, 1, 3);
+    assert!(chain.freeze());
+    fill(chain.backend.as_mut(), 0, 1, 4);
+    assert!(chain.freeze());
+    let merged = chain.path("merged");
+    merge(&chain.frozen[..3], 1, &chain.base, &merged, &mut || true).unwrap();
+    let error = chain.backend.replace_layers(1..4, &chain.base);
+    assert!(error.is_err(), "it is no layer");
+    let error = chain.backend.replace_layers(1..5, &merged);
+    assert!(error.is_err(), "the top is not frozen");
+    chain.backend.replace_layers(1..3, &merged).unwrap();
+    chain.frozen.splice(1..3, [merged]);
+    let wanted = [4, 1, 2, 3, 0, 0, 1, 1];
+    let mut child = chain.child("child");
+    for (number, byte) in wanted.into_iter().enumerate() {
+        let at = (number * cluster) as u64;
+        for backend in [chain.backend.as_mut(), child.as_mut()] {
+            assert_eq!(read(backend, at, cluster), vec![byte; cluster], "{number}");
+        }
+    }
 }
 
 #[test]
@@ -162,7 +241,7 @@ fn what_only_the_base_has_is_not_in_merged_layers() {
         sizes.push(allocated(&chain.frozen[round as usize]));
     }
     let merged = chain.path("merged");
-    merge(&chain.frozen, &chain.base, &merged, &mut || true).unwrap();
+    merge(&chain.frozen, 0, &chain.base, &merged, &mut || true).unwrap();
     assert!(allocated(&merged) <= sizes[0], "{sizes:?}");
 }
 

@@ -31,6 +31,18 @@ impl MmioTransport {
         self.device.push_layer()
     }
 
+    /// See [`Device::replace_layers`].
+    ///
+    /// # Errors
+    /// The host's, by name. The device goes on as it was.
+    pub fn replace_layers(
+        &mut self,
+        replaced: std::ops::Range<usize>,
+        path: &Path,
+    ) -> Result<(), DeviceError> {
+        self.device.replace_layers(replaced, path)
+    }
+
     /// See [`Device::drop_prepared`].
     pub fn drop_prepared(&mut self) {
         self.device.drop_prepared();
