@@ -222,7 +222,8 @@ fn verdict(a: &Figure, b: &Figure, p: Option<f64>) -> Verdict {
 
 fn caveats(a: &Analysis, b: &Analysis) -> Vec<String> {
     let mut caveats = Vec::new();
-    let facts: [(&str, fn(&Host) -> String); 6] = [
+    type Fact = (&'static str, fn(&Host) -> String);
+    let facts: [Fact; 6] = [
         ("processor", |host| format!("{} x {}", host.cpus, host.cpu)),
         ("memory", |host| format!("{} MiB", host.memory_mib)),
         ("host kernel", |host| host.kernel.clone()),

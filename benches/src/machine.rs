@@ -203,6 +203,7 @@ impl Ratoon {
             path: parts.disk.clone(),
             read_only: !layer,
             frozen: Vec::new(),
+            freezes: Vec::new(),
             layer: layer.then(|| at(&format!("{id}.qcow2"))),
         };
         let mut disks = vec![disk("root", true)];

@@ -136,7 +136,7 @@ fn headline(out: &mut String, analysis: &Analysis, systems: &Systems<'_>) {
 
 fn section(out: &mut String, analysis: &Analysis, systems: &Systems<'_>, scenario: &str) {
     let name = escape(scenario);
-    let _ = write!(out, "<h2 id=\"{name}\">{name}</h2>\n");
+    let _ = writeln!(out, "<h2 id=\"{name}\">{name}</h2>");
     let groups: Vec<&Group> = analysis
         .groups
         .iter()
@@ -219,10 +219,10 @@ fn phases(out: &mut String, waterfall: &Waterfall, systems: &Systems<'_>) {
         from += length;
     }
     let comma = if waterfall.case.is_empty() { "" } else { ", " };
-    let _ = write!(
+    let _ = writeln!(
         out,
         "<figure><figcaption>A single start by its phases: {}{comma}{} <span>round {}, the one whose \
-         total ({} {}) is the median</span></figcaption>{}</figure>\n",
+         total ({} {}) is the median</span></figcaption>{}</figure>",
         key(systems, &waterfall.system),
         escape(&waterfall.case),
         waterfall.round,
@@ -259,9 +259,9 @@ fn memory(out: &mut String, groups: &[&Group], systems: &Systems<'_>) {
         }
     }
     if !bars.is_empty() {
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "<figure><figcaption>Memory <span>medians</span></figcaption>{}</figure>\n",
+            "<figure><figcaption>Memory <span>medians</span></figcaption>{}</figure>",
             plot::bars(&bars)
         );
     }
@@ -402,10 +402,10 @@ fn method(out: &mut String, analysis: &Analysis) {
          a stall delays all who came meanwhile.</p>\n",
     );
     if let Some(overhead) = &analysis.overhead {
-        let _ = write!(
+        let _ = writeln!(
             out,
             "<p>The harness's own share, shown by the scenario <code>{NULL}</code>: {} ns, {:.4} % of the \
-             shortest latency reported ({}, {} ms).</p>\n",
+             shortest latency reported ({}, {} ms).</p>",
             number(overhead.null_p50_ms * 1e6),
             overhead.share * 100.0,
             escape(&overhead.shortest.0),

@@ -16,7 +16,6 @@ use anyhow::Result;
 
 use super::{Plan, exec, series};
 use crate::arrivals::poisson;
-use crate::arrivals::poisson;
 use crate::machine::go_on;
 use crate::samples::{Readiness, Samples, number};
 use crate::sandbox::{Sandboxes, Warm};
