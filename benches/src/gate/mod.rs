@@ -1,7 +1,7 @@
 //! `ratoon bench gate`: holds counts and memory against a committed baseline.
 //!
-//! Counts (system calls, instructions, exits, page faults) and memory are the same on a quiet host and
-//! on a busy one, so a change of theirs is a change of ours; times are not, and are never gated. Counts
+//! Counts (system calls, instructions, exits, page faults) and memory hardly depend on how busy a
+//! host is, so a change of theirs is a change of ours; times do, and are never gated. Counts
 //! depend on whether guest kernels run in hardware or are emulated: the baseline has a part for each
 //! class of host, and a figure without a baseline is told, not failed. So is one that cannot be
 //! measured here.
