@@ -13,8 +13,8 @@ mod children;
 
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ratoon_vmm_api::NetConfig;
@@ -29,12 +29,15 @@ use crate::runtime::{RuntimeClient, RuntimeError};
 use crate::snapshots::{RestoreSpec, SnapshotError};
 use crate::vm::cgroup::{self, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, FreezeError, Generation};
+use crate::vm::freeze::{self, Before, FreezeError, Generation};
 use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Record, RecordError, VmDir};
+use crate::vm::shells::Shells;
 
 /// The most children of one fork.
 pub const MAX_CHILDREN: u32 = 10_000;
+/// So many processes of children at most are made while the guest is brought to rest.
+const MOST_AHEAD: usize = 128;
 /// How long the runtime may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a child may take to start when there is no deadline.
@@ -267,7 +270,7 @@ impl Engine {
             layers: None,
             snapshot: paged.then(|| (self.clone(), store, snapshot)),
         };
-        let children = self.children(source, &generation, spec, begun, cancel)?;
+        let children = self.children(source, &generation, spec, begun, cancel, None, || {})?;
         Ok(Forked {
             generation,
             pause: Duration::ZERO,
@@ -300,13 +303,27 @@ impl Engine {
             source,
         })?;
         let layers = Some(layers);
-        let frozen = freeze::freeze_and(dir, client, &id, |generation| {
-            self.went_on(dir, &generation.disks, |_| {});
+        let mut plan = self.plan_relative(record, spec.detached)?;
+        // Their processes are made while the guest is brought to rest.
+        let shells = plan.shells.get_or_insert_with(|| Shells::none(&plan.vmm));
+        let class = (plan.machine.cpus, plan.machine.memory_mib);
+        shells.ahead(class, (spec.count as usize).min(MOST_AHEAD));
+        let frozen = freeze::freeze_and(dir, client, &id, |generation, before| {
             let pause = generation.pause;
             let stopped = generation.asked.saturating_duration_since(begun);
-            let mut source = self.source(dir, record, generation, spec)?;
-            source.layers = layers;
-            let children = self.children(source, &id, spec, begun, cancel)?;
+            let disks = generation.disks.clone();
+            plan.generation = Some(Arc::new(start_from(dir, record, &id, generation)));
+            let source = Source {
+                plan,
+                parent: Some(record.id.clone()),
+                group: record.group.clone(),
+                family: None,
+                layers,
+                snapshot: None,
+            };
+            let went_on = || self.went_on(dir, &disks, |_| {});
+            let children =
+                self.children(source, &id, spec, begun, cancel, Some(before), went_on)?;
             Ok::<_, ForkError>((pause, stopped, children))
         });
         let (pause, stopped, children) = frozen??;
@@ -318,14 +335,22 @@ impl Engine {
         })
     }
 
-    /// How children of a generation that lies in memory are started.
-    fn source(
+    /// How a VM is started from a generation that lies in memory, whose disk layers are in `dir`.
+    pub(crate) fn plan_from(
         &self,
         dir: &VmDir,
         record: &Record,
+        id: &str,
         generation: Generation,
-        spec: &ForkSpec,
-    ) -> Result<Source, ForkError> {
+    ) -> Result<Launch, ForkError> {
+        Ok(Launch {
+            generation: Some(Arc::new(start_from(dir, record, id, generation))),
+            ..self.plan_relative(record, true)?
+        })
+    }
+
+    /// How a relative of a VM is started, all but its generation.
+    fn plan_relative(&self, record: &Record, detached: bool) -> Result<Launch, ForkError> {
         let config = &record.config;
         let mut keep_open = Vec::new();
         if let Some(image) = &record.image {
@@ -346,11 +371,11 @@ impl Engine {
         let words: Vec<&str> = words
             .filter(|word| !word.starts_with(HOSTNAME_WORD))
             .collect();
-        let plan = Launch {
+        Ok(Launch {
             vmm: absolute(&self.programs().vmm)?,
             name: None,
             image: record.image.clone(),
-            detached: spec.detached,
+            detached,
             boot_timeout: START_TIMEOUT,
             keep_open: keep_open.into(),
             machine: Machine {
@@ -363,20 +388,12 @@ impl Engine {
                 networks: Vec::new(),
             },
             runtime: record.runtime.clone(),
-            generation: Some(Arc::new(start_from(dir, record, generation)?)),
+            generation: None,
             pager: None,
             parent: None,
             labels: BTreeMap::new(),
             shells: self.shells().cloned(),
             family: None,
-        };
-        Ok(Source {
-            plan,
-            parent: Some(record.id.clone()),
-            group: record.group.clone(),
-            family: None,
-            layers: None,
-            snapshot: None,
         })
     }
 
@@ -387,6 +404,8 @@ impl Engine {
         spec: &ForkSpec,
         begun: Instant,
         cancel: Option<BorrowedFd<'_>>,
+        before: Option<Before>,
+        beside: impl FnOnce() + Send,
     ) -> Result<Vec<Result<Vm, ChildError>>, ForkError> {
         if !spec.names.is_empty() && spec.names.len() != spec.count as usize {
             return Err(ForkError::Names {
@@ -416,8 +435,17 @@ impl Engine {
             message: spec.message.clone(),
             snapshot: source.snapshot,
             _layers: source.layers,
+            before: Mutex::new(
+                vec![before; spec.count as usize]
+                    .into_iter()
+                    .flatten()
+                    .collect(),
+            ),
         };
-        let done = fan_out(spec.count as usize, children, deadline, cancel);
+        let done = std::thread::scope(|scope| {
+            scope.spawn(beside);
+            fan_out(spec.count as usize, children, deadline, cancel)
+        });
         if let Some(shells) = self.shells() {
             shells.refill();
         }

@@ -426,6 +426,7 @@ impl Engine {
             runtime: RuntimeRef::of(about),
             generation: Some(Arc::new(StartFrom {
                 config: GenerationConfig {
+                    id: snapshot.id.to_string(),
                     state: snapshot.folder.join("state.bin"),
                     memory,
                     paged: chunks.is_some(),
@@ -498,7 +499,12 @@ fn write(
     let mut writer = store.begin()?;
     let base = Base::of(store, record, &generation);
     let parts = regions(config.memory_mib << 20);
-    writer.state(generation.state.as_bytes())?;
+    let state = generation.state();
+    writer.state(
+        state
+            .map_err(failed(Path::new("the VMM's state")))?
+            .as_bytes(),
+    )?;
     if let Some(root) = config.disks.iter().find(|disk| disk.id == ROOT) {
         let freezes = generation.freezes(ROOT);
         let frozen = (generation.frozen(ROOT), freezes.as_slice());

@@ -276,6 +276,7 @@ mod tests {
                 vm: Some(vm.to_owned()),
                 generation: generation.to_owned(),
                 index: 0,
+                control_port: None,
             }),
             ..Record::new(config(id), None, None)
         }
@@ -311,6 +312,7 @@ mod tests {
                 vm: Some("1".into()),
                 generation: generation.into(),
                 index,
+                control_port: None,
             }),
             labels: BTreeMap::new(),
             memory: None,
@@ -333,6 +335,7 @@ mod tests {
                 vm: Some(vm.to_owned()),
                 generation: "g".into(),
                 index: 0,
+                control_port: None,
             }),
             labels: BTreeMap::new(),
             memory: None,

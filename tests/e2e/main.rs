@@ -3,6 +3,7 @@
 //! `cargo test -p ratoon-tests` runs them; a word after `--` selects. Without a usable /dev/kvm they
 //! are counted as ignored, and a line on stderr says why.
 
+mod a_chain_of_forks_may_be_of_any_length;
 mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
 mod a_damaged_snapshot_is_never_a_wrong_byte;
@@ -46,6 +47,7 @@ macro_rules! promises {
 fn main() {
     let arguments = Arguments::from_args();
     let need_a_guest = [
+        a_chain_of_forks_may_be_of_any_length::trials(),
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
         a_damaged_snapshot_is_never_a_wrong_byte::trials(),

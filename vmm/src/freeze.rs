@@ -1,7 +1,7 @@
 //! Freeze: a running machine becomes a generation, and goes on as its first child.
 //!
 //! ```text
-//!   empty disk layers made, then
+//!   empty disk layers made, room for the layer of memory; the requester says that its guest is at rest
 //!   vCPUs held -> devices locked, disks' tables written back -> state read -> the empty layers are
 //!   |             the tops now -> memory mapped privately -> vCPUs run
 //!   |---------------------------------- the pause -----------------------------------------| then
@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSlice, Write};
+use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -34,8 +34,8 @@ use crate::memory::{self, Layer, MemoryError};
 use crate::pager::PagerError;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 
-/// So many files go with one message (the kernel's SCM_MAX_FD, less the one of the state).
-const MAX_LAYERS: usize = 252;
+/// So many files go with one message (the kernel's SCM_MAX_FD, less the two of the state).
+const MAX_LAYERS: usize = 251;
 
 /// Why a machine cannot be frozen.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +82,9 @@ pub enum FreezeError {
         #[source]
         source: std::io::Error,
     },
+    /// The requester has gone, or thought better of it.
+    #[error("the freeze was given up before it began")]
+    GivenUp,
     /// So many freezes that its memory has too many layers.
     #[error("the machine was frozen {MAX_LAYERS} times: restore it from a snapshot to go on")]
     TooManyLayers,
@@ -94,10 +97,6 @@ impl Machine {
     /// [`FreezeError`]; the machine goes on, except after a failure of memory.
     pub fn freeze(&self, request: &FreezeRequest) -> Result<FreezeReply, FreezeError> {
         self.make_room();
-        let mut layers = lock(&self.layers);
-        if layers.len() >= MAX_LAYERS {
-            return Err(FreezeError::TooManyLayers);
-        }
         // All that may fail or take long and needs no pause.
         if let Some(pager) = &self.pager {
             pager.complete()?;
@@ -114,16 +113,59 @@ impl Machine {
         let msrs = Kvm::new().and_then(|kvm| kvm.get_msr_index_list());
         let msrs = msrs.map_err(kvm)?.as_slice().to_vec();
 
+        let count = lock(&self.layers).len();
+        if count >= MAX_LAYERS {
+            return Err(FreezeError::TooManyLayers);
+        }
+        let ahead = match count {
+            0 => None,
+            _ => Some(memory::ahead(&self.memory)?),
+        };
+        self.prepare_disks(request)?;
+        // No lock is held meanwhile: the guest runs until it is at rest, and so may a merge.
+        let wanted = is_wanted(&socket);
+        let mut layers = lock(&self.layers);
+        let frozen = match wanted {
+            true => self.freeze_now(request, msrs, ahead, &mut layers),
+            false => Err(FreezeError::GivenUp),
+        };
+        if frozen.is_err() {
+            self.drop_prepared();
+        }
+        let (state, pause_ns) = frozen?;
+        memory::prune(&mut layers);
+        let meta = FrozenMeta {
+            pause_ns,
+            layers: described(&layers),
+            disks: self.frozen_disks(),
+        };
+        let json = state.to_json()?;
+        let sent = file_with("ratoon-state", json.as_bytes())
+            .and_then(|state| send(&socket, &meta, state.as_fd(), &layers));
+        sent.map_err(|source| FreezeError::Socket {
+            path: request.socket.clone(),
+            source,
+        })?;
+        Ok(FreezeReply { pause_ns })
+    }
+
+    /// The pause and its end; the state, and how long it took in nanoseconds.
+    fn freeze_now(
+        &self,
+        request: &FreezeRequest,
+        msrs: Vec<u32>,
+        ahead: Option<memory::Ahead>,
+        layers: &mut Vec<Layer>,
+    ) -> Result<(MachineState, u64), FreezeError> {
         let state = lock(&self.state);
         let was_running = match *state {
             VmState::Running => true,
             VmState::Paused => false,
             state => return Err(Refused::new("freeze", state).into()),
         };
-        self.prepare_disks(request)?;
         let from = Instant::now();
         lock(&self.vcpus).hold();
-        let frozen = self.freeze_held(request, msrs, &mut layers);
+        let frozen = self.freeze_held(request, msrs, ahead, layers);
         // With holes in its memory it must not run on.
         let is_whole = !matches!(frozen, Err(FreezeError::Memory(_)));
         if was_running && is_whole {
@@ -134,9 +176,6 @@ impl Machine {
             false => 0,
         };
         drop(state);
-        if frozen.is_err() {
-            self.drop_prepared();
-        }
         if let Err(FreezeError::Memory(error)) = &frozen {
             let causes = crate::causes(error);
             self.ending.end(Outcome::Failed { causes });
@@ -147,14 +186,7 @@ impl Machine {
             // Nobody can write it any more; should a mapping linger, it is only not sealed.
             let _ = rustix::fs::fcntl_add_seals(&*first.file, SealFlags::WRITE);
         }
-        memory::prune(&mut layers);
-        let json = state.to_json()?;
-        let disks = self.frozen_disks();
-        send(&socket, json, &layers, disks).map_err(|source| FreezeError::Socket {
-            path: request.socket.clone(),
-            source,
-        })?;
-        Ok(FreezeReply { pause_ns })
+        Ok((state, pause_ns))
     }
 
     /// With all vCPUs held.
@@ -162,6 +194,7 @@ impl Machine {
         &self,
         request: &FreezeRequest,
         msrs: Vec<u32>,
+        ahead: Option<memory::Ahead>,
         layers: &mut Vec<Layer>,
     ) -> Result<(MachineState, Option<memory::Aside>), FreezeError> {
         // With all locks taken the event loop stands still, and with it every device.
@@ -208,15 +241,15 @@ impl Machine {
             serial,
             devices,
         );
-        let aside = match layers.is_empty() {
-            true => {
+        let aside = match ahead {
+            None => {
                 self.free.take();
                 let (layer, aside) = memory::first(&self.memory, &memory::file_of(&self.memory))?;
                 layers.push(layer);
                 Some(aside)
             }
-            false => {
-                let layer = memory::again(&self.memory, &self.free.take())?;
+            Some(ahead) => {
+                let layer = memory::again(&self.memory, ahead, &self.free.take())?;
                 if !layer.runs.is_empty() {
                     layers.push(layer);
                 }
@@ -312,30 +345,37 @@ fn disk_name(id: &str) -> String {
     format!("block.{id}")
 }
 
-/// One byte, with the state and the layers.
-fn send(
+/// What a requester is told of layers.
+pub(crate) fn described(layers: &[Layer]) -> Vec<FrozenLayer> {
+    let described = layers.iter().map(|layer| FrozenLayer {
+        runs: layer.runs.clone(),
+        packed: layer.packed,
+        freezes: layer.freezes,
+    });
+    described.collect()
+}
+
+/// Waits for the requester's word.
+pub(crate) fn is_wanted(mut socket: &UnixStream) -> bool {
+    let mut byte = [0];
+    socket.read_exact(&mut byte).is_ok()
+}
+
+fn file_with(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let mut file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    Ok(file.into())
+}
+
+/// One byte, with what there is to know, the state and the layers.
+pub(crate) fn send(
     socket: &UnixStream,
-    state: String,
+    meta: &FrozenMeta,
+    state: BorrowedFd<'_>,
     layers: &[Layer],
-    disks: Vec<FrozenDisk>,
 ) -> std::io::Result<()> {
-    let meta = FrozenMeta {
-        state,
-        layers: layers
-            .iter()
-            .map(|layer| FrozenLayer {
-                runs: layer.runs.clone(),
-                packed: layer.packed,
-                freezes: layer.freezes,
-            })
-            .collect(),
-        disks,
-    };
-    let fd = rustix::fs::memfd_create("ratoon-state", MemfdFlags::CLOEXEC)?;
-    let mut file = File::from(fd);
-    file.write_all(&serde_json::to_vec(&meta)?)?;
-    let state: OwnedFd = file.into();
-    let mut fds: Vec<BorrowedFd<'_>> = vec![state.as_fd()];
+    let meta = file_with("ratoon-generation", &serde_json::to_vec(meta)?)?;
+    let mut fds: Vec<BorrowedFd<'_>> = vec![meta.as_fd(), state];
     fds.extend(layers.iter().map(|layer| layer.file.as_fd()));
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);

@@ -12,6 +12,7 @@
 //!   control thread (HTTP) --Action--> Machine    event loop (main thread)
 //! ```
 
+pub mod birth;
 pub mod boot;
 pub mod bus;
 pub mod clock;

@@ -102,6 +102,8 @@ pub struct Machine {
     pub(crate) pager: Option<Pager>,
     /// What the balloon takes back of it.
     pub(crate) free: Arc<FreeMemory>,
+    /// What it was started from, if that may lie in memory alone.
+    pub(crate) birth: Option<crate::birth::Birth>,
     /// What becomes of its layers when there are many.
     pub(crate) merging: crate::merge::Merging,
     /// Its disks: freezes add layers to what the configuration says.
@@ -140,6 +142,12 @@ impl Machine {
             }),
             _ => Reply::Status(self.status(now)),
         })
+    }
+
+    /// Keeps what it was started from.
+    #[must_use]
+    pub fn with_birth(self, birth: Option<crate::birth::Birth>) -> Self {
+        Self { birth, ..self }
     }
 
     /// Ends the vCPU threads; to be called once the VM is over.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use ratoon_vmm::birth::Birth;
 use ratoon_vmm::clock::monotonic_ns;
 use ratoon_vmm::event_loop::EventLoop;
 use ratoon_vmm::machine::{Action, Machine};
@@ -318,10 +319,11 @@ fn run(args: &Args, main_ns: u64) -> Result<Outcome, Failure> {
         Some(generation) if generation.descriptors => 1 + generation.memory.len(),
         _ => 0,
     };
-    let files = kept.by_ref().take(files).collect();
+    let files: Vec<OwnedFd> = kept.by_ref().take(files).collect();
+    let birth = Birth::of(&config, &files)?;
     let _kept: Vec<OwnedFd> = kept.collect();
     let machine = match build(config.clone(), shell, pager, files, main_ns) {
-        Ok(machine) => Arc::new(machine),
+        Ok(machine) => Arc::new(machine.with_birth(birth)),
         Err(error) => {
             let causes = causes(error.as_ref());
             leave(&config, &Outcome::Failed { causes });

@@ -118,7 +118,8 @@ impl Machine {
         if let Err(error) = self.merge_memory() {
             tracing::warn!(%error, "memory's layers stay as they are");
         }
-        for index in 0..lock(&self.disks).len() {
+        let disks = lock(&self.disks).len();
+        for index in 0..disks {
             if let Err(error) = self.merge_disk(index) {
                 tracing::warn!(%error, "disk {index}: its layers stay as they are");
             }
@@ -175,6 +176,8 @@ impl Machine {
         let freezes = now.freezes[range.clone()].iter().sum();
         now.freezes.splice(range.clone(), [freezes]);
         let old = now.frozen.splice(range, [into]);
+        // What the machine was started from stays.
+        let old = old.filter(|path| !self.birth.as_ref().is_some_and(|birth| birth.has(path)));
         lock(&self.merging.retired).extend(old);
         Ok(())
     }

@@ -37,7 +37,7 @@ use crate::shell::Shell;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
-use crate::wiring::{self, command_line, wire};
+use crate::wiring::{self, Named, command_line, wire};
 use crate::{cpuid, generation, host};
 
 /// Where Intel's virtualization wants three unused pages: just below the BIOS area.
@@ -205,6 +205,8 @@ impl Configured {
             None => None,
             Some(shell) => Some(self.fitting(shell)?),
         };
+        let free = FreeMemory::new(self.config.generation.is_some());
+        let devices = start_devices(&self.config, &free)?;
         let mut pager = None;
         let (memory, source) = match &self.config.generation {
             None => {
@@ -252,6 +254,8 @@ impl Configured {
             vm,
             memory,
             source,
+            devices,
+            free,
             pager,
             vcpus,
         })
@@ -330,6 +334,23 @@ fn start_loading(
         .map_err(system("a thread to load the kernel"))
 }
 
+/// The devices while they are made: a layer of a disk takes a millisecond, in which KVM's part is done.
+type Wiring = JoinHandle<Result<Vec<Named>, StartError>>;
+
+fn start_devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Wiring, StartError> {
+    let (config, free) = (config.clone(), free.clone());
+    std::thread::Builder::new()
+        .name("devices".into())
+        .spawn(move || wiring::devices(&config, &free))
+        .map_err(system("a thread to make devices"))
+}
+
+fn joined<T>(thread: JoinHandle<T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// Where the machine's first instruction comes from.
 enum Source {
     Boot(Loading),
@@ -346,6 +367,8 @@ pub struct WithMemory {
     vm: VmFd,
     memory: GuestMemoryMmap,
     source: Source,
+    devices: Wiring,
+    free: Arc<FreeMemory>,
     pager: Option<Pager>,
     /// A shell's.
     vcpus: Option<Vec<VcpuFd>>,
@@ -401,12 +424,9 @@ impl WithVcpus {
     /// A kernel or initramfs that cannot be used.
     pub fn loaded(self) -> Result<Loaded, StartError> {
         let mut base = self.base;
-        let (devices, layers) = match base.source {
+        let (saved, layers) = match base.source {
             Source::Boot(loading) => {
-                let loaded = match loading.join() {
-                    Ok(loaded) => loaded?,
-                    Err(panic) => std::panic::resume_unwind(panic),
-                };
+                let loaded = joined(loading)?;
                 for (index, vcpu) in self.vcpus.iter().enumerate() {
                     let index = index as u32;
                     boot::set_up_registers(vcpu, index, &base.memory, loaded)
@@ -431,7 +451,9 @@ impl WithVcpus {
             vm: base.vm,
             memory: base.memory,
             vcpus: self.vcpus,
-            devices,
+            devices: base.devices,
+            free: base.free,
+            saved,
             layers,
             pager: base.pager,
         })
@@ -447,8 +469,10 @@ pub struct Loaded {
     vm: VmFd,
     memory: GuestMemoryMmap,
     vcpus: Vec<VcpuFd>,
+    devices: Wiring,
+    free: Arc<FreeMemory>,
     /// As they were, when the machine is a child.
-    devices: Option<(SerialState, Vec<DeviceState>)>,
+    saved: Option<(SerialState, Vec<DeviceState>)>,
     layers: Vec<Layer>,
     pager: Option<Pager>,
 }
@@ -462,7 +486,7 @@ impl Loaded {
     pub fn machine(mut self) -> Result<Machine, StartError> {
         let vm = &self.vm;
         let mut serial = wiring::serial(&self.config)?;
-        let mut saved = match self.devices {
+        let mut saved = match self.saved {
             None => None,
             Some((state, devices)) => {
                 serial = serial
@@ -473,7 +497,7 @@ impl Loaded {
         };
         vm.register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .map_err(kvm_step("the serial port's interrupt"))?;
-        let free = FreeMemory::new(saved.is_some());
+        let mut devices = joined(self.devices)?;
         if let Some(saved) = &saved {
             // A machine that was frozen before there was a balloon goes on without one.
             let had_one = saved
@@ -481,8 +505,8 @@ impl Loaded {
                 .iter()
                 .any(|state| state.name == wiring::BALLOON);
             self.config.balloon &= had_one;
+            devices.retain(|(name, _)| had_one || name != wiring::BALLOON);
         }
-        let devices = wiring::devices(&self.config, &free)?;
         if devices.len() > MMIO_DEVICES {
             return Err(StartError::TooManyDevices(devices.len()));
         }
@@ -531,7 +555,8 @@ impl Loaded {
             vm_stats,
             vcpu_stats,
             layers: Mutex::new(self.layers),
-            free,
+            free: self.free,
+            birth: None,
             merging: crate::merge::Merging::default(),
             pager: self.pager,
             vm: self.vm,

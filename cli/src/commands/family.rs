@@ -50,7 +50,8 @@ pub struct RollbackArgs {
     /// Name, id or beginning of an id.
     #[arg(value_name = "VM")]
     vm: String,
-    /// Name or id of the snapshot; default: the youngest that was taken of it, or the one that it comes from.
+    /// Name or id of a snapshot, or of a generation as `tree` shows it; default: the youngest snapshot that was
+    /// taken of it, or that it comes from, or else where it was forked.
     #[arg(value_name = "SNAPSHOT")]
     snapshot: Option<String>,
 }

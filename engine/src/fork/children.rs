@@ -1,21 +1,21 @@
 //! What children of a generation are started from, and each child on its way.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use ratoon_snapshot::Snapshot;
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig};
-use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
+use rustix::fs::{FlockOperation, flock};
 
-use super::{ChildError, END_PATIENCE, ForkError, ForkSpec};
+use super::{ChildError, END_PATIENCE, ForkSpec};
 use crate::engine::Engine;
 use crate::fan_out::Each;
 use crate::lineage::ROOT;
 use crate::vm::cgroup::Group;
-use crate::vm::freeze::{self, Generation, Waking};
+use crate::vm::freeze::{self, Before, Generation, Waking};
 use crate::vm::launch::{self, From as StartFrom, Launch, LaunchError, Vm};
 use crate::vm::record::{Parent, Record, VmDir};
 use crate::vm::store::Store;
@@ -30,22 +30,12 @@ pub(super) fn hold(folder: &Path) -> std::io::Result<OwnedFd> {
 pub(super) fn start_from(
     dir: &VmDir,
     record: &Record,
+    id: &str,
     generation: Generation,
-) -> Result<StartFrom, ForkError> {
-    let state = memfd_create("generation-state", MemfdFlags::CLOEXEC)
-        .map_err(std::io::Error::from)
-        .map(File::from)
-        .and_then(|mut file| {
-            file.write_all(generation.state.as_bytes())?;
-            Ok(file)
-        });
-    let state = state.map_err(|source| ForkError::System {
-        what: "a file for the frozen VM's state",
-        source,
-    })?;
+) -> StartFrom {
     let frozen = generation.frozen(ROOT).to_vec();
     let freezes = generation.freezes(ROOT);
-    let mut files = vec![OwnedFd::from(state)];
+    let mut files = vec![OwnedFd::from(generation.state)];
     let mut memory = Vec::new();
     for (number, layer) in generation.layers.into_iter().enumerate() {
         files.push(layer.file.into());
@@ -56,8 +46,9 @@ pub(super) fn start_from(
             freezes: layer.freezes,
         });
     }
-    Ok(StartFrom {
+    StartFrom {
         config: GenerationConfig {
+            id: id.to_owned(),
             state: PathBuf::from("the frozen machine's state"),
             memory,
             paged: false,
@@ -70,7 +61,7 @@ pub(super) fn start_from(
         ancestors: record.ancestors.clone(),
         restored_from: record.restored_from.clone(),
         control_port: generation.control_port,
-    })
+    }
 }
 
 /// What children are started from.
@@ -110,6 +101,11 @@ impl Source {
                 vm: self.parent.clone(),
                 generation: generation.to_owned(),
                 index,
+                control_port: self
+                    .plan
+                    .generation
+                    .as_ref()
+                    .and_then(|from| from.control_port),
             }),
             labels: spec.labels.clone(),
             shells: self.plan.shells.clone(),
@@ -129,6 +125,8 @@ pub(super) struct Children {
     pub(super) message: Option<String>,
     pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
     pub(super) _layers: Option<File>,
+    /// One for each: the VM that was forked is woken when they have been started.
+    pub(super) before: Mutex<Vec<Before>>,
 }
 
 impl Each for Children {
@@ -138,6 +136,11 @@ impl Each for Children {
     fn start(&self, index: usize, enough: BorrowedFd<'_>) -> Result<Vm, ChildError> {
         let (launch, dir) = (&self.launches[index], &self.dirs[index]);
         self.begun[index].store(true, Ordering::Relaxed);
+        let before = self
+            .before
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
         let started = match &self.snapshot {
             None => launch::launch_in(&self.store, launch, dir, Some(enough)),
             Some((engine, store, snapshot)) => {
@@ -149,6 +152,7 @@ impl Each for Children {
                 launch::launch_in(&self.store, &plan, dir, Some(enough))
             }
         };
+        drop(before);
         Ok(started?)
     }
 

@@ -11,7 +11,7 @@ use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use ratoon_vmm_api::{
-    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+    BirthRequest, ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
 };
 use serde::de::DeserializeOwned;
 
@@ -128,6 +128,15 @@ impl Control {
     pub fn freeze(&self, request: &FreezeRequest) -> Result<FreezeReply, ControlError> {
         let body = serde_json::to_vec(request).map_err(|error| self.http(error))?;
         self.request_with(Method::POST, "/v1/freeze", body)
+    }
+
+    /// What the VM was started from; see [`super::freeze`].
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn birth(&self, request: &BirthRequest) -> Result<FreezeReply, ControlError> {
+        let body = serde_json::to_vec(request).map_err(|error| self.http(error))?;
+        self.request_with(Method::POST, "/v1/birth", body)
     }
 
     fn request<T: DeserializeOwned>(

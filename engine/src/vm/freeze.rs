@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   runtime: processes stopped, wake expected -> VMM: freeze -> files here
-//!                                                   `-> runtime: wake, processes go on
+//!   VMM: prepares -------------------------------'        `---> runtime: wake, processes go on
 //! ```
 //!
 //! The connection over which this is asked goes on in every child (the VMM is told which it is): `wake` is
@@ -11,86 +11,24 @@
 //! Whatever fails, the VM goes on: a freeze that did not happen is undone. When this process is killed in
 //! the middle, the next one that turns to the VM wakes it (`standstill.rs`).
 
-use std::fs::File;
-use std::io::{IoSliceMut, Read};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
-use ratoon_vmm_api::{FreezeRequest, FrozenDisk, FrozenMeta, Run};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::control::{Control, ControlError};
-use super::process::timespec;
+use super::control::ControlError;
 use super::record::{Record, VmDir};
 use super::standstill::Standstill;
-use crate::lineage::ROOT;
+use super::taking::Taking;
+pub(crate) use super::taking::birth;
+pub use super::taking::{Generation, MemoryLayer, take};
 use crate::runtime::RuntimeClient;
 
 /// How long the guest may take to stop or wake its processes.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the VMM may take: it copies what was written to memory since the last freeze.
-const FREEZE_TIMEOUT: Duration = Duration::from_secs(300);
-/// How often the wait for the generation looks whether the VMM has refused.
-const LOOK: Duration = Duration::from_millis(20);
-/// The longest state that is taken, in bytes.
-const MAX_META_LEN: u64 = 64 << 20;
-
-/// A frozen VM: immutable files, and its state.
-#[derive(Debug)]
-pub struct Generation {
-    /// The VMM's blob.
-    pub state: String,
-    /// The memory's layers, the lowest first.
-    pub layers: Vec<MemoryLayer>,
-    /// Its disks' layers, immutable but for the topmost, in which the VM goes on.
-    pub disks: Vec<FrozenDisk>,
-    /// How long no vCPU ran.
-    pub pause: Duration,
-    /// When the VMM was asked for it: its guest was at rest then.
-    pub asked: Instant,
-    /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
-    pub control_port: Option<u32>,
-}
-
-/// One layer of frozen memory.
-#[derive(Debug)]
-pub struct MemoryLayer {
-    /// The file.
-    pub file: File,
-    /// Which parts of memory it has.
-    pub runs: Vec<Run>,
-    /// They are end to end in the file, not where they are in memory.
-    pub packed: bool,
-    /// How many freezes it stands for: layers of many are merged.
-    pub freezes: u32,
-}
-
-impl Generation {
-    /// The frozen layers of a disk, the lowest first.
-    pub fn frozen(&self, disk: &str) -> &[PathBuf] {
-        let disk = self.disks.iter().find(|it| it.id == disk);
-        disk.map_or(&[], |disk| &disk.frozen)
-    }
-
-    /// How many layers of freezes each of [`Self::frozen`] stands for.
-    pub fn freezes(&self, disk: &str) -> Vec<u32> {
-        let disk = self.disks.iter().find(|it| it.id == disk);
-        disk.map_or_else(Vec::new, |disk| disk.freezes().collect())
-    }
-
-    /// How many freezes its memory and this disk of it stand for: what is merged counts as what it was.
-    pub fn depth(&self, disk: &str) -> (usize, usize) {
-        let memory = self.layers.iter().map(|layer| layer.freezes as usize);
-        let disk = self.freezes(disk).into_iter().map(|it| it as usize);
-        (memory.sum(), disk.sum())
-    }
-}
+/// How long the frozen VM waits with its wake, at most, for what is started first.
+const HEAD_START: Duration = Duration::from_millis(10);
 
 /// Why a VM could not be frozen, or a child not woken.
 #[derive(Debug, thiserror::Error)]
@@ -144,10 +82,17 @@ pub fn freeze(
     client: &mut RuntimeClient,
     generation: &str,
 ) -> Result<Generation, FreezeError> {
-    freeze_and(dir, client, generation, |frozen| frozen)
+    freeze_and(dir, client, generation, |frozen, _| frozen)
 }
 
-/// As [`freeze`]; what is to be done with the generation begins while the VM is woken.
+/// The frozen VM is woken when all of these are dropped, or 10 ms after the freeze: its guest would take a
+/// processor from what is started meanwhile.
+#[derive(Debug, Clone)]
+pub struct Before {
+    _wake: mpsc::Sender<()>,
+}
+
+/// As [`freeze`]; what is to be done with the generation begins before the VM is woken.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on, unless it is that which failed.
@@ -155,10 +100,17 @@ pub fn freeze_and<T>(
     dir: &VmDir,
     client: &mut RuntimeClient,
     generation: &str,
-    then: impl FnOnce(Generation) -> T,
+    then: impl FnOnce(Generation, Before) -> T,
 ) -> Result<T, FreezeError> {
     // Nobody else until the wake.
     let standstill = Standstill::begin(dir, client, generation)?;
+    let taking = match Taking::begin(dir, Some(client.host_port())) {
+        Ok(taking) => taking,
+        Err(error) => {
+            standstill.over();
+            return Err(error);
+        }
+    };
     let still = FreezeParams {
         processes: true,
         file_systems: false,
@@ -175,18 +127,21 @@ pub fn freeze_and<T>(
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
-        .and_then(|()| take(dir, Some(client.host_port())));
-    // Whether it was frozen or not, it goes on as itself.
-    let waking = Waking::itself(dir, generation);
+        .and_then(|()| taking.go());
+    let (before, wait) = mpsc::channel();
+    let before = Before { _wake: before };
     std::thread::scope(|scope| {
-        let woken = scope.spawn(|| {
-            let woken = wake(client, &waking);
+        let woken = scope.spawn(move || {
+            // Either way it is time.
+            let _ = wait.recv_timeout(HEAD_START);
+            // Whether it was frozen or not, it goes on as itself.
+            let woken = wake(client, &Waking::itself(dir, generation));
             if woken.is_ok() {
                 standstill.over();
             }
             woken
         });
-        let done = frozen.map(then);
+        let done = frozen.map(|frozen| then(frozen, before));
         let woken = match woken.join() {
             Ok(woken) => woken,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -195,105 +150,6 @@ pub fn freeze_and<T>(
         woken?;
         Ok(done)
     })
-}
-
-/// Freezes the machine in `dir` as it is, without a word to its runtime: a child of it would not
-/// wait for its wake. `control_port`: see [`FreezeRequest`].
-///
-/// # Errors
-/// [`FreezeError`]; the VM goes on.
-pub fn take(dir: &VmDir, control_port: Option<u32>) -> Result<Generation, FreezeError> {
-    let begun = Instant::now();
-    let socket = dir.freeze_socket();
-    let _ = std::fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).map_err(transfer("a socket for it"))?;
-    listener
-        .set_nonblocking(true)
-        .map_err(transfer("a socket for it"))?;
-    let request = FreezeRequest {
-        socket: socket.clone(),
-        next_layers: [(ROOT.to_owned(), dir.next_layer())].into(),
-        control_port,
-    };
-    let control = Control::new(dir.control_socket(), FREEZE_TIMEOUT);
-    let taken = std::thread::scope(|scope| {
-        let asked = scope.spawn(|| control.freeze(&request));
-        let mut received = None;
-        // It sends before it replies: once it has replied, what is to come is there.
-        loop {
-            let over = asked.is_finished();
-            let mut fds = [PollFd::new(&listener, PollFlags::IN)];
-            let _ = poll(&mut fds, Some(&timespec(LOOK)));
-            if let Ok((stream, _)) = listener.accept() {
-                received = Some(receive(&stream));
-                break;
-            }
-            if over {
-                break;
-            }
-        }
-        let reply = match asked.join() {
-            Ok(reply) => reply?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        let (meta, files) = received
-            .unwrap_or_else(|| Err(std::io::ErrorKind::UnexpectedEof.into()))
-            .map_err(transfer("its files"))?;
-        if meta.layers.len() != files.len() {
-            let mismatch = std::io::Error::other("not as many files as layers");
-            return Err(transfer("its files")(mismatch));
-        }
-        let layers = files.into_iter().zip(meta.layers);
-        Ok(Generation {
-            state: meta.state,
-            layers: layers
-                .map(|(file, layer)| MemoryLayer {
-                    file,
-                    runs: layer.runs,
-                    packed: layer.packed,
-                    freezes: layer.freezes,
-                })
-                .collect(),
-            disks: meta.disks,
-            pause: Duration::from_nanos(reply.pause_ns),
-            asked: begun,
-            control_port,
-        })
-    });
-    let _ = std::fs::remove_file(&socket);
-    taken
-}
-
-fn receive(stream: &UnixStream) -> std::io::Result<(FrozenMeta, Vec<File>)> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let mut fds = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::IN)];
-    poll(&mut fds, Some(&timespec(FREEZE_TIMEOUT)))?;
-    recvmsg(
-        stream,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut ancillary,
-        flags,
-    )?;
-    let mut files: Vec<File> = ancillary
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        })
-        .flatten()
-        .map(|fd: OwnedFd| fd.into())
-        .collect();
-    if files.is_empty() {
-        return Err(std::io::ErrorKind::UnexpectedEof.into());
-    }
-    let mut json = Vec::new();
-    let mut state = files.remove(0);
-    std::io::Seek::rewind(&mut state)?;
-    state.take(MAX_META_LEN).read_to_end(&mut json)?;
-    Ok((serde_json::from_slice(&json)?, files))
 }
 
 /// Who a VM is from now on.

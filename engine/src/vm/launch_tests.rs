@@ -189,6 +189,7 @@ fn a_frozen_machine_is_woken_by_the_first_call_on_its_connection_and_is_ready_th
     let mut bench = bench("joined");
     bench.launch.generation = Some(Arc::new(From {
         config: GenerationConfig {
+            id: "g".into(),
             state: bench.temp.path().join("disk"),
             memory: Vec::new(),
             paged: false,

@@ -28,6 +28,7 @@ pub mod shells;
 mod spawn;
 pub mod standstill;
 pub mod store;
+mod taking;
 
 pub use end::EndCause;
 pub use launch::{Launch, LaunchError, Machine, Vm};

@@ -51,6 +51,9 @@ pub struct Parent {
     pub generation: String,
     /// Which of them it is, from 0.
     pub index: u32,
+    /// The host's vsock port of the connection to the runtime that went on through the freeze.
+    #[serde(default)]
+    pub control_port: Option<u32>,
 }
 
 /// What is written about a VM.
@@ -274,11 +277,34 @@ impl VmDir {
     /// # Errors
     /// The system's.
     pub(crate) fn hold_layers(&self) -> std::io::Result<std::fs::File> {
-        let mut options = std::fs::OpenOptions::new();
-        let options = options.write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(self.0.join(ratoon_vmm_api::LAYERS_LOCK))?;
+        let file = self.layers_lock()?;
         file.lock_shared()?;
         Ok(file)
+    }
+
+    /// As [`Self::hold_layers`], for who removes some of them; `None`: somebody makes links.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn layers_alone(&self) -> std::io::Result<Option<std::fs::File>> {
+        use std::fs::TryLockError;
+        let file = self.layers_lock()?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    fn layers_lock(&self) -> std::io::Result<std::fs::File> {
+        let mut options = std::fs::OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        options.open(self.0.join(ratoon_vmm_api::LAYERS_LOCK))
+    }
+
+    /// All layers of disks in its folder.
+    pub(crate) fn layers(&self) -> Vec<PathBuf> {
+        self.files_like("", ".qcow2")
     }
 
     /// The VMM's [`ExitReport`].

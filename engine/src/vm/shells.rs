@@ -29,9 +29,16 @@ struct Inner {
     program: PathBuf,
     /// How many of each class are to be ready.
     wanted: BTreeMap<Class, usize>,
-    ready: Mutex<BTreeMap<Class, VecDeque<Shell>>>,
+    ready: Mutex<BTreeMap<Class, Ready>>,
     /// One refill at a time.
     refill: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Ready {
+    shells: VecDeque<Shell>,
+    /// How many are still to be made.
+    owed: usize,
 }
 
 /// A process that waits. Dropped, it is ended.
@@ -57,15 +64,43 @@ impl Shells {
         Ok(shells)
     }
 
+    /// None are kept ready: a place for those that are made [`ahead`](Self::ahead).
+    pub(crate) fn none(program: &Path) -> Self {
+        Self(Arc::new(Inner {
+            program: program.to_owned(),
+            wanted: BTreeMap::new(),
+            ready: Mutex::default(),
+            refill: Mutex::default(),
+        }))
+    }
+
+    /// So many of a class are about to be taken: starts what is missing, in the background.
+    pub(crate) fn ahead(&self, class: Class, count: usize) {
+        self.in_background(move |inner| inner.fill_to(class, count));
+    }
+
     /// How many of a class are there, ready or about to be.
     pub fn count(&self, class: Class) -> usize {
-        self.0.ready().get(&class).map_or(0, VecDeque::len)
+        self.0
+            .ready()
+            .get(&class)
+            .map_or(0, |ready| ready.shells.len())
     }
 
     /// Makes one of them a VM's process with these descriptors. `None`: none is there.
     pub(super) fn take(&self, class: Class, fds: &[BorrowedFd<'_>]) -> Option<Child> {
         loop {
-            let mut shell = self.0.ready().get_mut(&class)?.pop_front()?;
+            let shell = {
+                let mut ready = self.0.ready();
+                let ready = ready.get_mut(&class)?;
+                let shell = ready.shells.pop_front();
+                if shell.is_none() {
+                    // Whoever asks makes one: it is not to be made twice.
+                    ready.owed = ready.owed.saturating_sub(1);
+                }
+                shell
+            };
+            let mut shell = shell?;
             let lives = |child: &mut Child| matches!(child.try_wait(), Ok(None));
             let is_alive = shell.child.as_mut().is_some_and(lives);
             if is_alive && send_descriptors(&shell.socket, fds).is_ok() {
@@ -74,32 +109,56 @@ impl Shells {
         }
     }
 
-    /// Starts what is missing, in the background.
+    /// Starts what is missing, in the background, and ends what is too many.
     pub(crate) fn refill(&self) {
+        self.in_background(Inner::fill);
+    }
+
+    fn in_background(&self, what: impl FnOnce(&Inner) -> std::io::Result<()> + Send + 'static) {
         let inner: Weak<Inner> = Arc::downgrade(&self.0);
-        // Without a thread there are fewer shells, and the next call tries again.
+        // Without a thread there are fewer shells, and a process is made when it is needed.
         let _ = std::thread::Builder::new()
             .name("shells".into())
-            .spawn(move || {
-                if let Some(inner) = inner.upgrade() {
-                    let _ = inner.fill();
-                }
-            });
+            .spawn(move || inner.upgrade().map(|inner| what(&inner)));
     }
 }
 
 impl Inner {
-    fn ready(&self) -> MutexGuard<'_, BTreeMap<Class, VecDeque<Shell>>> {
+    fn ready(&self) -> MutexGuard<'_, BTreeMap<Class, Ready>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fill(&self) -> std::io::Result<()> {
-        let _alone = self.refill.lock().unwrap_or_else(PoisonError::into_inner);
         for (&class, &wanted) in &self.wanted {
-            while self.ready().get(&class).map_or(0, VecDeque::len) < wanted {
-                let shell = self.start(class)?;
-                self.ready().entry(class).or_default().push_back(shell);
-            }
+            self.fill_to(class, wanted)?;
+            let surplus = {
+                let mut ready = self.ready();
+                let shells = &mut ready.entry(class).or_default().shells;
+                shells.split_off(wanted.min(shells.len()))
+            };
+            drop(surplus);
+        }
+        Ok(())
+    }
+
+    fn fill_to(&self, class: Class, count: usize) -> std::io::Result<()> {
+        let _alone = self.refill.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_owed = || {
+            let mut ready = self.ready();
+            let owed = &mut ready.entry(class).or_default().owed;
+            let is_owed = *owed > 0;
+            *owed = owed.saturating_sub(1);
+            is_owed
+        };
+        {
+            let mut ready = self.ready();
+            let of_class = ready.entry(class).or_default();
+            of_class.owed = count.saturating_sub(of_class.shells.len());
+        }
+        while is_owed() {
+            let shell = self.start(class)?;
+            let mut ready = self.ready();
+            ready.entry(class).or_default().shells.push_back(shell);
         }
         Ok(())
     }

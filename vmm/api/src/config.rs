@@ -81,6 +81,9 @@ fn yes() -> bool {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationConfig {
+    /// What it is called, for whoever asks the machine for it again ([`crate::BirthRequest`]).
+    #[serde(default)]
+    pub id: String,
     /// The file of its state.
     #[schema(value_type = String)]
     pub state: PathBuf,

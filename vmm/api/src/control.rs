@@ -180,9 +180,11 @@ pub struct ErrorReply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FreezeRequest {
-    /// A Unix stream socket on which the requester listens. It gets one byte with descriptors
-    /// (SCM_RIGHTS): a file with [`FrozenMeta`] as JSON, then the file of each memory layer, the
-    /// lowest first, all of them immutable from then on.
+    /// A Unix stream socket on which the requester listens. The VMM connects and prepares what needs no pause,
+    /// and freezes when it gets one byte there; it gives up when that connection ends. It answers there with one
+    /// byte and descriptors (SCM_RIGHTS): a file with [`FrozenMeta`] as JSON, one with the machine's state for
+    /// [`crate::GenerationConfig::state`], then the file of each memory layer, the lowest first, all of them
+    /// immutable from then on.
     #[schema(value_type = String)]
     pub socket: PathBuf,
     /// Disks by id: where to make the layer that takes what is written from then on. Every disk
@@ -197,6 +199,18 @@ pub struct FreezeRequest {
     pub control_port: Option<u32>,
 }
 
+/// `POST /v1/birth`: the generation that the machine was started from, if that came as descriptors: it may lie
+/// in memory alone, and whoever wants to start from it again gets it here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BirthRequest {
+    /// As [`FreezeRequest::socket`].
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// What it is called ([`crate::GenerationConfig::id`]): another one is refused.
+    pub id: String,
+}
+
 /// Reply of `POST /v1/freeze`, when the descriptors have been sent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FreezeReply {
@@ -207,8 +221,8 @@ pub struct FreezeReply {
 /// What comes with a generation's descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrozenMeta {
-    /// The machine's state, for [`crate::GenerationConfig::state`].
-    pub state: String,
+    /// See [`FreezeReply::pause_ns`].
+    pub pause_ns: u64,
     /// One for each further descriptor.
     pub layers: Vec<FrozenLayer>,
     /// The disks that have layers.

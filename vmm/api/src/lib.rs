@@ -16,7 +16,8 @@ pub use config::{
     SerialConfig, VmConfig, VsockConfig, layers_within,
 };
 pub use control::{
-    ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta,
-    HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
+    BirthRequest, ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer,
+    FrozenMeta, HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats,
+    VmState,
 };
 pub use inherit::{Inherited, send_descriptors};

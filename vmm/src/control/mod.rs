@@ -12,11 +12,13 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ratoon_vmm_api::{
-    ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
+    BirthRequest, ErrorReply, FreezeReply, FreezeRequest, MetricsReply, StatusReply, TouchedReply,
 };
+use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
+use crate::birth;
 use crate::machine::{Action, Machine, Refused, Reply};
 
 /// Connections served at once; more wait.
@@ -36,7 +38,7 @@ const MAX_BODY_LEN: usize = 64 * 1024;
         title = "ratoon-vmm",
         description = "Control socket of one Ratoon virtual machine"
     ),
-    paths(status, pause, resume, stop, metrics, touched, freeze),
+    paths(status, pause, resume, stop, metrics, touched, freeze, birth),
     components(schemas(ratoon_vmm_api::VmConfig, ratoon_vmm_api::ExitReport))
 )]
 struct Document;
@@ -89,23 +91,9 @@ fn touched(machine: &Machine) -> Result<Reply, Refused> {
     (status = 400, body = ErrorReply, description = "not a FreezeRequest"),
     (status = 409, body = ErrorReply, description = "the VM cannot be frozen")))]
 async fn freeze(machine: Arc<Machine>, body: Incoming) -> Response<Full<Bytes>> {
-    let body = match Limited::new(body, MAX_BODY_LEN).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(why) => {
-            return error(
-                StatusCode::BAD_REQUEST,
-                format!("the request's body: {why}"),
-            );
-        }
-    };
-    let request: FreezeRequest = match serde_json::from_slice(&body) {
+    let request: FreezeRequest = match read(body).await {
         Ok(request) => request,
-        Err(why) => {
-            return error(
-                StatusCode::BAD_REQUEST,
-                format!("the request's body: {why}"),
-            );
-        }
+        Err(refused) => return refused,
     };
     let frozen = tokio::task::spawn_blocking(move || {
         let frozen = machine.freeze(&request);
@@ -123,6 +111,40 @@ async fn freeze(machine: Arc<Machine>, body: Incoming) -> Response<Full<Bytes>> 
         Ok(Err(why)) => error(StatusCode::CONFLICT, crate::causes(&why).join(": ")),
         Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
     }
+}
+
+/// The generation that the machine was started from.
+#[utoipa::path(post, path = "/v1/birth", request_body = BirthRequest, responses(
+    (status = 200, body = FreezeReply, description = "the generation has been sent"),
+    (status = 400, body = ErrorReply, description = "not a BirthRequest"),
+    (status = 409, body = ErrorReply, description = "the VM was not started from it")))]
+async fn birth(machine: Arc<Machine>, body: Incoming) -> Response<Full<Bytes>> {
+    let request: BirthRequest = match read(body).await {
+        Ok(request) => request,
+        Err(refused) => return refused,
+    };
+    let give = move || birth::give(machine.birth.as_ref(), &request);
+    match tokio::task::spawn_blocking(give).await {
+        Ok(Ok(reply)) => json(
+            StatusCode::OK,
+            serde_json::to_vec(&reply).unwrap_or_default(),
+        ),
+        Ok(Err(why)) => error(StatusCode::CONFLICT, crate::causes(&why).join(": ")),
+        Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, why.to_string()),
+    }
+}
+
+/// A request's body, or the reply that it is none.
+async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, Response<Full<Bytes>>> {
+    let wrong = |why: &dyn std::fmt::Display| {
+        error(
+            StatusCode::BAD_REQUEST,
+            format!("the request's body: {why}"),
+        )
+    };
+    let body = Limited::new(body, MAX_BODY_LEN).collect().await;
+    let body = body.map_err(|why| wrong(&why))?.to_bytes();
+    serde_json::from_slice(&body).map_err(|why| wrong(&why))
 }
 
 fn json(status: StatusCode, body: Vec<u8>) -> Response<Full<Bytes>> {
@@ -154,7 +176,7 @@ fn answer(machine: &Machine, method: &Method, path: &str) -> Response<Full<Bytes
         (
             _,
             "/v1/status" | "/v1/pause" | "/v1/resume" | "/v1/stop" | "/v1/metrics" | "/v1/touched"
-            | "/v1/freeze",
+            | "/v1/freeze" | "/v1/birth",
         ) => {
             return error(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -207,11 +229,11 @@ async fn serve(listener: UnixListener, machine: Arc<Machine>) -> std::io::Result
             let service = service_fn(move |request: Request<Incoming>| {
                 let machine = machine.clone();
                 async move {
-                    let is_freeze =
-                        request.method() == Method::POST && request.uri().path() == "/v1/freeze";
-                    Ok::<_, Infallible>(match is_freeze {
-                        true => freeze(machine, request.into_body()).await,
-                        false => answer(&machine, request.method(), request.uri().path()),
+                    let route = (request.method(), request.uri().path());
+                    Ok::<_, Infallible>(match route {
+                        (&Method::POST, "/v1/freeze") => freeze(machine, request.into_body()).await,
+                        (&Method::POST, "/v1/birth") => birth(machine, request.into_body()).await,
+                        (method, path) => answer(&machine, method, path),
                     })
                 }
             });
@@ -254,7 +276,9 @@ mod tests {
     #[test]
     fn the_document_describes_every_route_and_type() {
         let document: serde_json::Value = serde_json::from_str(&super::openapi()).unwrap();
-        for path in ["status", "pause", "resume", "stop", "metrics", "freeze"] {
+        for path in [
+            "status", "pause", "resume", "stop", "metrics", "freeze", "birth",
+        ] {
             assert!(
                 document["paths"].get(format!("/v1/{path}")).is_some(),
                 "{path}"

@@ -15,6 +15,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use ratoon_vmm_api::Run;
+use rustix::fs::FallocateFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::MemoryError;
@@ -138,19 +139,44 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
     Ok((layer, aside))
 }
 
-/// A later freeze: the private pages become a layer of their own, and are mapped from it. Cost is
-/// that of the pages written since the last freeze. `free`, ascending, is zero already: holes of the
-/// layer, but for what has been written there.
+/// The file of a later freeze's layer, with pages for what has been written so far.
+#[derive(Debug)]
+pub struct Ahead(Arc<File>);
+
+/// Before a later freeze, while the machine still runs: in the pause pages need only be copied, which takes a
+/// third of the time of making them as well.
 ///
 /// # Errors
-/// As [`first`].
-pub fn again(memory: &GuestMemoryMmap, free: &[Run]) -> Result<Layer, MemoryError> {
+/// When the system has no such file, or cannot tell what was written.
+pub fn ahead(memory: &GuestMemoryMmap) -> Result<Ahead, MemoryError> {
     let regions = regions(memory);
     let total = regions.iter().map(|(_, _, len)| *len as u64).sum();
     let file = super::memfd("ratoon-layer", total).map_err(|source| MemoryError::Freeze {
         what: "make a file for what was written",
         source: source.into(),
     })?;
+    for (address, offset, len) in regions {
+        for (start, run_len) in private_runs(address, len)? {
+            let at = offset + (start - address) as u64;
+            // Without them they are made in the pause, which says what is wrong.
+            let _ = rustix::fs::fallocate(&file, FallocateFlags::empty(), at, run_len as u64);
+        }
+    }
+    Ok(Ahead(file))
+}
+
+/// A later freeze: the private pages become a layer of their own, and are mapped from it. Cost is
+/// that of the pages written since the last freeze. `free`, ascending, is zero already: holes of the
+/// layer, but for what has been written there.
+///
+/// # Errors
+/// As [`first`].
+pub fn again(
+    memory: &GuestMemoryMmap,
+    Ahead(file): Ahead,
+    free: &[Run],
+) -> Result<Layer, MemoryError> {
+    let regions = regions(memory);
     let mut runs = Vec::new();
     for (address, offset, len) in regions {
         for (start, run_len) in private_runs(address, len)? {

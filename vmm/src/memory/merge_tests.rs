@@ -122,7 +122,9 @@ fn a_layer_that_is_hidden_goes_and_what_is_newer_than_it_is_told_apart() {
     let mut random = Seeded(1);
     let mut model = vec![0; PAGES as usize];
     let base = base(&mut random, &mut model);
-    let some = layer(&mut random, &mut model);
+    let mut some = layer(&mut random, &mut model);
+    let runs = [0, 20 * PAGE].map(|offset| Run { offset, len: PAGE });
+    some.runs = runs.to_vec();
     let mut layers = vec![base, some.clone(), some.clone(), some];
     layers[3].runs.truncate(1);
     let hidden = layers[2].runs[1..].to_vec();
