@@ -338,7 +338,8 @@ impl Ratoon {
             ready,
             BOOT_PATIENCE,
         );
-        let seen = seen.with_context(|| last_words(self.dir.path(), &["vmm.log", "serial.log"]))?;
+        let words = || last_words(self.dir.path(), &["vmm.log", "serial.log"]);
+        let seen = seen.map_err(|error| explain(error, &words()))?;
         Ready::of(seen, self.spawned_ns)
     }
 
@@ -438,6 +439,14 @@ fn says_ready(serial: &Path) -> bool {
             .windows(READY_LINE.len())
             .any(|window| window == READY_LINE.as_bytes())
     })
+}
+
+/// The same error with a machine's last words behind it. An interrupt stays one.
+pub fn explain(error: anyhow::Error, words: &str) -> anyhow::Error {
+    match error.is::<Interrupted>() {
+        true => error,
+        false => anyhow::anyhow!("{error:#}; {words}"),
+    }
 }
 
 /// The ends of these files of a machine.

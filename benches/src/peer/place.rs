@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use super::{Adapter, Guest};
 use crate::clock::monotonic_ns;
-use crate::machine::{Process, Ready, Seen, go_on, last_words, new_dir, watch};
+use crate::machine::{Process, Ready, Seen, explain, go_on, last_words, new_dir, watch};
 
 /// How often a new process is looked at for its API: a tenth of what it takes.
 const API_LOOK: Duration = Duration::from_micros(200);
@@ -236,15 +236,12 @@ impl Running<'_> {
 
     /// The same error with the process's last words, unless it has them.
     pub fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
-        if error.is::<crate::machine::Interrupted>() {
-            return error;
-        }
         // A process that dies closes its sockets first.
         std::thread::sleep(Duration::from_millis(50));
-        let ended = match self.process.0.try_wait() {
-            Ok(Some(status)) => format!("it ended ({status}); "),
-            _ => String::new(),
+        let error = match self.process.0.try_wait() {
+            Ok(Some(status)) => error.context(format!("it ended ({status})")),
+            _ => error,
         };
-        error.context(format!("{ended}{}", self.place.words()))
+        explain(error, &self.place.words())
     }
 }
