@@ -4,14 +4,17 @@
 //! a fixed loop of user instructions, before and after: when its spread is wide or its median
 //! moved, the figures beside it are worth less, and the summary says so.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-use serde::Serialize;
+use ratoon_vmm_api::HostClass;
+use serde::{Deserialize, Serialize};
 
 /// Facts of the host and of the programs measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Host {
     /// When the run began, UTC, as `date` prints it.
     pub date: String,
@@ -31,16 +34,16 @@ pub struct Host {
     pub kernel: String,
     /// Loaded KVM modules.
     pub kvm: Vec<String>,
-    /// The peer's version.
-    pub qemu: Option<String>,
-    /// Noise before the run.
+    /// How guest kernels run: `hardware` (VT-x, AMD-V) or `emulated`.
+    pub class: String,
+    /// The peers measured beside us, by name, and their versions.
+    pub peers: BTreeMap<String, String>,
+    /// Noise before the run; after it: [`crate::record::Record::End`].
     pub noise_before: Noise,
-    /// Noise after it.
-    pub noise_after: Option<Noise>,
 }
 
 /// How long the fixed loop took.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Noise {
     /// Median of the loop, in milliseconds.
     pub median_ms: f64,
@@ -96,8 +99,17 @@ pub fn noise() -> Noise {
     }
 }
 
+/// Reads the facts and measures the noise. `peers`: names and versions.
+pub fn facts(peers: BTreeMap<String, String>) -> Host {
+    Host {
+        peers,
+        noise_before: noise(),
+        ..facts_without_noise()
+    }
+}
+
 /// Reads the facts.
-pub fn facts(qemu: Option<&std::path::Path>) -> Host {
+pub fn facts_without_noise() -> Host {
     let cpuinfo = read("/proc/cpuinfo");
     let cpu = cpuinfo
         .lines()
@@ -118,10 +130,15 @@ pub fn facts(qemu: Option<&std::path::Path>) -> Host {
         .filter(|name| name.starts_with("kvm"))
         .collect();
     kvm.sort();
+    // Where things lie on this machine is nobody's business: `--peer qemu=/a/b` is `--peer qemu=b`.
     let base = |arg: String| {
-        arg.rsplit('/')
-            .next()
-            .map_or_else(String::new, str::to_owned)
+        let (name, path) = arg.split_once('=').unwrap_or(("", &arg));
+        let file = path.rsplit('/').next().unwrap_or_default();
+        if name.is_empty() {
+            file.to_owned()
+        } else {
+            format!("{name}={file}")
+        }
     };
     Host {
         date: output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
@@ -133,48 +150,24 @@ pub fn facts(qemu: Option<&std::path::Path>) -> Host {
         memory_mib,
         kernel: read("/proc/sys/kernel/osrelease"),
         kvm,
-        qemu: qemu.map(|path| {
-            let version = output(&path.to_string_lossy(), &["--version"]);
-            version.lines().next().unwrap_or_default().to_owned()
-        }),
-        noise_before: noise(),
-        noise_after: None,
+        class: match ratoon_vmm::host::detect() {
+            HostClass::Hardware => "hardware",
+            HostClass::Emulated => "emulated",
+        }
+        .into(),
+        peers: BTreeMap::new(),
+        noise_before: Noise::default(),
     }
 }
 
-impl Host {
-    /// The facts as Markdown lines.
-    pub fn markdown(&self) -> String {
-        let noise = |noise: &Noise| {
-            format!(
-                "{:.2} ms median, {:.2} ms max, {:.0} % of a processor, load {}",
-                noise.median_ms,
-                noise.max_ms,
-                noise.cpu_share * 100.0,
-                noise.loadavg
-            )
-        };
-        let governor = if self.governor.is_empty() {
-            "none to see"
-        } else {
-            &self.governor
-        };
-        format!(
-            "* {}, commit {}, `{}`\n* {} x {}, {} MiB, Linux {}, KVM modules: {}; governor: {governor}\n\
-             * peer: {}\n* noise before: {}\n* noise after: {}\n",
-            self.date,
-            self.commit,
-            self.command.join(" "),
-            self.cpus,
-            self.cpu,
-            self.memory_mib,
-            self.kernel,
-            self.kvm.join(", "),
-            self.qemu.as_deref().unwrap_or("n/a"),
-            noise(&self.noise_before),
-            self.noise_after
-                .as_ref()
-                .map_or_else(|| "not measured".into(), noise),
-        )
-    }
+/// What each peer says of its version.
+pub fn versions(peers: &BTreeMap<String, PathBuf>) -> BTreeMap<String, String> {
+    let version = |path: &PathBuf| {
+        let said = output(&path.to_string_lossy(), &["--version"]);
+        said.lines().next().unwrap_or("unknown version").to_owned()
+    };
+    peers
+        .iter()
+        .map(|(name, path)| (name.clone(), version(path)))
+        .collect()
 }

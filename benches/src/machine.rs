@@ -1,19 +1,20 @@
-//! Machines to measure: a `ratoon-vmm` process of its own, and the peer, QEMU's microvm machine.
+//! Machines to measure that boot: a `ratoon-vmm` process of its own, without the engine; and how a machine
+//! on its way up is watched, ours and a peer's (`peer/`) alike.
 //!
-//! Both get the same kernel, initramfs, disk, memory and kernel words. Each machine has a directory
-//! of its own, gone when it is dropped; its process is killed and reaped then. Should the harness
-//! itself be killed, the VMM's lifeline and QEMU's parent-death signal end them.
+//! Each machine has a directory of its own, gone when it is dropped; its process is killed and reaped
+//! then. Should the harness itself be killed, the VMM's lifeline ends it.
 //!
 //! How it fails: a machine that ends or does not come up in time is an error with the last lines
 //! that it said; ^C is [`Interrupted`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,10 +23,13 @@ use ratoon_engine::Programs;
 use ratoon_engine::runtime::RuntimeClient;
 use ratoon_engine::vm::control::Control;
 use ratoon_protocol::RUNTIME_PORT;
-use ratoon_vmm_api::{DiskConfig, MetricsReply, SerialConfig, VmConfig, VsockConfig};
+use ratoon_vmm_api::{DiskConfig, MetricsReply, NetConfig, SerialConfig, VmConfig, VsockConfig};
 use tempfile::TempDir;
 
+pub use crate::clock::monotonic_ns;
+use crate::peer::SavedPeers;
 use crate::proc;
+use crate::sandbox::WarmMachines;
 
 /// How long a guest may take to come up.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
@@ -73,14 +77,18 @@ pub struct Parts {
     pub initramfs: PathBuf,
     /// The image's disk, only read.
     pub disk: PathBuf,
-    /// QEMU, when there is one.
-    pub qemu: Option<PathBuf>,
+    /// The peers given by `--peer NAME=PATH`.
+    pub peers: BTreeMap<String, PathBuf>,
     /// The programs, for machines that the engine starts.
     pub programs: Programs,
     /// The cache that has kernel and images.
     pub cache: PathBuf,
     /// The image's name.
     pub image: String,
+    /// What scenarios share.
+    pub warm: Arc<WarmMachines>,
+    /// The same of peers.
+    pub saved: Arc<SavedPeers>,
 }
 
 /// Shape of one machine.
@@ -92,6 +100,8 @@ pub struct Shape {
     pub more_disks: Vec<(&'static str, bool)>,
     /// Whether the runtime tells the console that it serves.
     pub ready_on_console: bool,
+    /// Tap devices.
+    pub networks: Vec<NetConfig>,
 }
 
 impl Shape {
@@ -101,14 +111,9 @@ impl Shape {
             memory_mib,
             more_disks: Vec::new(),
             ready_on_console: false,
+            networks: Vec::new(),
         }
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds, as the VMM stamps its phases.
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 fn nap(from: Instant, what: &str, patience: Duration) -> Result<()> {
@@ -122,7 +127,7 @@ fn nap(from: Instant, what: &str, patience: Duration) -> Result<()> {
 
 /// A child process that is killed and reaped when dropped.
 #[derive(Debug)]
-struct Process(Child);
+pub struct Process(pub Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -156,7 +161,29 @@ pub struct Ready {
     pub cpu_ns: Option<u64>,
 }
 
-fn new_dir() -> Result<TempDir> {
+impl Ready {
+    /// Reads the HELLO of a machine whose runtime has called.
+    ///
+    /// # Errors
+    /// When none comes.
+    pub fn of(seen: Seen, spawned_ns: u64) -> Result<Self> {
+        let stream = seen.stream.context("the runtime's connection")?;
+        stream.set_nonblocking(false)?;
+        let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
+        Ok(Self {
+            client,
+            hello_ns: monotonic_ns() - spawned_ns,
+            console_ns: seen.console_ns,
+            cpu_ns: seen.cpu_ns,
+        })
+    }
+}
+
+/// A directory for one machine.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn new_dir() -> Result<TempDir> {
     tempfile::Builder::new()
         .prefix("ratoon-bench-")
         .tempdir()
@@ -199,7 +226,7 @@ impl Ratoon {
                 guest_cid: 3,
                 socket: at("vsock"),
             }),
-            networks: Vec::new(),
+            networks: shape.networks.clone(),
             balloon: true,
             serial: Some(SerialConfig {
                 log: at("serial.log"),
@@ -300,32 +327,20 @@ impl Ratoon {
     /// # Errors
     /// When the VMM ends or the guest takes too long.
     pub fn ready(&mut self, console: bool) -> Result<Ready> {
-        let from = Instant::now();
         let serial = self.dir.path().join("serial.log");
-        let mut console_ns = None;
-        let mut cpu_ns = None;
-        let stream = loop {
-            if console && console_ns.is_none() && says_ready(&serial) {
-                console_ns = Some(monotonic_ns() - self.spawned_ns);
-                cpu_ns = Some(proc::cpu_total_ns(self.pid())?);
-            }
-            match self.ready.accept() {
-                Ok((stream, _)) => break stream,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error).context("the runtime's connection"),
-            }
-            self.alive()?;
-            nap(from, "the runtime did not call", BOOT_PATIENCE)?;
-        };
-        stream.set_nonblocking(false)?;
-        let client = RuntimeClient::from_stream(stream, BOOT_PATIENCE)?;
-        let hello_ns = monotonic_ns() - self.spawned_ns;
-        Ok(Ready {
-            client,
-            hello_ns,
-            console_ns,
-            cpu_ns,
-        })
+        let ready = Some(&self.ready);
+        let spawned = self.spawned_ns;
+        let seen = watch(
+            &mut self.process,
+            spawned,
+            &serial,
+            console,
+            ready,
+            BOOT_PATIENCE,
+        );
+        let words = || last_words(self.dir.path(), &["vmm.log", "serial.log"]);
+        let seen = seen.map_err(|error| explain(error, &words()))?;
+        Ready::of(seen, self.spawned_ns)
     }
 
     /// Stops the VM and waits for the whole end of its process. Returns how long that took.
@@ -365,79 +380,56 @@ pub fn accept(listener: &UnixListener) -> Result<UnixStream> {
     }
 }
 
-/// Boots QEMU's microvm to the console's ready line (R3'), then ends it. Returns nanoseconds from
-/// the spawn, and the CPU time of the process until then.
+/// What was seen of a machine on its way up. Times are after the spawn.
+#[derive(Debug)]
+pub struct Seen {
+    /// The runtime's connection; none without vsock.
+    pub stream: Option<UnixStream>,
+    /// When the console's ready line was there, if it was looked for and came first.
+    pub console_ns: Option<u64>,
+    /// CPU time of the process until that line.
+    pub cpu_ns: Option<u64>,
+}
+
+/// Watches a machine's console and the socket that its runtime calls, all machines in the same way: every
+/// 2 ms. Returns with the runtime's connection; without a socket, with the ready line.
 ///
 /// # Errors
-/// When it ends first or takes too long.
-pub fn boot_qemu(
-    qemu: &Path,
-    parts: &Parts,
-    shape: &Shape,
-    kernel_words: &str,
-) -> Result<(u64, u64)> {
-    let dir = new_dir()?;
-    let serial = dir.path().join("serial.log");
-    let memory = shape.memory_mib.to_string();
-    let mut command = Command::new(qemu);
-    command
-        .args([
-            "-M",
-            "microvm,x-option-roms=off,pit=on,pic=on,rtc=off,isa-serial=on,acpi=off",
-        ])
-        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &memory])
-        .args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
-        .arg("-serial")
-        .arg(format!("file:{}", serial.display()))
-        .arg("-kernel")
-        .arg(&parts.kernel)
-        .arg("-initrd")
-        .arg(&parts.initramfs)
-        .args(["-append", kernel_words])
-        .arg("-drive")
-        .arg(format!(
-            "file={},format=raw,if=none,id=root,snapshot=on",
-            parts.disk.display()
-        ))
-        .args(["-device", "virtio-blk-device,drive=root"])
-        .args(["-device", "virtio-rng-device"])
-        // snapshot=on keeps its throw-away layer there.
-        .env("TMPDIR", dir.path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(fs::File::create(dir.path().join("qemu.log"))?);
-    let in_child = || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec the closure makes one system call (prctl) and nothing else.
-    unsafe { command.pre_exec(in_child) };
-    let spawned_ns = monotonic_ns();
-    let mut process = Process(
-        command
-            .spawn()
-            .with_context(|| format!("starting {}", qemu.display()))?,
-    );
+/// When the process ends first or it takes too long.
+pub fn watch(
+    process: &mut Process,
+    spawned_ns: u64,
+    serial: &Path,
+    console: bool,
+    ready: Option<&UnixListener>,
+    patience: Duration,
+) -> Result<Seen> {
     let from = Instant::now();
+    let mut seen = Seen {
+        stream: None,
+        console_ns: None,
+        cpu_ns: None,
+    };
     loop {
-        if says_ready(&serial) {
-            let ready_ns = monotonic_ns() - spawned_ns;
-            return Ok((ready_ns, proc::cpu_total_ns(process.0.id())?));
+        if console && seen.console_ns.is_none() && says_ready(serial) {
+            seen.console_ns = Some(monotonic_ns() - spawned_ns);
+            seen.cpu_ns = Some(proc::cpu_total_ns(process.0.id())?);
+        }
+        match ready.map(UnixListener::accept) {
+            Some(Ok((stream, _))) => {
+                seen.stream = Some(stream);
+                return Ok(seen);
+            }
+            None if seen.console_ns.is_some() => return Ok(seen),
+            Some(Err(error)) if error.kind() != ErrorKind::WouldBlock => {
+                return Err(error).context("the runtime's connection");
+            }
+            _ => {}
         }
         if let Some(status) = process.0.try_wait()? {
-            bail!(
-                "QEMU ended ({status}); {}",
-                last_words(dir.path(), &["qemu.log", "serial.log"])
-            );
+            bail!("the VMM ended ({status})");
         }
-        nap(from, "QEMU's guest was not ready", BOOT_PATIENCE)
-            .with_context(|| last_words(dir.path(), &["qemu.log", "serial.log"]))?;
+        nap(from, "the runtime did not call", patience)?;
     }
 }
 
@@ -449,7 +441,16 @@ fn says_ready(serial: &Path) -> bool {
     })
 }
 
-fn last_words(dir: &Path, files: &[&str]) -> String {
+/// The same error with a machine's last words behind it. An interrupt stays one.
+pub fn explain(error: anyhow::Error, words: &str) -> anyhow::Error {
+    match error.is::<Interrupted>() {
+        true => error,
+        false => anyhow::anyhow!("{error:#}; {words}"),
+    }
+}
+
+/// The ends of these files of a machine.
+pub fn last_words(dir: &Path, files: &[&str]) -> String {
     let mut words = String::from("its last words:");
     for file in files {
         let text = fs::read(dir.join(file)).unwrap_or_default();

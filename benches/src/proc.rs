@@ -22,6 +22,58 @@ pub struct Memory {
     pub pss_kib: u64,
     /// Resident and nobody else's.
     pub private_kib: u64,
+    /// Of that, what was written: what one more process needs, however many there are.
+    pub dirty_kib: u64,
+}
+
+impl Memory {
+    /// Adds a line of a mapping, `Rss:  12 kB`; others than those that are told count nothing.
+    fn count(&mut self, line: &str) {
+        let mut words = line.split_ascii_whitespace();
+        let key = words.next().unwrap_or_default();
+        let Some(value) = words.next().and_then(|v| v.parse::<u64>().ok()) else {
+            return;
+        };
+        match key {
+            "Rss:" => self.rss_kib += value,
+            "Pss:" => self.pss_kib += value,
+            "Private_Clean:" => self.private_kib += value,
+            "Private_Dirty:" => {
+                self.private_kib += value;
+                self.dirty_kib += value;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Memory of a peer's process: of the VMM, and of its guest, whose mappings are those of at least half its size.
+///
+/// # Errors
+/// When the process has ended.
+pub fn of_peer(pid: u32, guest_mib: u64) -> Result<[Memory; 2]> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("memory of the VMM")?;
+    Ok(parse_peer(&smaps, guest_mib << 19))
+}
+
+fn parse_peer(smaps: &str, guest_min_bytes: u64) -> [Memory; 2] {
+    let mut parts = [Memory::default(); 2];
+    let mut part = 0;
+    for line in smaps.lines() {
+        if let Some((start, end)) = range(line) {
+            part = usize::from(end.saturating_sub(start) >= guest_min_bytes);
+        } else {
+            parts[part].count(line);
+        }
+    }
+    parts
+}
+
+/// The addresses of a line that begins a mapping.
+fn range(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split_ascii_whitespace().next()?.split_once('-')?;
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    hex(start).zip(hex(end))
 }
 
 /// A process's memory beyond its guest's, by part: `text` (the program's file, read-only), `data`
@@ -75,17 +127,8 @@ fn parse_smaps(smaps: &str, stacks: &[u64]) -> BTreeMap<&'static str, Memory> {
     for line in smaps.lines() {
         let mut words = line.split_ascii_whitespace();
         let Some(first) = words.next() else { continue };
-        if let Some(key) = first.strip_suffix(':') {
-            let Some(value) = words.next().and_then(|v| v.parse::<u64>().ok()) else {
-                continue;
-            };
-            let memory = parts.entry(part).or_default();
-            match key {
-                "Rss" => memory.rss_kib += value,
-                "Pss" => memory.pss_kib += value,
-                "Private_Clean" | "Private_Dirty" => memory.private_kib += value,
-                _ => {}
-            }
+        if first.ends_with(':') {
+            parts.entry(part).or_default().count(line);
             continue;
         }
         let protection = words.next().unwrap_or_default();
@@ -195,21 +238,31 @@ VmFlags: rd wr mr
     #[test]
     fn memory_is_told_by_part() {
         let parts = parse_smaps(SMAPS, &[0x7f00_2000_1000]);
-        let memory = |rss_kib, pss_kib, private_kib| Memory {
+        let memory = |rss_kib, pss_kib, private_kib, dirty_kib| Memory {
             rss_kib,
             pss_kib,
             private_kib,
+            dirty_kib,
         };
         assert_eq!(
             parts.into_iter().collect::<Vec<_>>(),
             [
-                ("anonymous", memory(40, 40, 40)),
-                ("data", memory(20, 20, 20)),
-                ("guest", memory(9000, 9000, 9000)),
-                ("stacks", memory(12, 12, 12)),
-                ("text", memory(800, 400, 0)),
+                ("anonymous", memory(40, 40, 40, 36)),
+                ("data", memory(20, 20, 20, 20)),
+                ("guest", memory(9000, 9000, 9000, 9000)),
+                ("stacks", memory(12, 12, 12, 12)),
+                ("text", memory(800, 400, 0, 0)),
             ]
         );
+    }
+
+    #[test]
+    fn a_peers_guest_is_its_largest_mappings() {
+        let [vmm, guest] = parse_peer(SMAPS, 128 << 20);
+        assert_eq!(guest.private_kib, 9000);
+        assert_eq!(vmm.rss_kib, 800 + 20 + 12 + 40);
+        assert_eq!(vmm.private_kib, 20 + 12 + 40);
+        assert_eq!(vmm.dirty_kib, 20 + 12 + 36);
     }
 
     #[test]

@@ -1,237 +1,279 @@
-//! Samples: every one is written as a JSON line the moment it is taken, so that a run that is
-//! stopped keeps what it has; and the summaries made of them.
+//! The samples of a run while it runs: each is written as a line of `samples.jsonl` (see
+//! [`crate::record`]) the moment it is taken, and kept in memory for verdicts at the end.
 //!
-//! A percentile is only given when at least one sample lies beyond it: p50 from 2 samples on, p90
-//! from 10, p99 from 100. Nothing is trimmed. It fails when the file cannot be written.
+//! How it fails: when the file takes no more (a full disk) the error says so, and ends the
+//! scenario; what came before is in the file, and what is in memory can still be reported.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
 
-/// How ready "ready" is, for latencies (the words of the design).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Readiness {
-    /// Not a latency up to a point of a start.
-    None,
-    /// Registers set, no guest instruction run.
-    R0,
-    /// The VM runs.
-    R1,
-    /// The runtime in the guest has answered.
-    R3,
-    /// The runtime says on the console that it serves: the R3 that a machine without vsock has.
-    #[serde(rename = "R3'")]
-    R3Console,
-    /// A command has run and its result is here.
-    R4,
-}
-
-impl Readiness {
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "",
-            Self::R0 => "R0",
-            Self::R1 => "R1",
-            Self::R3 => "R3",
-            Self::R3Console => "R3'",
-            Self::R4 => "R4",
-        }
-    }
-}
-
-/// What a series of samples is: its scenario, whose it is, and what is measured in which unit.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Series {
-    /// The scenario.
-    pub scenario: &'static str,
-    /// `ratoon` or the peer's name.
-    pub system: &'static str,
-    /// What.
-    pub metric: String,
-    /// Unit of the value.
-    pub unit: &'static str,
-    /// For latencies, up to which point.
-    pub readiness: Readiness,
-}
-
-#[derive(Serialize)]
-struct Line<'a> {
-    #[serde(flatten)]
-    series: &'a Series,
-    run: usize,
-    value: f64,
-}
+use crate::clock::WallClock;
+use crate::host::{Host, Noise};
+use crate::record::{Missing, Outcome, Record, SCHEMA, Sample, Text};
+pub use crate::record::{Readiness, Series};
+pub use crate::stats::{number, percentile};
 
 /// The samples of a run of the harness.
 #[derive(Debug)]
 pub struct Samples {
     file: File,
+    path: PathBuf,
+    begun: Instant,
+    wall: WallClock,
     values: BTreeMap<Series, Vec<f64>>,
-    order: Vec<Series>,
-    notes: Vec<String>,
+    records: Vec<Record>,
+    /// The first failure to write, which ends the run.
+    unwritten: Option<String>,
 }
 
 impl Samples {
     /// Samples that are written to `path`.
     ///
     /// # Errors
-    /// When the file cannot be made.
-    pub fn create(path: &Path) -> Result<Self> {
+    /// When the file cannot be made or written.
+    pub fn create(path: &Path, host: &Host, quick: bool) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("samples {}", path.display()))?;
-        Ok(Self {
+        let mut samples = Self {
             file,
+            path: path.to_owned(),
+            begun: Instant::now(),
+            wall: WallClock::now(),
             values: BTreeMap::new(),
-            order: Vec::new(),
-            notes: Vec::new(),
-        })
+            records: Vec::new(),
+            unwritten: None,
+        };
+        samples.keep(Record::Run {
+            schema: SCHEMA,
+            host: Box::new(host.clone()),
+            quick,
+        })?;
+        Ok(samples)
     }
 
     /// Keeps one sample of `series`, taken in round `run` of its scenario.
     ///
     /// # Errors
     /// When the file cannot be written (a full disk): the samples before are in it.
-    pub fn add(&mut self, series: &Series, run: usize, value: f64) -> Result<()> {
-        let mut line = serde_json::to_vec(&Line { series, run, value })?;
-        line.push(b'\n');
-        self.file.write_all(&line).context("writing a sample")?;
-        if !self.values.contains_key(series) {
-            self.order.push(series.clone());
+    pub fn add(&mut self, series: &Series, round: usize, value: f64) -> Result<()> {
+        self.add_sample(series, round, value, None)
+    }
+
+    /// The same of an operation that began, or was meant to begin, at `start`.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub fn add_from(
+        &mut self,
+        series: &Series,
+        round: usize,
+        value: f64,
+        start: Instant,
+    ) -> Result<()> {
+        let start_s = start.saturating_duration_since(self.begun).as_secs_f64();
+        self.add_sample(series, round, value, Some(start_s))
+    }
+
+    fn add_sample(
+        &mut self,
+        series: &Series,
+        round: usize,
+        value: f64,
+        start_s: Option<f64>,
+    ) -> Result<()> {
+        if !value.is_finite() {
+            let why = format!("{}: not a number in round {round}", series.metric);
+            return self.missing(series.scenario.clone(), series.system.clone(), why);
         }
         self.values.entry(series.clone()).or_default().push(value);
-        Ok(())
+        self.keep(Record::Sample(Sample {
+            series: series.clone(),
+            round,
+            value,
+            at_s: self.begun.elapsed().as_secs_f64(),
+            start_s,
+        }))
     }
 
-    /// A line for the summary: what is missing, or a verdict.
-    pub fn note(&mut self, note: impl Into<String>) {
-        self.notes.push(note.into());
+    /// A figure that there is not, and why: n/a in the report.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub fn missing(
+        &mut self,
+        scenario: impl Into<Text>,
+        system: impl Into<Text>,
+        why: impl Into<String>,
+    ) -> Result<()> {
+        self.keep(Record::Missing(Missing {
+            scenario: scenario.into(),
+            system: system.into(),
+            why: why.into(),
+        }))
     }
 
-    /// The samples of the series with this scenario, system and metric, as taken.
+    /// A line for people: a verdict, something seen. That it cannot be written is told by the next
+    /// sample or the end.
+    pub fn note(&mut self, text: impl Into<String>) {
+        let _ = self.keep(Record::Note { text: text.into() });
+    }
+
+    /// A scenario has ended. Steps of the wall clock until then are noted.
+    pub fn scenario_ended(
+        &mut self,
+        name: &str,
+        outcome: Outcome,
+        seconds: f64,
+        error: Option<String>,
+    ) {
+        if let Some(step) = self.wall.step() {
+            self.note(format!(
+                "the wall clock stepped by {step:+.3} s during {name}: latencies are of \
+                 CLOCK_MONOTONIC, which does not step"
+            ));
+        }
+        let _ = self.keep(Record::Scenario {
+            name: name.into(),
+            outcome,
+            seconds,
+            error,
+        });
+    }
+
+    /// Ends the file. `partial`: why not all is here that was asked for.
+    pub fn end(&mut self, noise_after: Option<Noise>, partial: Option<String>) {
+        let partial = match (&self.unwritten, partial) {
+            (Some(error), None) => Some(format!("samples could not be written: {error}")),
+            (Some(error), Some(why)) => {
+                Some(format!("{why}; samples could not be written: {error}"))
+            }
+            (None, partial) => partial,
+        };
+        let _ = self.keep(Record::End {
+            noise_after,
+            partial,
+        });
+    }
+
+    fn keep(&mut self, record: Record) -> Result<()> {
+        let line = serde_json::to_vec(&record);
+        self.records.push(record);
+        let mut line = line?;
+        line.push(b'\n');
+        // After a failure the line before may be torn: more would be garbage behind it.
+        let written = match &self.unwritten {
+            Some(before) => Err(std::io::Error::other(before.clone())),
+            None => self.file.write_all(&line),
+        };
+        if let Err(error) = &written
+            && self.unwritten.is_none()
+        {
+            self.unwritten = Some(error.to_string());
+        }
+        written.with_context(|| {
+            format!(
+                "writing a sample to {} (what came before is in it)",
+                self.path.display()
+            )
+        })
+    }
+
+    /// Whether samples could not be written.
+    pub fn is_torn(&self) -> bool {
+        self.unwritten.is_some()
+    }
+
+    /// All that was kept, in its order.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The samples without a case that have this scenario, system and metric, as taken.
     pub fn of(&self, scenario: &str, system: &str, metric: &str) -> &[f64] {
+        self.of_case(scenario, system, "", metric)
+    }
+
+    /// The samples with this scenario, system, case and metric, as taken.
+    pub fn of_case(&self, scenario: &str, system: &str, case: &str, metric: &str) -> &[f64] {
         self.values
             .iter()
-            .find(|(s, _)| s.scenario == scenario && s.system == system && s.metric == metric)
+            .find(|(s, _)| {
+                s.scenario == scenario && s.system == system && s.case == case && s.metric == metric
+            })
             .map_or(&[], |(_, values)| values.as_slice())
-    }
-
-    /// The summary as Markdown.
-    pub fn markdown(&self) -> String {
-        use std::fmt::Write as _;
-        let mut out = String::from(
-            "| scenario | what | up to | system | unit | n | p50 | p90 | p99 | max |\n\
-             |---|---|---|---|---|---:|---:|---:|---:|---:|\n",
-        );
-        for series in &self.order {
-            let values = &self.values[series];
-            let cell = |p| percentile(values, p).map_or("n/a".into(), number);
-            let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let _ = writeln!(
-                out,
-                "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
-                series.scenario,
-                series.metric,
-                series.readiness.name(),
-                series.system,
-                series.unit,
-                values.len(),
-                cell(50),
-                cell(90),
-                cell(99),
-                number(max)
-            );
-        }
-        if !self.notes.is_empty() {
-            out.push('\n');
-            for note in &self.notes {
-                let _ = writeln!(out, "* {note}");
-            }
-        }
-        out
-    }
-}
-
-/// The value that `percent` % of the samples do not exceed (nearest rank); `None` when there are
-/// too few samples to tell.
-pub fn percentile(values: &[f64], percent: u32) -> Option<f64> {
-    let n = values.len();
-    let needed = 100 / (100 - percent as usize).max(1);
-    if n < needed {
-        return None;
-    }
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let rank = (n * percent as usize).div_ceil(100).max(1);
-    sorted.get(rank - 1).copied()
-}
-
-/// Three significant digits or so.
-pub fn number(value: f64) -> String {
-    if !value.is_finite() {
-        return "n/a".into();
-    }
-    match value.abs() {
-        v if v >= 100.0 => format!("{value:.0}"),
-        v if v >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record;
 
     fn series() -> Series {
         Series {
-            scenario: "start",
-            system: "ratoon",
+            scenario: "start".into(),
+            system: "ratoon".into(),
+            case: "".into(),
             metric: "spawn".into(),
-            unit: "ms",
+            unit: "ms".into(),
             readiness: Readiness::R1,
         }
     }
 
     #[test]
-    fn a_percentile_needs_the_samples_that_carry_it() {
-        let values: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!(percentile(&values, 50), Some(50.0));
-        assert_eq!(percentile(&values, 90), Some(90.0));
-        assert_eq!(percentile(&values, 99), Some(99.0));
-        assert_eq!(percentile(&values[..99], 99), None);
-        assert_eq!(percentile(&values[..9], 90), None);
-        assert_eq!(percentile(&values[..1], 50), None);
-        assert_eq!(percentile(&[], 50), None);
-    }
-
-    #[test]
-    fn a_percentile_does_not_depend_on_the_order_of_samples() {
-        assert_eq!(percentile(&[3.0, 1.0, 2.0], 50), Some(2.0));
-    }
-
-    #[test]
-    fn every_sample_is_a_line_of_its_own_and_the_summary_counts_it() {
+    fn every_sample_is_a_line_of_its_own_the_moment_it_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("samples.jsonl");
-        let mut samples = Samples::create(&path).unwrap();
+        let mut samples = Samples::create(&path, &Host::default(), false).unwrap();
         samples.add(&series(), 0, 4.5).unwrap();
-        samples.add(&series(), 1, 5.5).unwrap();
-        let text = std::fs::read_to_string(path).unwrap();
-        let lines: Vec<serde_json::Value> = text
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
+        samples.add(&series().case("cold"), 1, 5.5).unwrap();
+        let read = record::read(&path).unwrap();
+        assert!(read.torn.is_none());
+        let values: Vec<_> = read
+            .records
+            .iter()
+            .filter_map(|record| match record {
+                Record::Sample(sample) => Some((&*sample.series.case, sample.value)),
+                _ => None,
+            })
             .collect();
-        assert_eq!(lines.len(), 2);
-        assert_eq!(lines[1]["value"], 5.5);
-        assert_eq!(lines[1]["readiness"], "R1");
-        assert!(
-            samples
-                .markdown()
-                .contains("| start | spawn | R1 | ratoon | ms | 2 | 4.50 | n/a | n/a | 5.50 |"),
-            "{}",
-            samples.markdown()
-        );
+        assert_eq!(values, [("", 4.5), ("cold", 5.5)]);
+        assert_eq!(samples.of("start", "ratoon", "spawn"), [4.5]);
+        assert_eq!(samples.of_case("start", "ratoon", "cold", "spawn"), [5.5]);
+    }
+
+    #[test]
+    fn a_value_that_is_no_number_is_missing_instead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("samples.jsonl");
+        let mut samples = Samples::create(&path, &Host::default(), false).unwrap();
+        samples.add(&series(), 3, f64::INFINITY).unwrap();
+        let records = record::read(&path).unwrap().records;
+        assert!(matches!(&records[1], Record::Missing(missing) if missing.why.contains("round 3")));
+    }
+
+    #[test]
+    fn a_full_disk_is_told_once_begun_and_what_was_taken_stays_in_memory() {
+        let full = Path::new("/dev/full");
+        let error = Samples::create(full, &Host::default(), false).unwrap_err();
+        assert!(format!("{error:#}").contains("No space left"), "{error:#}");
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("samples.jsonl");
+        let mut samples = Samples::create(&path, &Host::default(), false).unwrap();
+        samples.file = File::create(full).unwrap();
+        let error = samples.add(&series(), 0, 1.0).unwrap_err();
+        assert!(format!("{error:#}").contains("No space left"), "{error:#}");
+        assert!(samples.is_torn());
+        samples.end(None, None);
+        assert_eq!(samples.of("start", "ratoon", "spawn"), [1.0]);
+        assert!(matches!(
+            samples.records().last(),
+            Some(Record::End { partial: Some(why), .. }) if why.contains("No space left")
+        ));
     }
 }

@@ -1,7 +1,9 @@
 //! Machines as users have them: started, frozen and restored by the engine, with a state directory
 //! that is gone at the end. How it fails: with the engine's errors.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -10,9 +12,10 @@ use ratoon_engine::runtime::{CallIo, RuntimeClient};
 use ratoon_engine::snapshot::Quiet;
 use ratoon_engine::snapshots::{Keep, RestoreSpec};
 use ratoon_engine::vm::control::Control;
+use ratoon_engine::vm::freeze::{self, Child, Waking};
 use ratoon_engine::vm::launch::Vm;
 use ratoon_engine::{Engine, RunSpec};
-use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus};
+use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus, FreezeParams};
 use ratoon_vmm_api::MetricsReply;
 use tempfile::TempDir;
 
@@ -26,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 pub struct Sandboxes {
     engine: Engine,
     image: String,
-    _state: TempDir,
+    state: Arc<TempDir>,
 }
 
 impl Sandboxes {
@@ -43,8 +46,22 @@ impl Sandboxes {
         Ok(Self {
             engine: Engine::new(dirs, parts.programs.clone()),
             image: parts.image.clone(),
-            _state: state,
+            state: Arc::new(state),
         })
+    }
+
+    /// The same state with an engine of its own that keeps so many shells.
+    ///
+    /// # Errors
+    /// When their processes cannot be made.
+    pub fn beside(&self, memory_mib: u64, shells: usize) -> Result<Self> {
+        let dirs = Dirs::new(self.state.path(), self.engine.dirs().cache());
+        let same = Self {
+            engine: Engine::new(dirs, self.engine.programs().clone()),
+            image: self.image.clone(),
+            state: Arc::clone(&self.state),
+        };
+        same.with_shells(memory_mib, shells)
     }
 
     /// With so many shells ready for machines of one vCPU and so much memory.
@@ -73,27 +90,21 @@ impl Sandboxes {
         };
         let mut vm = self.engine.start(&spec, None)?.vm;
         let mut client = vm.runtime()?;
-        exec(
-            &mut client,
-            &["python3", "-c", "import json"],
-            &mut io::sink(),
-        )?;
-        exec(&mut client, &["true"], &mut io::sink())?;
-        cell(&mut client, "import json, time")?;
+        warm_up(&mut client)?;
         Ok((vm, client))
     }
 
-    /// Takes a snapshot of it.
+    /// Takes a snapshot of it, its memory plain or compressed; how long it stood still for that.
     ///
     /// # Errors
     /// The engine's.
-    pub fn snapshot(&self, vm: &Vm, name: &str) -> Result<()> {
+    pub fn snapshot(&self, vm: &Vm, name: &str, compressed: bool) -> Result<Duration> {
         let keep = Keep {
             name: Some(name),
+            compressed,
             ..Keep::default()
         };
-        self.engine.snapshot(vm.dir(), keep, &Quiet)?;
-        Ok(())
+        Ok(self.engine.snapshot(vm.dir(), keep, &Quiet)?.pause)
     }
 
     /// A woken machine from a snapshot.
@@ -110,6 +121,110 @@ impl Sandboxes {
         let client = vm.runtime()?;
         Ok((vm, client))
     }
+}
+
+/// What is booted once and restored from then on: a boot takes long where guest kernels are emulated.
+#[derive(Default)]
+pub struct WarmMachines(Mutex<BTreeMap<u64, Arc<Warm>>>);
+
+/// A machine with Debian and a warm Python, and plain snapshot of it.
+pub struct Warm {
+    /// Dropped before its folder is.
+    original: Mutex<Option<(Vm, RuntimeClient)>>,
+    /// The engine that has the snapshot [`Warm::SNAPSHOT`].
+    pub sandboxes: Sandboxes,
+    /// How long it stood still for that: its first freeze.
+    pub first_pause: Duration,
+}
+
+impl Warm {
+    /// The snapshot's name.
+    pub const SNAPSHOT: &str = "bench";
+
+    /// The machine that the snapshot was taken of, which goes on; or, when somebody had it, one restored.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn original(&self) -> Result<(Vm, RuntimeClient)> {
+        let kept = self.original.lock().unwrap_or_else(PoisonError::into_inner);
+        match { kept }.take() {
+            Some(original) => Ok(original),
+            None => self.sandboxes.restore(Self::SNAPSHOT),
+        }
+    }
+}
+
+impl WarmMachines {
+    /// The one of this size; made when it is asked for first.
+    ///
+    /// # Errors
+    /// When its guest does not come up.
+    pub fn of(&self, parts: &Parts, memory_mib: u64) -> Result<Arc<Warm>> {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(warm) = made.get(&memory_mib) {
+            return Ok(Arc::clone(warm));
+        }
+        let sandboxes = Sandboxes::new(parts)?;
+        let (vm, client) = sandboxes.boot(memory_mib)?;
+        let first_pause = sandboxes.snapshot(&vm, Warm::SNAPSHOT, false)?;
+        let warm = Arc::new(Warm {
+            sandboxes,
+            first_pause,
+            original: Mutex::new(Some((vm, client))),
+        });
+        made.insert(memory_mib, Arc::clone(&warm));
+        Ok(warm)
+    }
+}
+
+impl std::fmt::Debug for WarmMachines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WarmMachines").finish_non_exhaustive()
+    }
+}
+
+/// Runs what later measurements run, in any system's machine.
+///
+/// # Errors
+/// When a command or cell fails.
+pub fn warm_up(client: &mut RuntimeClient) -> Result<()> {
+    exec(client, &["python3", "-c", "import json"], &mut io::sink())?;
+    exec(client, &["true"], &mut io::sink())?;
+    cell(client, "import json, time")?;
+    Ok(())
+}
+
+/// Who a machine is that was not made by the engine: another name each time, as a child gets one.
+///
+/// # Errors
+/// When the system has no random numbers.
+pub fn child() -> Result<Waking> {
+    let mut hostname = freeze::machine_id()?;
+    hostname.truncate(12);
+    Ok(Waking {
+        id: "bench".into(),
+        generation: "bench".into(),
+        index: None,
+        child: Some(Child {
+            hostname: Some(hostname),
+            ..Child::default()
+        }),
+    })
+}
+
+/// Tells a machine's runtime to stop its processes and expect a wake.
+///
+/// # Errors
+/// When it does not.
+pub fn still(client: &mut RuntimeClient) -> Result<()> {
+    let still = FreezeParams {
+        processes: true,
+        file_systems: false,
+        ..FreezeParams::default()
+    };
+    client.call::<()>(&Call::Freeze(still), "stopped its processes", PATIENCE)?;
+    client.call::<()>(&Call::ExpectWake, "expected its wake", PATIENCE)?;
+    Ok(())
 }
 
 /// What a machine's VMM has counted.

@@ -20,8 +20,8 @@ use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
 use commands::{
-    code, cp, exec, family, fork, forward, image, kill, logs, ps, rm, run, snapshot, snapshots,
-    stop, top,
+    bench, code, cp, exec, family, fork, forward, image, kill, logs, ps, rm, run, snapshot,
+    snapshots, stop, top,
 };
 use failure::Failure;
 
@@ -79,6 +79,7 @@ enum Command {
     Rm(rm::Args),
     #[command(subcommand)]
     Image(image::Command),
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -90,6 +91,9 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {
+    if let Command::Bench(args) = &command {
+        return bench::run(args);
+    }
     let dirs = Dirs::from_env()?;
     // The doctor must be able to tell what is wrong with the directories.
     if let Command::Doctor(args) = &command {
@@ -121,6 +125,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Snapshots(args) => snapshots::run(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),
         Command::Image(command) => image::run(&engine, command),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args, engine.dirs()),
     }
 }
@@ -144,6 +149,23 @@ mod tests {
         match cli {
             Some(Command::Run(args)) => assert_eq!(args.command, ["sh", "-c", "--net"]),
             _ => panic!("not a run"),
+        }
+    }
+
+    #[test]
+    fn what_follows_bench_is_the_harness_s_untouched() {
+        for words in [
+            &["--quick", "start"][..],
+            &["--help"],
+            &["compare", "a", "b"],
+        ] {
+            let cli = Cli::try_parse_from(["ratoon", "bench"].iter().chain(words))
+                .ok()
+                .map(|cli| cli.command);
+            match cli {
+                Some(Command::Bench(args)) => assert_eq!(args.args, words),
+                _ => panic!("not a bench"),
+            }
         }
     }
 

@@ -12,6 +12,8 @@ mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
 mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
+mod a_measurement_can_be_checked;
+mod a_measurement_says_what_went_wrong;
 mod a_program_cannot_harm_its_machine;
 mod a_restored_machine_gets_the_hosts_runtime;
 mod a_restored_machine_is_the_same_machine;
@@ -65,6 +67,8 @@ fn main() {
         a_guests_end_is_told::trials(),
         a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
+        a_measurement_can_be_checked::trials(),
+        a_measurement_says_what_went_wrong::trials(),
         a_program_cannot_harm_its_machine::trials(),
         a_restored_machine_gets_the_hosts_runtime::trials(),
         a_restored_machine_is_the_same_machine::trials(),
@@ -90,6 +94,7 @@ fn main() {
         .map(|trial| trial.with_ignored_flag(kvm.is_err()))
         .collect();
     trials.extend(bad_input_is_refused_by_name::trials());
+    trials.extend(a_measurement_says_what_went_wrong::without_guests::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::end();
     a_fork_ends_in_a_clear_result_for_each_child::end();

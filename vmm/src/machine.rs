@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use ratoon_devices::vsock::{FIRST_RX_NS, FIRST_TX_NS};
 use ratoon_vmm_api::{
     DiskConfig, HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VmConfig,
     VmState,
@@ -190,7 +191,13 @@ impl Machine {
         let mut devices = std::collections::BTreeMap::new();
         for slot in self.bus.virtio() {
             for (counter, value) in lock(&slot.transport).counters() {
-                devices.insert(format!("{}.{counter}", slot.name), value);
+                match counter {
+                    FIRST_RX_NS => phases.wake_ns = value,
+                    FIRST_TX_NS => phases.answer_ns = value,
+                    _ => {
+                        devices.insert(format!("{}.{counter}", slot.name), value);
+                    }
+                }
             }
         }
         devices.insert(

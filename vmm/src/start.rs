@@ -233,6 +233,8 @@ impl Configured {
                 (memory, Source::Generation(Box::new(state), layers))
             }
         };
+        let mut phases = self.phases;
+        phases.mapped_ns = monotonic_ns();
         let (kvm, vm, vcpus) = match ahead {
             Some(shell) => (shell.kvm, shell.vm, Some(shell.vcpus)),
             None => {
@@ -242,7 +244,6 @@ impl Configured {
                 (kvm, vm, None)
             }
         };
-        let mut phases = self.phases;
         phases.memory_ns = monotonic_ns();
         Ok(WithMemory {
             config: self.config,

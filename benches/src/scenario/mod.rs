@@ -2,14 +2,21 @@
 
 pub mod block;
 pub mod boot;
-pub mod clones;
+pub mod burst;
+pub mod choice;
+pub mod density;
+pub mod exec;
 pub mod fork;
-pub mod freeze;
 pub mod memory;
+pub mod net;
+pub mod null;
+pub mod pause;
+pub mod phases;
+mod raw;
 pub mod restore;
 pub mod run;
-pub mod runtime;
 pub mod start;
+pub mod sustained;
 pub mod vsock;
 
 use std::io::Write;
@@ -18,8 +25,10 @@ use anyhow::{Result, bail};
 use ratoon_engine::runtime::{ExecIo, RuntimeClient};
 use ratoon_protocol::ExecParams;
 
+use crate::budget::Budget;
 use crate::machine::Parts;
-use crate::samples::{Readiness, Series};
+use crate::record::Text;
+use crate::samples::{Readiness, Samples, Series, number, percentile};
 
 /// What a scenario runs with.
 #[derive(Debug)]
@@ -30,6 +39,8 @@ pub struct Plan<'a> {
     pub quick: bool,
     /// How many rounds, when the user says so.
     pub runs: Option<usize>,
+    /// The scenario's time.
+    pub budget: Budget<'a>,
 }
 
 impl Plan<'_> {
@@ -41,17 +52,36 @@ impl Plan<'_> {
 
 fn series(
     scenario: &'static str,
-    system: &'static str,
+    system: impl Into<Text>,
     metric: impl Into<String>,
     unit: &'static str,
     readiness: Readiness,
 ) -> Series {
     Series {
-        scenario,
-        system,
-        metric: metric.into(),
-        unit,
+        scenario: scenario.into(),
+        system: system.into(),
+        case: "".into(),
+        metric: Text::Owned(metric.into()),
+        unit: unit.into(),
         readiness,
+    }
+}
+
+/// Tells ours against a peer's, when both have a median.
+fn note_ratio(samples: &mut Samples, scenario: &'static str, case: &str, metric: &str, peer: &str) {
+    let p50 = |system| percentile(samples.of_case(scenario, system, case, metric), 50);
+    if peer == "ratoon" {
+        return;
+    }
+    if let (Some(ours), Some(theirs)) = (p50("ratoon"), p50(peer)) {
+        let comma = if case.is_empty() { "" } else { ", " };
+        samples.note(format!(
+            "{scenario}{comma}{case}: {metric}: ours p50 {}, {peer} p50 {}, ratio {}; ours no more: {}",
+            number(ours),
+            number(theirs),
+            number(ours / theirs),
+            verdict(ours <= theirs)
+        ));
     }
 }
 

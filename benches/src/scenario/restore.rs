@@ -1,36 +1,44 @@
-//! A machine from a snapshot: spawn to its first instruction (R1), to the runtime's answer to its
-//! wake (R3), to the end of a first command (R4); beside the same on a machine that never stopped.
+//! A machine from a snapshot: spawn to running (R1), to the runtime's answer to its wake (R3), to the end of
+//! a first command (R4); beside peers, and beside the same on a machine that runs.
 //!
-//! The machine has Debian and a warm Python. Each round takes, in turn: a command and a wake on the
-//! machine that never stopped, then a restore. The first round warms the page cache and is not
+//! The machine has Debian and a warm Python. Each round takes, in turn, each first in turn: a command and a wake
+//! on a machine that runs, a restore of each kind, one of each peer. The first round warms the page cache and is not
 //! counted. The cold rounds drop the snapshot's and the image's pages from the page cache first.
+//!
+//! R1 of ours is the first guest instruction; of a peer, the moment that its API says that the machine runs.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use ratoon_engine::runtime::RuntimeClient;
-use ratoon_engine::vm::freeze::{self, Child, Waking};
+use ratoon_engine::vm::freeze;
 use ratoon_engine::working_set;
-use ratoon_protocol::{Call, FreezeParams};
 use rustix::fs::{Advice, fadvise};
 
-use super::{Plan, exec, series, verdict};
+use super::phases::Timeline;
+use super::{Plan, exec, note_ratio, series, verdict};
+use crate::budget::Budget;
 use crate::machine::{go_on, monotonic_ns};
+use crate::peer::{self, Ability, Adapter, Peers};
 use crate::samples::{Readiness, Samples, number, percentile};
-use crate::sandbox::{Sandboxes, metrics};
+use crate::sandbox::{Sandboxes, Warm, child, metrics, still};
 
 const NAME: &str = "restore";
-/// Guest memory in MiB; the targets are for the first.
+/// Guest memory in MiB; the targets and the peers are for the first.
 const SIZES: [u64; 3] = [256, 1024, 4096];
 const R1_TARGETS_MS: [(u32, f64); 2] = [(50, 3.0), (99, 6.0)];
 const OWN_R3_TARGET_MS: f64 = 8.0;
 const R4_TARGET: f64 = 1.15;
 const COLD_TARGET: f64 = 2.0;
-const COLD: &str = "cold page cache";
-const COLD_WITHOUT: &str = "cold page cache, no working set";
+const R1: &str = "spawn to running";
+const R3: &str = "spawn to wake's answer";
+const R4: &str = "spawn to the end of true";
+const RUNS_ON: &str = "never stopped";
+/// The snapshot whose memory is compressed.
+const COMPRESSED: &str = "bench-compressed";
 
 /// Runs it.
 ///
@@ -38,134 +46,181 @@ const COLD_WITHOUT: &str = "cold page cache, no working set";
 /// When a machine does not come up.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     let sizes = if plan.quick { &SIZES[..1] } else { &SIZES[..] };
-    for &mib in sizes {
-        one_size(plan, samples, mib)?;
+    for (index, &mib) in sizes.iter().enumerate() {
+        let part = plan.budget.part(1.0 / (sizes.len() - index) as f64);
+        let budget = if index == 0 && sizes.len() > 1 {
+            // It has the peers, the kinds, and most rounds.
+            plan.budget.part(0.6)
+        } else {
+            part
+        };
+        one_size(plan, &budget, samples, mib)?;
         note(samples, mib);
     }
     Ok(())
 }
 
-fn one_size(plan: &Plan<'_>, samples: &mut Samples, mib: u64) -> Result<()> {
-    let sandboxes = Sandboxes::new(plan.parts)?;
-    let (vm, client) = sandboxes.boot(mib)?;
-    drop(client);
-    sandboxes.snapshot(&vm, "bench")?;
-    vm.end()?;
-    let (steady, mut steady_client) = sandboxes.boot(mib)?;
-    let rounds = if mib == SIZES[0] { 100 } else { 30 };
-    for round in 0..=plan.rounds(rounds, 5) {
-        go_on()?;
-        let (command, wake) = never_stopped(&mut steady_client)?;
-        let restored = restored(&sandboxes)?;
-        if round == 0 {
-            continue;
-        }
-        let mut add = |system, what: &str, value, readiness| {
-            let series = series(NAME, system, format!("{what}, {mib} MiB"), "ms", readiness);
-            samples.add(&series, round, value)
-        };
-        add("never stopped", "true", command, Readiness::R4)?;
-        add("never stopped", "wake", wake, Readiness::R3)?;
-        add(
-            "ratoon",
-            "spawn to first instruction",
-            restored.r1,
-            Readiness::R1,
-        )?;
-        for (name, value) in restored.phases {
-            add("ratoon", name, value, Readiness::R0)?;
-        }
-        add(
-            "ratoon",
-            "spawn to wake's answer",
-            restored.r3,
-            Readiness::R3,
-        )?;
-        add(
-            "ratoon",
-            "engine before the spawn",
-            restored.before,
-            Readiness::None,
-        )?;
-        add(
-            "ratoon",
-            "spawn to the end of true",
-            restored.r4,
-            Readiness::R4,
-        )?;
+/// A way to restore ours.
+struct Kind<'s> {
+    case: String,
+    sandboxes: &'s Sandboxes,
+    snapshot: &'static str,
+}
+
+fn one_size(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, mib: u64) -> Result<()> {
+    let warm = plan.parts.warm.of(plan.parts, mib)?;
+    let (steady, mut steady_client) = warm.original()?;
+    let with_shells = warm.sandboxes.beside(mib, 2)?;
+    let mut kinds = vec![
+        Kind {
+            case: case(mib),
+            sandboxes: &warm.sandboxes,
+            snapshot: Warm::SNAPSHOT,
+        },
+        Kind {
+            case: format!("{}, shells", case(mib)),
+            sandboxes: &with_shells,
+            snapshot: Warm::SNAPSHOT,
+        },
+    ];
+    if !plan.quick && mib == SIZES[0] {
+        warm.sandboxes.snapshot(&steady, COMPRESSED, true)?;
+        kinds.push(Kind {
+            case: format!("{}, compressed, pager running", case(mib)),
+            sandboxes: &warm.sandboxes,
+            snapshot: COMPRESSED,
+        });
     }
-    cold(plan, samples, &sandboxes, mib, COLD_WITHOUT)?;
-    let (vm, mut client) = sandboxes.restore("bench")?;
-    exec(&mut client, &["true"], &mut io::sink())?;
-    working_set::note(vm.dir());
-    vm.end()?;
-    cold(plan, samples, &sandboxes, mib, COLD)?;
+    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = if mib == SIZES[0] { &adapters[..] } else { &[] };
+    let mut peers = Peers::of(adapters, NAME, Ability::Restore, samples)?;
+    let names = peers.names_with_ours();
+    let most = if mib == SIZES[0] { 100 } else { 30 };
+    let warm_rounds = budget.part(if plan.quick { 1.0 } else { 0.7 });
+    for round in warm_rounds.rounds(plan.rounds(most, 10) + 1) {
+        go_on()?;
+        let runs_on = runs_on(&mut steady_client)?;
+        if round > 0 {
+            for (what, ms, readiness) in runs_on {
+                let series = series(NAME, RUNS_ON, what, "ms", readiness).case(case(mib));
+                samples.add(&series, round, ms)?;
+            }
+        }
+        for name in peer::order(&names, round) {
+            go_on()?;
+            if name == "ratoon" {
+                for kind in &kinds {
+                    let restored = restored(kind.sandboxes, kind.snapshot)?;
+                    if round > 0 {
+                        restored.add(samples, name, &kind.case, round)?;
+                    }
+                }
+                continue;
+            }
+            let restored = peers.attempt(name, samples, |peer| restored_peer(peer, plan, mib))?;
+            if let Some(restored) = restored.filter(|_| round > 0) {
+                restored.add(samples, name, &case(mib), round)?;
+            }
+        }
+    }
+    for name in names {
+        for metric in [R1, R3, R4] {
+            note_ratio(samples, NAME, &case(mib), metric, name);
+        }
+    }
+    drop(steady_client);
     steady.end()?;
-    Ok(())
-}
-
-/// Restores with nothing in the page cache.
-fn cold(
-    plan: &Plan<'_>,
-    samples: &mut Samples,
-    sandboxes: &Sandboxes,
-    mib: u64,
-    how: &str,
-) -> Result<()> {
-    for round in 0..plan.rounds(10, 3) {
-        go_on()?;
-        forget(sandboxes, &plan.parts.disk)?;
-        let restored = restored(sandboxes)?;
-        let what = format!("spawn to the end of true, {mib} MiB, {how}");
-        let series = series(NAME, "ratoon", what, "ms", Readiness::R4);
-        samples.add(&series, round, restored.r4)?;
+    if plan.quick {
+        return Ok(());
+    }
+    let disk = &plan.parts.disk;
+    let rounds = plan.rounds(10, 3);
+    let without = format!("{}, cold page cache, no working set", case(mib));
+    for (share, how) in [(0.5, &without), (1.0, &cold_case(mib))] {
+        let part = budget.part(share);
+        for round in part.rounds(rounds) {
+            go_on()?;
+            forget(&warm.sandboxes, Warm::SNAPSHOT, disk)?;
+            let restored = restored(&warm.sandboxes, Warm::SNAPSHOT)?;
+            restored.add(samples, "ratoon", how, round)?;
+        }
+        if how == &without {
+            let (vm, mut client) = warm.sandboxes.restore(Warm::SNAPSHOT)?;
+            exec(&mut client, &["true"], &mut io::sink())?;
+            working_set::note(vm.dir());
+            vm.end()?;
+        }
     }
     Ok(())
 }
 
-/// Milliseconds of `true`, and of a wake, on a machine that is not a child.
-fn never_stopped(client: &mut RuntimeClient) -> Result<(f64, f64)> {
+fn case(mib: u64) -> String {
+    format!("{mib} MiB")
+}
+
+fn cold_case(mib: u64) -> String {
+    format!("{mib} MiB, cold page cache")
+}
+
+/// Milliseconds of `true`, and of a wake, on a machine that runs.
+fn runs_on(client: &mut RuntimeClient) -> Result<[(&'static str, f64, Readiness); 2]> {
     let from = Instant::now();
     exec(client, &["true"], &mut io::sink())?;
     let command = from.elapsed().as_secs_f64() * 1e3;
-    let patience = std::time::Duration::from_secs(60);
-    let still = FreezeParams {
-        processes: true,
-        file_systems: false,
-        ..FreezeParams::default()
-    };
-    client.call::<()>(&Call::Freeze(still), "stopped its processes", patience)?;
-    client.call::<()>(&Call::ExpectWake, "expected its wake", patience)?;
-    // Another name each time, as a child gets one.
-    let mut hostname = freeze::machine_id()?;
-    hostname.truncate(12);
-    let waking = Waking {
-        id: "steady".into(),
-        generation: "bench".into(),
-        index: None,
-        child: Some(Child {
-            hostname: Some(hostname),
-            ..Child::default()
-        }),
-    };
+    still(client)?;
+    let waking = child()?;
     let from = Instant::now();
     freeze::wake(client, &waking)?;
-    Ok((command, from.elapsed().as_secs_f64() * 1e3))
+    let wake = from.elapsed().as_secs_f64() * 1e3;
+    Ok([
+        ("true", command, Readiness::R4),
+        ("wake", wake, Readiness::R3),
+    ])
 }
 
 /// One restore, in milliseconds after the spawn.
 struct Restored {
-    before: f64,
+    /// The engine's work before.
+    before: Option<f64>,
     r1: f64,
     r3: f64,
     r4: f64,
-    phases: Vec<(&'static str, f64)>,
+    timeline: Option<Timeline>,
 }
 
-fn restored(sandboxes: &Sandboxes) -> Result<Restored> {
-    let ms = |from: u64, to: u64| (to as f64 - from as f64) / 1e6;
+impl Restored {
+    fn add(
+        &self,
+        samples: &mut Samples,
+        system: &'static str,
+        case: &str,
+        round: usize,
+    ) -> Result<()> {
+        for (what, ms, readiness) in [
+            (R1, Some(self.r1), Readiness::R1),
+            (R3, Some(self.r3), Readiness::R3),
+            (R4, Some(self.r4), Readiness::R4),
+            ("engine before the spawn", self.before, Readiness::None),
+        ] {
+            if let Some(ms) = ms {
+                let series = series(NAME, system, what, "ms", readiness).case(case.to_owned());
+                samples.add(&series, round, ms)?;
+            }
+        }
+        match &self.timeline {
+            Some(timeline) => timeline.add(samples, NAME, case.to_owned(), round),
+            None => Ok(()),
+        }
+    }
+}
+
+fn ms(from: u64, to: u64) -> f64 {
+    (to as f64 - from as f64) / 1e6
+}
+
+fn restored(sandboxes: &Sandboxes, snapshot: &str) -> Result<Restored> {
     let called = monotonic_ns();
-    let (vm, mut client) = sandboxes.restore("bench")?;
+    let (vm, mut client) = sandboxes.restore(snapshot)?;
     let answered = monotonic_ns();
     exec(&mut client, &["true"], &mut io::sink())?;
     let ended = monotonic_ns();
@@ -174,46 +229,50 @@ fn restored(sandboxes: &Sandboxes) -> Result<Restored> {
     drop(client);
     vm.end()?;
     Ok(Restored {
-        before: ms(called, spawned),
+        before: Some(ms(called, spawned)),
         r1: ms(spawned, phases.first_instruction_ns),
         r3: ms(spawned, answered),
         r4: ms(spawned, ended),
-        phases: vec![
-            ("phase: exec to main", ms(spawned, phases.main_ns)),
-            (
-                "phase: configuration",
-                ms(phases.main_ns, phases.configured_ns),
-            ),
-            (
-                "phase: VM and memory",
-                ms(phases.configured_ns, phases.memory_ns),
-            ),
-            (
-                "phase: irqchip and vCPU",
-                ms(phases.memory_ns, phases.vcpus_ns),
-            ),
-            (
-                "phase: state written",
-                ms(phases.vcpus_ns, phases.loaded_ns),
-            ),
-            ("phase: devices", ms(phases.loaded_ns, phases.devices_ns)),
-            (
-                "phase: to first instruction",
-                ms(phases.devices_ns, phases.first_instruction_ns),
-            ),
-        ],
+        timeline: Some(Timeline {
+            spawned_ns: spawned,
+            phases,
+            answered_ns: Some(answered),
+        }),
+    })
+}
+
+fn restored_peer(peer: &dyn Adapter, plan: &Plan<'_>, mib: u64) -> Result<Restored> {
+    let place = plan.parts.saved.of(peer, plan.parts, mib)?;
+    let mut woken = peer::wake(peer, &place)?;
+    let ended = exec(&mut woken.client, &["true"], &mut io::sink());
+    let ended = ended.map(|()| monotonic_ns());
+    let ended = ended.map_err(|error| woken.running.explain(error))?;
+    let spawned = woken.running.spawned_ns;
+    Ok(Restored {
+        before: None,
+        r1: ms(spawned, woken.running_ns),
+        r3: ms(spawned, woken.answered_ns),
+        r4: ms(spawned, ended),
+        timeline: None,
     })
 }
 
 /// Drops what the page cache has of the snapshot and of the image.
-fn forget(sandboxes: &Sandboxes, disk: &Path) -> Result<()> {
-    let snapshot = sandboxes.engine().snapshots()?.get("bench")?;
+fn forget(sandboxes: &Sandboxes, snapshot: &str, disk: &Path) -> Result<()> {
+    let snapshot = sandboxes.engine().snapshots()?.get(snapshot)?;
     let mut files = vec![disk.to_owned()];
-    for entry in std::fs::read_dir(&snapshot.folder)? {
-        files.push(entry?.path());
+    let mut folders = vec![snapshot.folder.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder)? {
+            let path = entry?.path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => files.push(path),
+            }
+        }
     }
     for path in files {
-        let file = File::open(path)?;
+        let file = File::open(&path).with_context(|| path.display().to_string())?;
         file.sync_all()?;
         fadvise(&file, 0, None, Advice::DontNeed)?;
     }
@@ -221,12 +280,13 @@ fn forget(sandboxes: &Sandboxes, disk: &Path) -> Result<()> {
 }
 
 fn note(samples: &mut Samples, mib: u64) {
-    let of = |system, what: &str, p| {
-        percentile(samples.of(NAME, system, &format!("{what}, {mib} MiB")), p)
+    let of = |system, case: &str, what: &str, p| {
+        percentile(samples.of_case(NAME, system, case, what), p)
     };
+    let warm = case(mib);
     let mut notes = Vec::new();
     for (p, target) in R1_TARGETS_MS {
-        if let Some(value) = of("ratoon", "spawn to first instruction", p) {
+        if let Some(value) = of("ratoon", &warm, R1, p) {
             notes.push(format!(
                 "restore (R1), {mib} MiB: p{p} {} ms, target {target} ms at 256 MiB: {}",
                 number(value),
@@ -234,8 +294,8 @@ fn note(samples: &mut Samples, mib: u64) {
             ));
         }
     }
-    let r3 = of("ratoon", "spawn to wake's answer", 50);
-    if let (Some(ours), Some(theirs)) = (r3, of("never stopped", "wake", 50)) {
+    let r3 = of("ratoon", &warm, R3, 50);
+    if let (Some(ours), Some(theirs)) = (r3, of(RUNS_ON, &warm, "wake", 50)) {
         notes.push(format!(
             "restore (R3), {mib} MiB: {} ms beyond a wake on a machine that never stopped (p50), \
              target {OWN_R3_TARGET_MS} ms at 256 MiB: {}",
@@ -243,8 +303,8 @@ fn note(samples: &mut Samples, mib: u64) {
             verdict(ours - theirs <= OWN_R3_TARGET_MS)
         ));
     }
-    let r4 = of("ratoon", "spawn to the end of true", 50);
-    if let (Some(ours), Some(theirs)) = (r4, of("never stopped", "true", 50)) {
+    let r4 = of("ratoon", &warm, R4, 50);
+    if let (Some(ours), Some(theirs)) = (r4, of(RUNS_ON, &warm, "true", 50)) {
         notes.push(format!(
             "restore (R4), {mib} MiB: {} times `true` on a machine that never stopped (p50), target \
              {R4_TARGET}: {}",
@@ -252,8 +312,7 @@ fn note(samples: &mut Samples, mib: u64) {
             verdict(ours / theirs <= R4_TARGET)
         ));
     }
-    let what = format!("spawn to the end of true, {mib} MiB, {COLD}");
-    let cold = percentile(samples.of(NAME, "ratoon", &what), 50);
+    let cold = of("ratoon", &cold_case(mib), R4, 50);
     if let (Some(cold), Some(warm)) = (cold, r4) {
         notes.push(format!(
             "restore (R4), {mib} MiB, cold page cache: {} times the warm figure (p50), target \

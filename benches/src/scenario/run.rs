@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail};
 use super::{Plan, exec, series, verdict};
 use crate::machine::go_on;
 use crate::samples::{Readiness, Samples, number, percentile};
-use crate::sandbox::Sandboxes;
 
 const NAME: &str = "run";
+const MIB: u64 = 256;
 const FACTOR: f64 = 1.3;
 const MORE_MS: f64 = 60.0;
 
@@ -21,12 +21,12 @@ const MORE_MS: f64 = 60.0;
 /// # Errors
 /// When a command fails.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let sandboxes = Sandboxes::new(plan.parts)?;
-    let (vm, mut client) = sandboxes.boot(ratoon_engine::DEFAULT_MEMORY_MIB)?;
+    let warm = plan.parts.warm.of(plan.parts, MIB)?;
+    let (vm, mut client) = warm.original()?;
     let program = plan.parts.programs.vmm.with_file_name("ratoon");
     let state = tempfile::tempdir().context("a directory for `ratoon run`")?;
     // Round 0 makes the warm generation, if there is none.
-    for round in 0..=plan.rounds(50, 5) {
+    for round in plan.budget.rounds(plan.rounds(50, 5) + 1) {
         go_on()?;
         let from = Instant::now();
         exec(&mut client, &["true"], &mut io::sink())?;
@@ -54,6 +54,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         let theirs = series(NAME, "never stopped", "true", "ms", Readiness::R4);
         samples.add(&theirs, round, command)?;
     }
+    drop(client);
     vm.end()?;
     let p50 = |system, what| percentile(samples.of(NAME, system, what), 50);
     if let (Some(ours), Some(theirs)) = (

@@ -6,6 +6,7 @@
 
 use anyhow::Result;
 
+use super::phases::Timeline;
 use super::{Plan, series, verdict};
 use crate::machine::{Ratoon, Shape, go_on};
 use crate::samples::{Readiness, Samples, number, percentile};
@@ -20,7 +21,7 @@ const P99_TARGET_MS: f64 = 10.0;
 /// When a VM does not start or stop.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     let shape = Shape::of(128);
-    for round in 0..=plan.rounds(100, 20) {
+    for round in plan.budget.rounds(plan.rounds(100, 20) + 1) {
         go_on()?;
         let mut vm = Ratoon::spawn(plan.parts, &shape)?;
         let phases = vm.running()?.phases;
@@ -29,7 +30,6 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         if round == 0 {
             continue;
         }
-        let ms = |from: u64, to: u64| (to as f64 - from as f64) / 1e6;
         let total = series(
             NAME,
             "ratoon",
@@ -37,28 +37,14 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             "ms",
             Readiness::R1,
         );
-        samples.add(&total, round, ms(spawned, phases.first_instruction_ns))?;
-        let steps = [
-            ("phase: exec to main", spawned, phases.main_ns),
-            ("phase: configuration", phases.main_ns, phases.configured_ns),
-            (
-                "phase: VM and memory",
-                phases.configured_ns,
-                phases.memory_ns,
-            ),
-            ("phase: irqchip and vCPU", phases.memory_ns, phases.vcpus_ns),
-            ("phase: kernel loaded", phases.vcpus_ns, phases.loaded_ns),
-            ("phase: devices", phases.loaded_ns, phases.devices_ns),
-            (
-                "phase: to first instruction",
-                phases.devices_ns,
-                phases.first_instruction_ns,
-            ),
-        ];
-        for (name, from, to) in steps {
-            let series = series(NAME, "ratoon", name, "ms", Readiness::R0);
-            samples.add(&series, round, ms(from, to))?;
-        }
+        let r1 = phases.first_instruction_ns.saturating_sub(spawned);
+        samples.add(&total, round, r1 as f64 / 1e6)?;
+        let timeline = Timeline {
+            spawned_ns: spawned,
+            phases,
+            answered_ns: None,
+        };
+        timeline.add(samples, NAME, "", round)?;
         let end = series(
             NAME,
             "ratoon",

@@ -5,40 +5,24 @@
 //! in pieces of 64 KiB; the clock is the host's. *Runtime*: a ping is the shortest thing that the
 //! runtime can be asked; a command's output passes a pipe, the runtime and the protocol on its way.
 
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Seek, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ratoon_engine::runtime::{CallIo, RuntimeClient};
 use ratoon_protocol::{Call, FileRead, FileWrite, Transferred};
 
-use super::runtime::counters;
+use super::exec::counters;
+use super::raw::{self, Haul, Load};
 use super::{Plan, exec, series, verdict};
 use crate::machine::{Ratoon, Shape, accept, go_on};
 use crate::samples::{Readiness, Samples, percentile};
 
 const NAME: &str = "vsock";
 const PORT: u32 = 5000;
-const PIECE: usize = 64 * 1024;
 const FILE_TARGET_PERCENT: f64 = 80.0;
-
-/// In the guest: sends and takes `n` bytes a turn, then gives single bytes back.
-const PROGRAM: &str = r#"
-import socket, sys
-n, turns, trips = map(int, sys.argv[1:4])
-s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-s.connect((2, 5000))
-piece = bytearray(65536)
-for _ in range(turns):
-    s.recv(1)
-    for _ in range(n // len(piece)): s.sendall(piece)
-    left = n
-    while left: left -= s.recv_into(piece, min(left, len(piece)))
-    s.sendall(b"d")
-for _ in range(trips): s.sendall(s.recv(1))
-"#;
 
 /// Runs it.
 ///
@@ -58,16 +42,16 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         client.ping(Duration::from_secs(60))?;
         samples.add(&ping, trip, from.elapsed().as_secs_f64() * 1e3)?;
     }
-    raw(
-        &vm,
-        &mut client,
-        &listener,
-        samples,
-        mib << 20,
+    let load = Load {
+        bytes: mib << 20,
         turns,
         trips,
-    )?;
-    for turn in 0..turns {
+    };
+    let connect = format!("socket.socket(socket.AF_VSOCK), (2, {PORT})");
+    raw::run(NAME, &vm, &mut client, samples, load, &connect, || {
+        accept(&listener)
+    })?;
+    for turn in plan.budget.rounds(turns) {
         go_on()?;
         output(&vm, &mut client, samples, mib << 20, turn)?;
         files(&vm, &mut client, samples, mib << 20, turn)?;
@@ -76,118 +60,6 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     note(samples);
     vm.stop()?;
     Ok(())
-}
-
-fn raw(
-    vm: &Ratoon,
-    client: &mut RuntimeClient,
-    listener: &UnixListener,
-    samples: &mut Samples,
-    bytes: usize,
-    turns: usize,
-    trips: usize,
-) -> Result<()> {
-    let numbers = [bytes, turns, trips].map(|n| n.to_string());
-    let argv = [
-        "python3",
-        "-c",
-        PROGRAM,
-        &numbers[0],
-        &numbers[1],
-        &numbers[2],
-    ];
-    std::thread::scope(|scope| {
-        let ours = scope.spawn(|| -> Result<()> {
-            let mut stream = accept(listener)?;
-            for turn in 0..turns {
-                go_on()?;
-                bulk(vm, &mut stream, samples, bytes, turn)?;
-            }
-            let trip_time = series(
-                NAME,
-                "ratoon",
-                "raw round trip, 1 byte",
-                "ms",
-                Readiness::None,
-            );
-            for trip in 0..trips {
-                go_on()?;
-                let from = Instant::now();
-                stream.write_all(b"p")?;
-                stream.read_exact(&mut [0])?;
-                samples.add(&trip_time, trip, from.elapsed().as_secs_f64() * 1e3)?;
-            }
-            Ok(())
-        });
-        let theirs = exec(client, &argv, &mut io::sink());
-        match ours.join() {
-            // The guest's own words explain ours.
-            Ok(ours) => theirs.and(ours),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
-}
-
-fn bulk(
-    vm: &Ratoon,
-    stream: &mut UnixStream,
-    samples: &mut Samples,
-    bytes: usize,
-    turn: usize,
-) -> Result<()> {
-    let mut piece = vec![0; PIECE];
-    let haul = Haul::begin(vm)?;
-    stream.write_all(b"g")?;
-    let mut left = bytes;
-    while left > 0 {
-        let most = left.min(PIECE);
-        let len = stream.read(&mut piece[..most])?;
-        if len == 0 {
-            bail!("the guest closed its connection");
-        }
-        left -= len;
-    }
-    haul.end(samples, "raw guest to host", bytes, turn)?;
-    let haul = Haul::begin(vm)?;
-    for _ in 0..bytes / PIECE {
-        stream.write_all(&piece)?;
-    }
-    stream
-        .read_exact(&mut [0])
-        .context("the guest's word that it has all")?;
-    haul.end(samples, "raw host to guest", bytes, turn)
-}
-
-/// Bytes that are being moved.
-struct Haul<'a> {
-    vm: &'a Ratoon,
-    from: Instant,
-    instructions: Option<u64>,
-}
-
-impl<'a> Haul<'a> {
-    fn begin(vm: &'a Ratoon) -> Result<Self> {
-        let instructions = counters(vm)?[0];
-        Ok(Self {
-            vm,
-            from: Instant::now(),
-            instructions,
-        })
-    }
-
-    /// They are there: adds their rate and what they cost the guest's kernel.
-    fn end(self, samples: &mut Samples, what: &str, bytes: usize, turn: usize) -> Result<()> {
-        let seconds = self.from.elapsed().as_secs_f64();
-        let mib = bytes as f64 / (1 << 20) as f64;
-        let rate = series(NAME, "ratoon", what, "MiB/s", Readiness::None);
-        samples.add(&rate, turn, mib / seconds)?;
-        if let (Some(before), Some(after)) = (self.instructions, counters(self.vm)?[0]) {
-            let what = format!("{what}: guest-kernel instructions");
-            let cost = series(NAME, "ratoon", what, "/MiB", Readiness::None);
-            samples.add(&cost, turn, after.saturating_sub(before) as f64 / mib)?;
-        }
-        Ok(())
-    }
 }
 
 /// Counts bytes from the first that comes to the last.
@@ -223,7 +95,7 @@ fn output(
     bytes: usize,
     turn: usize,
 ) -> Result<()> {
-    let instructions = counters(vm)?[0];
+    let instructions = counters(&vm.metrics()?)[0];
     let mut meter = Meter::default();
     exec(
         client,
@@ -240,7 +112,7 @@ fn output(
     let seconds = (last - first).as_secs_f64().max(1e-9);
     let stream = series(NAME, "ratoon", "command output", "MiB/s", Readiness::None);
     samples.add(&stream, turn, after_first / seconds)?;
-    if let (Some(before), Some(after)) = (instructions, counters(vm)?[0]) {
+    if let (Some(before), Some(after)) = (instructions, counters(&vm.metrics()?)[0]) {
         let what = "command output: guest-kernel instructions, start and all";
         let cost = series(NAME, "ratoon", what, "/MiB", Readiness::None);
         let mib = bytes as f64 / (1 << 20) as f64;
@@ -271,7 +143,7 @@ fn files(
     for (metric, call) in [("file upload", write), ("file download", read)] {
         file.rewind()?;
         let mut meter = Meter::default();
-        let haul = Haul::begin(vm)?;
+        let haul = Haul::begin(NAME, vm)?;
         let moved: Transferred = client.run(
             &call,
             &mut CallIo {
@@ -337,8 +209,8 @@ fn local_files(
 fn note(samples: &mut Samples) {
     let p50 = |samples: &Samples, system, metric| percentile(samples.of(NAME, system, metric), 50);
     for (file, raw, local) in [
-        ("file upload", "raw host to guest", "local file write"),
-        ("file download", "raw guest to host", "local file read"),
+        ("file upload", raw::TO_GUEST, "local file write"),
+        ("file download", raw::TO_HOST, "local file read"),
     ] {
         let rates = (
             p50(samples, "ratoon", file),

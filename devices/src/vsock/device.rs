@@ -62,6 +62,11 @@ pub struct Vsock {
     pub(super) counters: Counters,
 }
 
+/// Among the counters: CLOCK_MONOTONIC in nanoseconds when the first data was put before the guest; 0 before.
+pub const FIRST_RX_NS: &str = "first_rx_ns";
+/// The same when the first data came from the guest.
+pub const FIRST_TX_NS: &str = "first_tx_ns";
+
 #[derive(Default)]
 pub(super) struct Counters {
     pub(super) connections: u64,
@@ -72,6 +77,29 @@ pub(super) struct Counters {
     pub(super) resets: u64,
     pub(super) refused: u64,
     pub(super) control_lost: u64,
+    pub(super) first_rx_ns: u64,
+    pub(super) first_tx_ns: u64,
+}
+
+impl Counters {
+    /// So much data was put before the guest.
+    pub(super) fn received(&mut self, len_bytes: u64) {
+        self.rx_bytes += len_bytes;
+        stamp(&mut self.first_rx_ns, len_bytes);
+    }
+
+    /// So much data came from the guest.
+    pub(super) fn sent(&mut self, len_bytes: u64) {
+        self.tx_bytes += len_bytes;
+        stamp(&mut self.first_tx_ns, len_bytes);
+    }
+}
+
+fn stamp(first_ns: &mut u64, len_bytes: u64) {
+    if *first_ns == 0 && len_bytes > 0 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        *first_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+    }
 }
 
 impl Vsock {
@@ -334,6 +362,8 @@ impl Device for Vsock {
             ("connection_resets", counters.resets),
             ("refused", counters.refused),
             ("control_lost", counters.control_lost),
+            (FIRST_RX_NS, counters.first_rx_ns),
+            (FIRST_TX_NS, counters.first_tx_ns),
         ]
     }
 }

@@ -65,7 +65,7 @@ impl Vsock {
             return Err(DeviceError::Driver("vsock packet shorter than it says"));
         }
         self.counters.tx_packets += 1;
-        self.counters.tx_bytes += data;
+        self.counters.sent(data);
         let op = Op::from_number(header.op);
         if header.src_cid != self.guest_cid {
             // Whoever that is, it is not there to be told.
@@ -252,7 +252,7 @@ impl Vsock {
             Ok(0) => connection.host_ended(),
             Ok(len) => {
                 let header = connection.data_packet(self.guest_cid, len as u32);
-                self.counters.rx_bytes += len as u64;
+                self.counters.received(len as u64);
                 filled = Some(self.put(queues, &header)? + len as u32);
             }
             Err(error) if would_block(&error) => connection.readable = false,

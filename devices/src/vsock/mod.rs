@@ -31,7 +31,7 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-pub use device::Vsock;
+pub use device::{FIRST_RX_NS, FIRST_TX_NS, Vsock};
 pub use state::{ControlState, ResetState, VsockState};
 pub use streams::VsockError;
 

@@ -122,16 +122,27 @@ pub struct Phases {
     pub main_ns: u64,
     /// The configuration is read and checked.
     pub configured_ns: u64,
+    /// Guest memory is mapped: new and empty, or a generation's.
+    #[serde(default)]
+    pub mapped_ns: u64,
     /// The VM exists in KVM with its memory slots.
     pub memory_ns: u64,
     /// The interrupt controller and vCPUs exist.
     pub vcpus_ns: u64,
-    /// Kernel and initramfs are in guest memory.
+    /// Kernel and initramfs are in guest memory; of a generation, its state is in the vCPUs.
     pub loaded_ns: u64,
     /// Devices are wired.
     pub devices_ns: u64,
     /// vCPU 0 is about to run its first instruction (R1).
     pub first_instruction_ns: u64,
+    /// The first bytes for the guest were put before it over vsock: of a restore or a fork the `wake`. 0
+    /// before, as are those below.
+    #[serde(default)]
+    pub wake_ns: u64,
+    /// The first bytes from the guest came over vsock: of a boot its HELLO, of a restore or a fork its answer
+    /// to the `wake` (R3).
+    #[serde(default)]
+    pub answer_ns: u64,
 }
 
 /// KVM's own statistics of one vCPU, by the kernel's names (`exits`, `insn_emulation`, …).

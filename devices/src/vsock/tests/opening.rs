@@ -19,6 +19,28 @@ fn a_host_program_reaches_a_port_of_the_guest_and_bytes_flow_both_ways() {
 }
 
 #[test]
+fn the_first_data_each_way_is_stamped_once_and_a_handshake_is_none() {
+    use crate::vsock::{FIRST_RX_NS, FIRST_TX_NS};
+    let mut guest = Guest::new();
+    let stamps = |guest: &Guest| [FIRST_RX_NS, FIRST_TX_NS].map(|name| guest.counter(name));
+    let (host, port) = opened(&mut guest, 1024);
+    assert_eq!(stamps(&guest), [0, 0]);
+    (&host).write_all(b"wake").unwrap();
+    guest.expect(Op::Data);
+    let [woken, unanswered] = stamps(&guest);
+    assert!(woken > 0);
+    assert_eq!(unanswered, 0);
+    guest.send(data_header(1024, port, 5), b"awake", &[]);
+    guest.settle();
+    let first = stamps(&guest);
+    assert_eq!(first[0], woken);
+    assert!(first[1] >= woken);
+    (&host).write_all(b"more").unwrap();
+    guest.expect(Op::Data);
+    assert_eq!(stamps(&guest), first);
+}
+
+#[test]
 fn bytes_right_behind_the_line_are_the_first_data() {
     let mut guest = Guest::new();
     let host = connect(&guest);

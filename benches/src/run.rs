@@ -1,0 +1,141 @@
+//! A run: scenarios one after the other, each within its share of the time, and the reports at the
+//! end. A scenario that fails is told, and the next one runs; a signal or a full disk ends the run, and
+//! what there is until then is reported as partial.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::analysis::Analysis;
+use crate::budget::Budget;
+use crate::machine::{Interrupted, Parts, STOP};
+use crate::record::Outcome;
+use crate::samples::Samples;
+use crate::scenario::Plan;
+use crate::scenario::choice::Choice;
+use crate::{host, report, setup};
+
+/// A full run takes no longer, building and the last rounds aside.
+const FULL: Duration = Duration::from_secs(14 * 60);
+/// A quick one.
+const QUICK: Duration = Duration::from_secs(105);
+/// With a number of rounds that the user gave, however long they take.
+const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What to measure, and how.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Two minutes in all: fewer scenarios, fewer rounds.
+    #[arg(long)]
+    quick: bool,
+    /// Folder for samples.jsonl and what is made of it; made when missing.
+    #[arg(long, value_name = "DIR", default_value = "bench-results")]
+    out: PathBuf,
+    /// How many rounds each scenario does, however long they take.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    runs: Option<u32>,
+    /// How long the whole run may take; default: 840, with --quick 105.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    time: Option<u32>,
+    /// A peer to measure beside us; may be given more than once. QEMU is found on the PATH.
+    #[arg(long = "peer", value_name = "NAME=PATH", value_parser = setup::peer)]
+    peers: Vec<(String, PathBuf)>,
+    /// The image whose disk guests boot from.
+    #[arg(long, default_value = "debian")]
+    image: String,
+    /// What to measure; default: all.
+    #[arg(value_enum)]
+    pub scenarios: Vec<Choice>,
+}
+
+/// How the scenarios went.
+struct Went {
+    code: ExitCode,
+    /// Why not all is there that was asked for.
+    partial: Option<String>,
+}
+
+/// Runs the scenarios, each within its share of what is left of the time.
+fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
+    let whole = match (args.runs, args.time) {
+        (_, Some(seconds)) => Duration::from_secs(seconds.into()),
+        (Some(_), None) => NO_LIMIT,
+        (None, None) if args.quick => QUICK,
+        (None, None) => FULL,
+    };
+    let begun = Instant::now();
+    let chosen = Choice::plan(&args.scenarios, args.quick);
+    let share = |choices: &[Choice]| -> f64 { choices.iter().map(|c| c.share(args.quick)).sum() };
+    let mut went = Went {
+        code: ExitCode::SUCCESS,
+        partial: None,
+    };
+    let mut failed = Vec::new();
+    for (index, choice) in chosen.iter().enumerate() {
+        let name = choice.name();
+        if STOP.load(Ordering::Relaxed) || samples.is_torn() {
+            samples.scenario_ended(&name, Outcome::NotBegun, 0.0, None);
+            continue;
+        }
+        let left = whole.saturating_sub(begun.elapsed());
+        let plan = Plan {
+            parts,
+            quick: args.quick,
+            runs: args.runs.map(|n| n as usize),
+            budget: Budget::of(left.mul_f64(choice.share(args.quick) / share(&chosen[index..]))),
+        };
+        eprintln!("ratoon-bench: {name} …");
+        let from = Instant::now();
+        let result = choice.run(&plan, samples);
+        let took = from.elapsed().as_secs_f64();
+        let (outcome, error) = match result {
+            Ok(()) if plan.budget.ran_out() => (Outcome::OutOfTime, None),
+            Ok(()) => (Outcome::Done, None),
+            Err(error) if error.is::<Interrupted>() || STOP.load(Ordering::Relaxed) => {
+                went.code = ExitCode::from(130);
+                (Outcome::Interrupted, None)
+            }
+            Err(error) => {
+                eprintln!("ratoon-bench: {name}: {error:#}");
+                went.code = ExitCode::FAILURE;
+                failed.push(name.clone());
+                (Outcome::Failed, Some(format!("{error:#}")))
+            }
+        };
+        samples.scenario_ended(&name, outcome, took, error);
+    }
+    if STOP.load(Ordering::Relaxed) {
+        went.partial = Some("interrupted".into());
+    } else if !failed.is_empty() {
+        went.partial = Some(format!("failed: {}", failed.join(", ")));
+    }
+    went
+}
+
+/// Runs the scenarios and writes the reports.
+///
+/// # Errors
+/// When something to run with is missing, or no output can be written.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let parts = setup::parts(&args.image, &args.peers)?;
+    setup::stop_on_signals()?;
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("output folder {}", args.out.display()))?;
+    let host = host::facts(host::versions(&parts.peers));
+    let mut samples = Samples::create(&args.out.join("samples.jsonl"), &host, args.quick)?;
+    let went = measure(args, &parts, &mut samples);
+    // Machines that scenarios shared end here: they are no noise of the host's.
+    drop(parts);
+    samples.end(Some(host::noise()), went.partial);
+    let analysis = Analysis::of_records(samples.records(), None);
+    print!("{}", report::markdown(&analysis));
+    report::write(&analysis, &args.out)?;
+    eprintln!(
+        "ratoon-bench: the page: {}",
+        args.out.join(report::PAGE).display()
+    );
+    Ok(went.code)
+}
