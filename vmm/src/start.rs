@@ -37,7 +37,7 @@ use crate::shell::Shell;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
-use crate::wiring::{self, Named, command_line, wire};
+use crate::wiring::{self, command_line, wire};
 use crate::{cpuid, generation, host};
 
 /// Where Intel's virtualization wants three unused pages: just below the BIOS area.
@@ -205,8 +205,6 @@ impl Configured {
             None => None,
             Some(shell) => Some(self.fitting(shell)?),
         };
-        let free = FreeMemory::new(self.config.generation.is_some());
-        let devices = start_devices(&self.config, &free)?;
         let mut pager = None;
         let (memory, source) = match &self.config.generation {
             None => {
@@ -254,8 +252,6 @@ impl Configured {
             vm,
             memory,
             source,
-            devices,
-            free,
             pager,
             vcpus,
         })
@@ -334,17 +330,6 @@ fn start_loading(
         .map_err(system("a thread to load the kernel"))
 }
 
-/// The devices while they are made: a layer of a disk takes a millisecond, in which KVM's part is done.
-type Wiring = JoinHandle<Result<Vec<Named>, StartError>>;
-
-fn start_devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Wiring, StartError> {
-    let (config, free) = (config.clone(), free.clone());
-    std::thread::Builder::new()
-        .name("devices".into())
-        .spawn(move || wiring::devices(&config, &free))
-        .map_err(system("a thread to make devices"))
-}
-
 fn joined<T>(thread: JoinHandle<T>) -> T {
     thread
         .join()
@@ -367,8 +352,6 @@ pub struct WithMemory {
     vm: VmFd,
     memory: GuestMemoryMmap,
     source: Source,
-    devices: Wiring,
-    free: Arc<FreeMemory>,
     pager: Option<Pager>,
     /// A shell's.
     vcpus: Option<Vec<VcpuFd>>,
@@ -451,8 +434,6 @@ impl WithVcpus {
             vm: base.vm,
             memory: base.memory,
             vcpus: self.vcpus,
-            devices: base.devices,
-            free: base.free,
             saved,
             layers,
             pager: base.pager,
@@ -469,8 +450,6 @@ pub struct Loaded {
     vm: VmFd,
     memory: GuestMemoryMmap,
     vcpus: Vec<VcpuFd>,
-    devices: Wiring,
-    free: Arc<FreeMemory>,
     /// As they were, when the machine is a child.
     saved: Option<(SerialState, Vec<DeviceState>)>,
     layers: Vec<Layer>,
@@ -497,7 +476,7 @@ impl Loaded {
         };
         vm.register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .map_err(kvm_step("the serial port's interrupt"))?;
-        let mut devices = joined(self.devices)?;
+        let free = FreeMemory::new(saved.is_some());
         if let Some(saved) = &saved {
             // A machine that was frozen before there was a balloon goes on without one.
             let had_one = saved
@@ -505,8 +484,8 @@ impl Loaded {
                 .iter()
                 .any(|state| state.name == wiring::BALLOON);
             self.config.balloon &= had_one;
-            devices.retain(|(name, _)| had_one || name != wiring::BALLOON);
         }
+        let devices = wiring::devices(&self.config, &free)?;
         if devices.len() > MMIO_DEVICES {
             return Err(StartError::TooManyDevices(devices.len()));
         }
@@ -555,7 +534,7 @@ impl Loaded {
             vm_stats,
             vcpu_stats,
             layers: Mutex::new(self.layers),
-            free: self.free,
+            free,
             birth: None,
             merging: crate::merge::Merging::default(),
             pager: self.pager,

@@ -35,8 +35,6 @@ pub enum Choice {
     Block,
     /// The socket device: throughput and round trips.
     Vsock,
-    /// The network device: throughput and round trips over a tap.
-    Net,
     /// `ratoon run`, whole, the second time.
     Run,
     /// All of them.
@@ -45,7 +43,7 @@ pub enum Choice {
 
 /// Scenarios in the order in which they run, each with its share of the time of a full run and of
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
-const SHARES: [(Choice, u32, Option<u32>); 15] = [
+const SHARES: [(Choice, u32, Option<u32>); 14] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 30, Some(8)),
     (Choice::Boot, 120, Some(26)),
@@ -59,7 +57,6 @@ const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Fork, 120, None),
     (Choice::Block, 50, None),
     (Choice::Vsock, 50, None),
-    (Choice::Net, 40, None),
     (Choice::Run, 30, None),
 ];
 
@@ -110,7 +107,6 @@ impl Choice {
             Self::Fork => super::fork::run(plan, samples),
             Self::Block => super::block::run(plan, samples),
             Self::Vsock => super::vsock::run(plan, samples),
-            Self::Net => super::net::run(plan, samples),
             Self::Run => super::run::run(plan, samples),
             // Never in a plan: it stands for the others.
             Self::All => Ok(()),

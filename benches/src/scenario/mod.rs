@@ -8,7 +8,6 @@ pub mod density;
 pub mod exec;
 pub mod fork;
 pub mod memory;
-pub mod net;
 pub mod null;
 pub mod pause;
 pub mod phases;
