@@ -405,10 +405,6 @@ impl Engine {
         })
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what a fork is about; each is used once"
-    )]
     fn children(
         &self,
         mut source: Source,
