@@ -160,7 +160,7 @@ impl Group {
         })
     }
 
-    /// Removes it; see [`remove_empty`].
+    /// Removes it; see `remove_empty`.
     pub fn remove(&self) {
         remove_empty(&self.own);
     }
