@@ -222,7 +222,7 @@ async fn calls_about_the_machine_say_what_they_mean() {
     client.thaw(what).await.unwrap();
     client.expect_wake().await.unwrap();
     client.sync().await.unwrap();
-    let processes = r#"{"file_systems":false,"processes":true}"#;
+    let processes = r#"{"file_systems":false,"processes":true,"until_wake":false}"#;
     assert_eq!(
         runtime.await.unwrap(),
         [

@@ -306,7 +306,13 @@ mod tests {
         assert_eq!(killed.dir.read_record().unwrap(), killed.now);
         assert_eq!(
             killed.files(),
-            ["control.sock", "layer-1.qcow2", "record.json", "vsock.sock"]
+            [
+                "control.sock",
+                "layer-1.qcow2",
+                "layers.lock",
+                "record.json",
+                "vsock.sock"
+            ]
         );
         let socket = std::fs::read(killed.dir.vsock_socket()).unwrap();
         assert_eq!(socket, b"new");
