@@ -160,6 +160,8 @@ fn a_call_whose_connection_is_lost_before_the_wake_is_not_run_as_root() {
     mkdir(&mut third, &kept);
     let pid = rustix::process::Pid::from_raw(runtime.pid() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    // Dropped alone it would stay open as long as a child that another test is starting has a copy.
+    other.stream.shutdown(std::net::Shutdown::Both).unwrap();
     drop(other);
     let entropy = "5a".repeat(32);
     let wake = format!(
