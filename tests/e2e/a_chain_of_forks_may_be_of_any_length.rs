@@ -102,7 +102,7 @@ fn a_machine_is_forked_again_and_again_and_its_layers_stay_few() {
     mark(&ratoon, "box", DEPTH);
     ratoon.run(["snapshot", "box", "later"]).ok();
     for (name, step) in [("point", DEPTH - 1), ("later", DEPTH)] {
-        ratoon.run(["restore", name, "-d", "--name", "again"]).ok();
+        ratoon.run(["restore", name, "--name", "again"]).ok();
         check(&ratoon, "again", step);
         ratoon.run(["rm", "-f", "again"]).ok();
         ratoon.run(["snapshots", "verify", name]).ok();

@@ -56,8 +56,6 @@ fn main() {
     }
     let arguments = Arguments::from_args();
     let need_a_guest = [
-        // It takes as long as it is told to: the first, so that the others go on beside it.
-        soak::trials(),
         a_chain_of_forks_may_be_of_any_length::trials(),
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
@@ -88,8 +86,11 @@ fn main() {
     if let Err(error) = &kvm {
         eprintln!("\nSKIPPED: /dev/kvm cannot be used ({error}): tests with guests are ignored\n");
     }
-    let mut trials: Vec<Trial> = need_a_guest
+    // It takes as long as it is told to: the first, so that the others go on beside it.
+    let soak = soak::is_asked_for().then(soak::trials);
+    let mut trials: Vec<Trial> = soak
         .into_iter()
+        .chain(need_a_guest)
         .flatten()
         .map(|trial| trial.with_ignored_flag(kvm.is_err()))
         .collect();

@@ -6,7 +6,7 @@
 //! machines, kills commands, machines and pagers, and asks witnesses in the machines what they hold; a model
 //! knows what they should say. When they do not, it says its seed and what was done last.
 //!
-//! `RATOON_SOAK_SECONDS` (600) is how long it goes on, `RATOON_SOAK_SEED` what it begins from (the time): so
+//! It is one of the tests when `RATOON_SOAK_SECONDS` says how long; `RATOON_SOAK_SEED` is what it begins from (the time). So
 //! `RATOON_SOAK_SECONDS=3600 cargo test -p ratoon-tests -- soak` is an hour. Kills come when the clock says,
 //! so a seed gives the same plan and not always the same outcome.
 
@@ -38,6 +38,11 @@ fn machines_hold_every_byte_and_nothing_is_left_whoever_is_killed() {
     assert!(soak.success(), "the soak has failed: {soak}; see above");
 }
 
+/// Whether somebody has said how long it shall go on: without that it is not one of the tests.
+pub fn is_asked_for() -> bool {
+    std::env::var_os(SECONDS).is_some()
+}
+
 /// Whether this process is to be the soak and not the tests.
 pub fn is_wanted() -> bool {
     std::env::var_os(PROCESS).is_some()
@@ -54,7 +59,7 @@ pub fn run() {
     let time = || SystemTime::now().duration_since(UNIX_EPOCH);
     let by_time = || time().map_or(0, |since| since.as_secs());
     let seed = number(SEED).unwrap_or_else(by_time);
-    let length = Duration::from_secs(number(SECONDS).unwrap_or(600));
+    let length = Duration::from_secs(number(SECONDS).unwrap_or_default());
     eprintln!("soak: {SEED}={seed}, for {} s", length.as_secs());
     let begun = Instant::now();
     let mut population = Population::begin(seed);
