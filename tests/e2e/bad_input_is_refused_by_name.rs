@@ -181,6 +181,6 @@ fn no_children_and_too_many() {
         }
     }
     let ratoon = Ratoon::new();
-    let done = ratoon.run(["fork", "box", "--deadline", "-1s"]);
+    let done = ratoon.run(["fork", "box", "--deadline=-1s"]);
     check(&ratoon, done, 2, &["--deadline"]);
 }
