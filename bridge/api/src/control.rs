@@ -1,0 +1,309 @@
+//! The bridge's control socket: one JSON object a line, one line in answer, in order.
+//!
+//! ```text
+//! > {"add_vm":{"vm":"a1","socket":"/run/a1/vsock.sock_1025","run":"r7","branch":"main","budget":{"calls":50}}}
+//! < {"vm_added":{"head":"5f1c…"}}
+//! > {"mint_token":{"vm":"a1","ttl_s":600,"revoke_older":true}}
+//! < {"token":{"token":"rtn_…","expires_in_s":600}}
+//! > {"usage":{"run":"r7"}}
+//! < {"usage":{"branches":[{"branch":"main",…}]}}
+//! > {"remove_vm":{"vm":"a1"}}
+//! < {"vm_removed":{"head":"77ab…"}}
+//! ```
+//!
+//! A request that fails is answered with `{"error":{"message":"…"}}` and has changed nothing. The
+//! socket's owner is trusted as the bridge's own operator is; nobody else can connect (mode 0600).
+
+use std::fmt;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::amount::{Amount, Limits};
+
+/// The longest line in either direction.
+pub const MAX_LINE_BYTES: usize = 256 * 1024;
+/// The longest time a token may live.
+pub const MAX_TOKEN_TTL_S: u32 = 3600;
+/// The longest VM, run or branch id.
+pub const MAX_ID_BYTES: usize = 64;
+
+/// What the bridge can be told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Listens for a VM.
+    AddVm(AddVm),
+    /// Makes a token for a VM: at its start, at each wake, and before the last one expires.
+    MintToken(MintToken),
+    /// Stops listening for a VM, ends its calls and revokes its tokens.
+    RemoveVm(RemoveVm),
+    /// What a run has used.
+    Usage(UsageOf),
+    /// Which VMs there are.
+    Status {},
+}
+
+/// A VM that may call models.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddVm {
+    /// Its id, which no other VM of this bridge has.
+    pub vm: String,
+    /// Where to listen: what the VMM joins the guest's connections to, `<vsock socket>_<port>`.
+    pub socket: PathBuf,
+    /// The run that it works on.
+    pub run: String,
+    /// Its branch of the run. Two VMs never have the same.
+    pub branch: String,
+    /// The branch that it was forked from: its budget and its record go on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// What the branch may use. A run's first branch needs at least one limit.
+    #[serde(default)]
+    pub budget: Limits,
+    /// The models it may use, of those in the configuration; all of them when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub models: Option<Vec<String>>,
+}
+
+/// A token that is wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MintToken {
+    /// For which VM.
+    pub vm: String,
+    /// How long it is good for, in seconds: at most [`MAX_TOKEN_TTL_S`].
+    pub ttl_s: u32,
+    /// Whether those minted before end now: so at a wake. When a token is renewed they live on until
+    /// they expire, for calls that are on their way.
+    #[serde(default)]
+    pub revoke_older: bool,
+}
+
+/// A VM to remove.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveVm {
+    /// Its id.
+    pub vm: String,
+}
+
+/// A run to tell of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UsageOf {
+    /// Its id.
+    pub run: String,
+}
+
+/// The bridge's answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// The VM may connect.
+    VmAdded {
+        /// The hash of the branch's last line.
+        head: String,
+    },
+    /// A token.
+    Token {
+        /// The token itself. It is nowhere else.
+        token: Token,
+        /// Its life, in seconds.
+        expires_in_s: u32,
+    },
+    /// The VM is gone. Keep the head elsewhere: with it `audit` notices a record that was cut short.
+    VmRemoved {
+        /// The hash of the branch's last line.
+        head: String,
+    },
+    /// What a run has used.
+    Usage {
+        /// By branch, in order of name.
+        branches: Vec<BranchUsage>,
+    },
+    /// Which VMs there are.
+    Status {
+        /// Their ids, in order.
+        vms: Vec<String>,
+        /// Calls that are on their way.
+        calls_in_flight: usize,
+    },
+    /// The request failed and changed nothing.
+    Error {
+        /// What failed, and the remedy.
+        message: String,
+    },
+}
+
+/// A token, which `Debug` does not show.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(pub String);
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// What a branch has used, its children's share with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BranchUsage {
+    /// The branch.
+    pub branch: String,
+    /// What it was forked from.
+    pub parent: Option<String>,
+    /// What it may use.
+    pub budget: Limits,
+    /// What is paid.
+    pub spent: Amount,
+    /// What calls that are on their way may still use.
+    pub reserved: Amount,
+    /// The hash of its record's last line.
+    pub head: String,
+}
+
+/// Whether `id` may name a VM, a run or a branch: it becomes a file's name.
+#[must_use]
+pub fn is_id(id: &str) -> bool {
+    !id.is_empty()
+        && id.len() <= MAX_ID_BYTES
+        && !id.starts_with('.')
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
+/// Why the bridge did not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No connection, or it broke.
+    #[error("the bridge's control socket {} does not answer: is ratoon-bridge running?", .socket.display())]
+    Io {
+        /// Where.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An answer that is none.
+    #[error("the bridge at {} answers what this version does not know", .socket.display())]
+    Strange {
+        /// Where.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It refused.
+    #[error("the bridge refuses: {0}")]
+    Refused(String),
+}
+
+/// The engine's end of the control socket.
+#[derive(Debug)]
+pub struct Client {
+    socket: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects; each call waits for at most `timeout`.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect(socket: &Path, timeout: Duration) -> Result<Self, ClientError> {
+        let open = || {
+            let stream = UnixStream::connect(socket)?;
+            stream.set_read_timeout(Some(timeout))?;
+            stream.set_write_timeout(Some(timeout))?;
+            Ok(stream)
+        };
+        let stream = open().map_err(|source| ClientError::Io {
+            socket: socket.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// When the bridge refuses or does not answer.
+    pub fn call(&mut self, request: &Request) -> Result<Reply, ClientError> {
+        let strange = |source| ClientError::Strange {
+            socket: self.socket.clone(),
+            source,
+        };
+        let io = |source| ClientError::Io {
+            socket: self.socket.clone(),
+            source,
+        };
+        let mut line = serde_json::to_vec(request).map_err(strange)?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line).map_err(io)?;
+        line.clear();
+        self.stream
+            .by_ref()
+            .take(MAX_LINE_BYTES as u64)
+            .read_until(b'\n', &mut line)
+            .map_err(io)?;
+        if line.is_empty() {
+            return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
+        }
+        match serde_json::from_slice(&line).map_err(strange)? {
+            Reply::Error { message } => Err(ClientError::Refused(message)),
+            reply => Ok(reply),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_a_plain_file_name() {
+        for id in ["a", "run-7", "A.b_c", &"x".repeat(64)] {
+            assert!(is_id(id), "{id}");
+        }
+        for id in [
+            "",
+            ".",
+            "..",
+            ".a",
+            "a/b",
+            "a b",
+            "a\0",
+            "é",
+            &"x".repeat(65),
+        ] {
+            assert!(!is_id(id), "{id}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_not_shown() {
+        let reply = Reply::Token {
+            token: Token("rtn_secret".into()),
+            expires_in_s: 1,
+        };
+        assert!(!format!("{reply:?}").contains("secret"));
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let line = r#"{"mint_token":{"vm":"a","ttl_s":1,"forever":true}}"#;
+        let error = serde_json::from_str::<Request>(line).unwrap_err();
+        assert!(error.to_string().contains("unknown field `forever`"));
+    }
+}

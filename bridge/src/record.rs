@@ -1,0 +1,436 @@
+//! Writes the record of a run, and is its memory: budgets and stored answers are read back from it.
+//!
+//! One bridge at a time has a run open (a lock in its folder). Every line is masked, written in one
+//! piece and chained ([`ratoon_bridge_api::record`]). A branch whose line could not be written takes
+//! no more calls: what is not recorded does not happen. Lines are in the kernel's hands when a call
+//! goes on, so a killed bridge loses none; a host that loses power may.
+
+mod read_back;
+mod spool;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ratoon_bridge_api::amount::{Amount, Limits};
+use ratoon_bridge_api::audit::AuditError;
+use ratoon_bridge_api::record::{
+    Body, Ending, Entry, FORMAT, Hash, Line, MAX_LINE_BYTES, Parent, Step, branch_file,
+};
+
+pub use spool::Spool;
+
+use crate::budget::Tree;
+use crate::mask::Masker;
+
+/// A run that this bridge has open.
+#[derive(Debug)]
+pub struct Run {
+    dir: PathBuf,
+    masker: Arc<Masker>,
+    state: Mutex<State>,
+    /// Held as long as the run is open.
+    _lock: File,
+}
+
+/// What is known of a run.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Its budgets.
+    pub tree: Tree,
+    branches: BTreeMap<String, Branch>,
+}
+
+/// What is known of a branch.
+#[derive(Debug)]
+struct Branch {
+    file: File,
+    seq: u64,
+    head: Hash,
+    calls: u64,
+    steps: HashMap<Step, Stored>,
+    broken: bool,
+}
+
+/// What became of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Its request.
+    pub digest: Hash,
+    /// Its call.
+    pub call: u64,
+    /// Its answer.
+    pub answer: Answered,
+}
+
+/// An answer, as far as there is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answered {
+    /// The call is on its way.
+    NotYet,
+    /// It ended without a whole answer, or the bridge ended before it.
+    Never,
+    /// It can be given again.
+    Whole {
+        /// Its media type.
+        media_type: String,
+        /// Its body.
+        body: Body,
+    },
+}
+
+/// Why a run or a branch cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A file cannot be made, read or locked.
+    #[error("the record {} cannot be used", .path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another bridge has it.
+    #[error("run \"{run}\" is open in another bridge: one at a time")]
+    Busy {
+        /// Which.
+        run: String,
+    },
+    /// What is there is not whole.
+    #[error("the record of run \"{run}\" is damaged, so its budget is not known")]
+    Damaged {
+        /// Which.
+        run: String,
+        /// How.
+        #[source]
+        source: AuditError,
+    },
+    /// The branch does not fit the run.
+    #[error("branch \"{branch}\": {what}")]
+    Branch {
+        /// Which.
+        branch: String,
+        /// Why.
+        what: &'static str,
+    },
+}
+
+impl Run {
+    /// Opens a run, or begins one; reads back what was used.
+    ///
+    /// # Errors
+    /// When its record cannot be used.
+    pub fn open(records: &Path, run: &str, masker: Arc<Masker>) -> Result<Self, RunError> {
+        let dir = ratoon_bridge_api::record::run_dir(records, run);
+        let io_at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RunError::Io { path, source }
+        };
+        let bodies = dir.join("bodies");
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&bodies)
+            .map_err(io_at(&bodies))?;
+        let lock_path = dir.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(io_at(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(RunError::Busy {
+                    run: run.to_owned(),
+                });
+            }
+            Err(fs::TryLockError::Error(source)) => return Err(io_at(&lock_path)(source)),
+        }
+        // What a killed bridge was writing.
+        for entry in fs::read_dir(&bodies).map_err(io_at(&bodies))?.flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                fs::remove_file(entry.path()).map_err(io_at(&entry.path()))?;
+            }
+        }
+        let run = Self {
+            dir,
+            masker,
+            state: Mutex::default(),
+            _lock: lock,
+        };
+        run.read_back()?;
+        Ok(run)
+    }
+
+    /// The state. A thread that panicked holding it would have ended the process.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The run's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.dir
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Begins a branch, or goes on with it.
+    ///
+    /// # Errors
+    /// When it does not fit the run, or its record cannot be written.
+    pub fn begin(&self, name: &str, parent: Option<&str>, budget: Limits) -> Result<(), RunError> {
+        let refuse = |what| RunError::Branch {
+            branch: name.to_owned(),
+            what,
+        };
+        let mut state = self.state();
+        if let Some(node) = state.tree.get(name) {
+            if node.parent.as_deref() != parent {
+                return Err(refuse("is there already, with another parent"));
+            }
+            if !budget.is_unlimited() && node.limits != budget {
+                return Err(refuse("is there already, with another budget"));
+            }
+            return Ok(());
+        }
+        let above = match parent {
+            None if !state.branches.is_empty() => {
+                return Err(refuse("a run has one first branch; name a parent"));
+            }
+            None if budget.is_unlimited() => {
+                return Err(refuse("a run's first branch needs a budget"));
+            }
+            None => None,
+            Some(parent) => match state.branches.get(parent) {
+                Some(branch) => Some(Parent {
+                    branch: parent.to_owned(),
+                    seq: branch.seq - 1,
+                    head: branch.head.clone(),
+                }),
+                None => return Err(refuse("its parent is not a branch of this run")),
+            },
+        };
+        let path = branch_file(&self.dir, name);
+        let io = |source| RunError::Io {
+            path: path.clone(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io)?;
+        let mut branch = Branch {
+            file,
+            seq: 0,
+            head: above
+                .as_ref()
+                .map_or_else(Hash::zero, |parent| parent.head.clone()),
+            calls: 0,
+            steps: HashMap::new(),
+            broken: false,
+        };
+        let entry = Entry::Begin {
+            format: FORMAT,
+            run: self.name(),
+            branch: name.to_owned(),
+            parent: above,
+            budget,
+        };
+        branch.append(&self.masker, entry).map_err(io)?;
+        state.tree.add(name, parent, budget);
+        state.branches.insert(name.to_owned(), branch);
+        Ok(())
+    }
+
+    /// Adds a line to a branch.
+    ///
+    /// # Errors
+    /// When it cannot be written: the branch takes no more then.
+    pub fn append(&self, branch: &str, entry: Entry) -> io::Result<()> {
+        self.state().append(&self.masker, branch, entry)
+    }
+
+    /// Adds a call and remembers its step; gives the call's number.
+    ///
+    /// # Errors
+    /// As [`Run::append`].
+    pub fn begin_call(
+        &self,
+        state: &mut State,
+        branch: &str,
+        make: impl FnOnce(u64) -> Entry,
+    ) -> io::Result<u64> {
+        let found = state.branch(branch)?;
+        let number = found.calls;
+        let entry = make(number);
+        let step = match &entry {
+            Entry::Call { step, digest, .. } => step.clone().map(|step| (step, digest.clone())),
+            _ => None,
+        };
+        found.append(&self.masker, entry)?;
+        found.calls += 1;
+        if let Some((step, digest)) = step {
+            let stored = Stored {
+                digest,
+                call: number,
+                answer: Answered::NotYet,
+            };
+            found.steps.insert(step, stored);
+        }
+        Ok(number)
+    }
+
+    /// Adds a call's end, and settles its budget whether or not the line can be written.
+    ///
+    /// # Errors
+    /// As [`Run::append`].
+    pub fn end_call(
+        &self,
+        branch: &str,
+        step: Option<&Step>,
+        reserved: Amount,
+        entry: Entry,
+    ) -> io::Result<()> {
+        let Entry::Answer {
+            ending,
+            media_type,
+            body,
+            charged,
+            ..
+        } = &entry
+        else {
+            return Ok(());
+        };
+        let answer = answered(*ending, media_type, body);
+        let mut state = self.state();
+        state.tree.settle(branch, reserved, *charged);
+        let written = state.append(&self.masker, branch, entry);
+        if let Some(stored) = step.and_then(|step| state.branch(branch).ok()?.steps.get_mut(step)) {
+            stored.answer = answer;
+        }
+        written
+    }
+
+    /// Stores a whole body, masked.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn store(&self, label: &str, bytes: &[u8]) -> io::Result<Body> {
+        let mut spool = self.spool(label)?;
+        spool.write(&self.masker.mask(bytes))?;
+        spool.finish()
+    }
+
+    /// Begins a body that comes in pieces, which are masked already. Two with one label must not be
+    /// open at once.
+    ///
+    /// # Errors
+    /// When its file cannot be made.
+    pub fn spool(&self, label: &str) -> io::Result<Spool> {
+        let bodies = self.dir.join("bodies");
+        let path = bodies.join(format!(".{label}"));
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)?;
+        Ok(Spool {
+            file: BufWriter::with_capacity(4096, file),
+            hasher: blake3::Hasher::new(),
+            len: 0,
+            path,
+            bodies,
+            done: false,
+        })
+    }
+
+    /// Opens a stored body.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn open_body(&self, body: &Body) -> io::Result<File> {
+        File::open(ratoon_bridge_api::record::body_file(&self.dir, &body.hash))
+    }
+}
+
+fn answered(ending: Ending, media_type: &str, body: &Body) -> Answered {
+    if ending == Ending::Complete {
+        Answered::Whole {
+            media_type: media_type.to_owned(),
+            body: body.clone(),
+        }
+    } else {
+        Answered::Never
+    }
+}
+
+impl State {
+    /// What became of a step.
+    #[must_use]
+    pub fn step(&self, branch: &str, step: &Step) -> Option<Stored> {
+        self.branches.get(branch)?.steps.get(step).cloned()
+    }
+
+    /// The hash of a branch's last line.
+    #[must_use]
+    pub fn head(&self, branch: &str) -> Hash {
+        self.branches
+            .get(branch)
+            .map_or_else(Hash::zero, |branch| branch.head.clone())
+    }
+
+    fn append(&mut self, masker: &Masker, branch: &str, entry: Entry) -> io::Result<()> {
+        self.branch(branch)?.append(masker, entry)
+    }
+
+    fn branch(&mut self, name: &str) -> io::Result<&mut Branch> {
+        self.branches
+            .get_mut(name)
+            .ok_or_else(|| io::Error::other("there is no such branch"))
+    }
+}
+
+impl Branch {
+    fn append(&mut self, masker: &Masker, entry: Entry) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::other("an earlier line could not be written"));
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let line = Line {
+            seq: self.seq,
+            prev: self.head.clone(),
+            time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+            entry,
+        };
+        let mut bytes = masker.mask(&serde_json::to_vec(&line)?);
+        if bytes.len() >= MAX_LINE_BYTES {
+            return Err(io::Error::other("the line is too long"));
+        }
+        let head = Hash::of_line(&bytes);
+        bytes.push(b'\n');
+        self.broken = true;
+        self.file.write_all(&bytes)?;
+        self.broken = false;
+        self.head = head;
+        self.seq += 1;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;

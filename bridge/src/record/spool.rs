@@ -1,0 +1,56 @@
+//! A body that comes in pieces: a hidden file that gets its name, the hash of its bytes, when it is
+//! whole, and goes when it is not.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write as _};
+use std::path::PathBuf;
+
+use ratoon_bridge_api::record::{Body, Hash};
+
+/// A body that is being stored.
+#[derive(Debug)]
+pub struct Spool {
+    pub(super) file: BufWriter<File>,
+    pub(super) hasher: blake3::Hasher,
+    pub(super) len: u64,
+    pub(super) path: PathBuf,
+    pub(super) bodies: PathBuf,
+    pub(super) done: bool,
+}
+
+impl Spool {
+    /// Adds a piece.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
+        self.file.write_all(piece)?;
+        self.hasher.update(piece);
+        self.len += piece.len() as u64;
+        Ok(())
+    }
+
+    /// Gives it its name: the hash of its bytes.
+    ///
+    /// # Errors
+    /// When it cannot be written; nothing of it is left then.
+    pub fn finish(mut self) -> io::Result<Body> {
+        self.file.flush()?;
+        let hash = Hash(self.hasher.finalize().to_hex().to_string());
+        fs::rename(&self.path, self.bodies.join(&hash.0))?;
+        self.done = true;
+        Ok(Body {
+            hash,
+            len: self.len,
+        })
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        if !self.done {
+            // At worst the next bridge removes it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}

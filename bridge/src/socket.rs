@@ -1,0 +1,32 @@
+//! Unix sockets that this process listens on: for their owner alone (mode 0600), never in place of
+//! one that somebody else serves.
+
+use std::io;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::path::Path;
+
+use rustix::fs::{Mode, chmod};
+use tokio::net::UnixListener;
+
+/// Listens at `path`. A socket that a killed bridge left there is removed.
+///
+/// # Errors
+/// When something else is there, or someone listens.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Err(error) = StdStream::connect(path)
+        && error.kind() == io::ErrorKind::ConnectionRefused
+    {
+        std::fs::remove_file(path)?;
+    }
+    let listener = StdListener::bind(path)?;
+    chmod(path, Mode::RUSR | Mode::WUSR)?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Removes a socket of ours.
+pub fn unlink(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::warn!("{} stays behind: {error}", path.display());
+    }
+}

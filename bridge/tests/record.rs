@@ -1,0 +1,194 @@
+//! Budgets, repeated steps, forks and crashes.
+
+mod common;
+
+use common::{CHAT, Host, MESSAGES, RESPONSES, body, calls, config, script};
+use ratoon_bridge_api::amount::Limits;
+use ratoon_bridge_api::control::Request;
+use ratoon_bridge_api::record::Entry;
+use ratoon_scripted_model::{Fault, Turn};
+use serde_json::json;
+
+#[test]
+fn a_step_is_paid_once() {
+    let model = script([Turn::text("first"), Turn::text("second")]);
+    let configuration = config(&model.url());
+    let mut host = Host::start(configuration.clone());
+    let guest = host.first();
+    for path in [MESSAGES, RESPONSES] {
+        assert!(guest.step(path, &body(path, true), 1, 0).status != 500);
+    }
+    let first = guest.step(MESSAGES, &body(MESSAGES, true), 1, 0);
+    assert_eq!(first.header("x-ratoon-replayed"), Some("1"));
+    let other = guest.step(RESPONSES, &body(RESPONSES, true), 1, 0);
+    assert_eq!(
+        (other.status, other.code()),
+        (409, "step"),
+        "another request"
+    );
+    let second = guest.step(RESPONSES, &body(RESPONSES, true), 1, 1);
+    assert!(second.body.contains("second"));
+    assert_eq!(model.seen().len(), 2);
+    // Also after the bridge was killed.
+    let spent = host.spent("main");
+    let mut host = host.crash_and_restart(configuration);
+    let guest = host.first();
+    let again = guest.step(MESSAGES, &body(MESSAGES, true), 1, 0);
+    assert_eq!(again.body, first.body);
+    assert_eq!(again.header("content-type"), Some("text/event-stream"));
+    assert_eq!(host.spent("main"), spent);
+    assert_eq!(model.seen().len(), 2);
+    host.check_record();
+}
+
+#[test]
+fn a_bridge_that_is_killed_in_a_call_counts_all_of_it() {
+    let drip = Fault::Drip {
+        bytes: 60,
+        pause_ms: 100,
+    };
+    let model = script([
+        Turn::text("one two three four").broken(drip),
+        Turn::text("ok"),
+    ]);
+    let configuration = config(&model.url());
+    let mut host = Host::start(configuration.clone());
+    let guest = host.first();
+    let token = [
+        ("x-ratoon-token", guest.token.as_str()),
+        ("x-ratoon-step", "7"),
+    ];
+    let bytes = body(MESSAGES, true).to_string();
+    let mut stream = guest.send("POST", MESSAGES, &token, bytes.as_bytes());
+    common::read_head(&mut stream);
+    common::read_chunk(&mut stream).expect("a piece");
+    let mut host = host.crash_and_restart(configuration);
+    let guest = host.first();
+    assert_eq!(host.spent("main").output_tokens, 50);
+    let again = guest.step(MESSAGES, &body(MESSAGES, true), 7, 0);
+    assert_eq!(again.code(), "step", "it may have been paid");
+    assert_eq!(
+        guest.step(MESSAGES, &body(MESSAGES, true), 7, 1).status,
+        200
+    );
+    host.check_record();
+}
+
+#[test]
+fn children_draw_on_their_parents_budget() {
+    let model = script([Turn::text("a b c d e").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        output_tokens: Some(60),
+        ..Limits::default()
+    };
+    let parent = host.vm("p", "main", None, limits);
+    let small = Limits {
+        output_tokens: Some(20),
+        ..Limits::default()
+    };
+    let a = host.vm("a", "a", Some("main"), small);
+    let b = host.vm("b", "b", Some("main"), Limits::default());
+    // Five tokens an answer; what is asked for is clamped to what is left.
+    assert_eq!(a.ask(CHAT, &body(CHAT, false)).status, 200);
+    assert_eq!(model.seen()[0].body["max_tokens"], 20);
+    assert_eq!(a.ask(CHAT, &body(CHAT, false)).code(), "budget");
+    let mut all = 1;
+    while b.ask(CHAT, &body(CHAT, true)).status == 200 {
+        all += 1;
+    }
+    assert_eq!(all, 9, "as long as 16 tokens are left");
+    let refused = parent.ask(MESSAGES, &body(MESSAGES, false));
+    assert_eq!((refused.status, refused.code()), (402, "budget"));
+    assert_eq!(refused.json()["error"]["type"], "billing_error");
+    assert_eq!(host.spent("main").output_tokens, 45);
+    assert_eq!(host.spent("a").output_tokens, 5);
+    let Some(Entry::Begin {
+        parent: Some(above),
+        ..
+    }) = host.entries("a").into_iter().next()
+    else {
+        panic!("no beginning");
+    };
+    assert_eq!((above.branch.as_str(), above.seq), ("main", 2));
+    host.check_record();
+}
+
+#[test]
+fn money_is_limited_and_needs_a_price() {
+    let model = script([Turn::text("a b c d e").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        cost_microusd: Some(1000),
+        ..Limits::default()
+    };
+    let guest = host.vm("vm", "main", None, limits);
+    let mut asked = body(CHAT, false);
+    asked["model"] = "free".into();
+    assert_eq!(guest.ask(CHAT, &asked).code(), "model");
+    asked["model"] = "m".into();
+    asked["max_tokens"] = json!(1000);
+    assert_eq!(guest.ask(CHAT, &asked).status, 200);
+    let sent = model.seen()[0].body["max_tokens"]
+        .as_u64()
+        .expect("a limit");
+    assert!(
+        (40..66).contains(&sent),
+        "{sent}: what 1000 microdollars buy"
+    );
+    assert_eq!(host.spent("main").cost_microusd, 30 + 75);
+    host.check_record();
+}
+
+#[test]
+fn a_vm_may_have_fewer_models() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let mut add = host.add_vm("vm", "main", None, calls(5));
+    add.models = Some(vec!["nobody".into()]);
+    assert!(
+        host.refused(Request::AddVm(add.clone()))
+            .contains("not in the configuration")
+    );
+    add.models = Some(vec!["free".into()]);
+    let guest = host.guest(add);
+    assert_eq!(guest.ask(CHAT, &body(CHAT, false)).code(), "model");
+}
+
+#[test]
+fn without_a_record_there_are_no_calls() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let bodies = host.run_dir().join("bodies");
+    std::fs::remove_dir(&bodies).expect("an empty folder");
+    let answer = guest.ask(CHAT, &body(CHAT, false));
+    assert_eq!((answer.status, answer.code()), (503, "record"));
+    assert!(model.seen().is_empty());
+    assert_eq!(host.spent("main").calls, 0);
+}
+
+#[test]
+fn the_process_hides_its_memory() {
+    let model = script([]);
+    let host = Host::start(config(&model.url()));
+    let proc = format!("/proc/{}", host.pid());
+    let limits = std::fs::read_to_string(format!("{proc}/limits")).expect("limits");
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let core: Vec<&str> = core.expect("a limit").split_whitespace().collect();
+    assert_eq!(core[4..6], ["0", "0"]);
+    let status = std::fs::read_to_string(format!("{proc}/status")).expect("a status");
+    assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    for name in ["cmdline", "environ"] {
+        let bytes = std::fs::read(format!("{proc}/{name}")).unwrap_or_default();
+        let key = common::KEY.as_bytes();
+        assert!(!bytes.windows(key.len()).any(|part| part == key), "{name}");
+    }
+    // The files of a process that is not dumpable are root's.
+    let owner = std::os::unix::fs::MetadataExt::uid(
+        &std::fs::metadata(format!("{proc}/mem")).expect("a file"),
+    );
+    assert_eq!(owner, 0);
+}
