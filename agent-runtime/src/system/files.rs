@@ -80,12 +80,12 @@ pub(super) fn read(path: &Path, limit: usize) -> Result<Option<String>, Errno> {
     Ok(String::from_utf8(buffer).ok())
 }
 
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Errno> {
+/// Makes a file of this mode, whatever the umask is; one that was there is removed.
+pub(super) fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Errno> {
     remove(path)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mode = Mode::from_raw_mode(mode);
     let file = open(path, flags, mode)?;
-    // Whatever the umask is.
     rustix::fs::fchmod(&file, mode)?;
     write_all(&file, bytes)
 }

@@ -195,7 +195,7 @@ impl Identity {
         }
         .map_err(step("entropy"))?;
         if let Some(time) = time {
-            settings::apply_time(time).map_err(step("time"))?;
+            settings::correct_time(time).map_err(step("time"))?;
         }
         quiet::thaw_for_wake().map_err(step("thaw"))?;
         let mut none = Etc::default();

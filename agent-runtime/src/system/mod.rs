@@ -5,6 +5,7 @@
 //!   on a thread:           quiet (sync, freeze, thaw)
 //!   polled by the loop:    dial (a connection to a server in the guest)
 //!   state of the server:   identity (expect_wake, wake, whoami)
+//!   at boot:               etc (what differs between machines is in memory)
 //! ```
 //!
 //! **What programs see.** After `wake` these files are in `/run/ratoon/`, which must be a tmpfs,
@@ -20,6 +21,7 @@
 
 mod connections;
 mod dial;
+mod etc;
 mod files;
 mod identity;
 mod metrics;
@@ -35,6 +37,7 @@ use ratoon_protocol::{ErrorCode, ErrorReply};
 use rustix::io::Errno;
 
 pub use dial::{Dial, Progress, connect};
+pub use etc::keep_in_memory;
 pub use identity::Identity;
 pub use metrics::metrics;
 pub use network::set_network;

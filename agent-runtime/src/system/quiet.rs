@@ -1,7 +1,7 @@
 //! Quiet, for the moment of a freeze: processes stopped, what is dirty written back, `/` frozen.
 //!
 //! ```text
-//!   freeze:  processes (cgroup freezer, at most 5 s) --> sync --> FIFREEZE      a failure undoes
+//!   freeze:  processes (cgroup freezer, at most 20 s) --> sync --> FIFREEZE      a failure undoes
 //!   thaw:    FITHAW --> processes                                               what was done
 //! ```
 //!
@@ -31,7 +31,7 @@ use crate::sys;
 use crate::work::Work;
 
 /// How long processes may take to stop.
-const STOP_WAIT: Duration = Duration::from_secs(5);
+const STOP_WAIT: Duration = Duration::from_secs(20);
 
 /// _IOWR('X', 119, int) and _IOWR('X', 120, int), linux/fs.h.
 const FIFREEZE: u32 = 0xc004_5877;

@@ -49,6 +49,24 @@ pub(super) fn time(time_us: u64) -> Result<Timespec, ErrorReply> {
     })
 }
 
+/// Whether the clock says `now` because that is the time. `told` was right when it was sent, and has been under way
+/// for a while; so was the one by which the clock was set last, and it is as late.
+fn is_right(now: Timespec, told: Timespec) -> bool {
+    const LATE_MS: i128 = 250;
+    const UNDER_WAY_MS: i128 = 2000;
+    let ns = |time: Timespec| i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec);
+    (-LATE_MS..UNDER_WAY_MS).contains(&(ns(now) - ns(told)).div_euclid(1_000_000))
+}
+
+/// Sets CLOCK_REALTIME if it is not right as it is: a child of a fork has it from the VMM. The call alone is 3000
+/// of a wake's 70,000 instructions.
+pub(super) fn correct_time(time: Timespec) -> Result<(), ErrorReply> {
+    match is_right(rustix::time::clock_gettime(ClockId::Realtime), time) {
+        true => Ok(()),
+        false => apply_time(time),
+    }
+}
+
 pub(super) fn apply_time(time: Timespec) -> Result<(), ErrorReply> {
     only_init("the clock")?;
     clock_settime(ClockId::Realtime, time).map_err(|error| failed("cannot set the clock", error))

@@ -23,6 +23,27 @@ fn a_time_in_another_unit_is_refused() {
 }
 
 #[test]
+fn a_clock_is_right_if_it_has_run_since_it_was_told() {
+    let at = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
+    let told = at(1_790_000_000, 500_000_000);
+    for now in [
+        at(1_790_000_000, 250_000_000),
+        told,
+        at(1_790_000_002, 499_999_999),
+    ] {
+        assert!(is_right(now, told), "{now:?}");
+    }
+    for now in [
+        at(1_790_000_000, 249_999_999),
+        at(1_790_000_002, 500_000_000),
+        at(0, 0),
+        at(i64::MAX, 0),
+    ] {
+        assert!(!is_right(now, told), "{now:?}");
+    }
+}
+
+#[test]
 fn entropy_is_whole_bytes_of_hexadecimal_digits() {
     assert_eq!(entropy("00fF7a", 1).unwrap(), [0, 0xff, 0x7a]);
     assert_eq!(entropy(&"ab".repeat(512), 16).unwrap(), [0xab; 512]);
