@@ -2,6 +2,7 @@
 //! end. A scenario that fails is told, and the next one runs; a signal or a full disk ends the run, and
 //! what there is until then is reported as partial.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -74,6 +75,16 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         partial: None,
     };
     let mut failed = Vec::new();
+    let machines: BTreeSet<u64> = chosen
+        .iter()
+        .flat_map(|choice| choice.machines(args.quick))
+        .copied()
+        .collect();
+    if !machines.is_empty() {
+        eprintln!("ratoon-bench: booting what will be restored …");
+        // Whoever wants one that could not be made tries again, and says why not.
+        parts.warm.make(parts, &machines);
+    }
     for (index, choice) in chosen.iter().enumerate() {
         let name = choice.name();
         if STOP.load(Ordering::Relaxed) || samples.is_torn() {

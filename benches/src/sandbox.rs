@@ -1,7 +1,7 @@
 //! Machines as users have them: started, frozen and restored by the engine, with a state directory
 //! that is gone at the end. How it fails: with the engine's errors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,7 +19,7 @@ use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus, FreezeParams};
 use ratoon_vmm_api::MetricsReply;
 use tempfile::TempDir;
 
-use crate::machine::Parts;
+use crate::machine::{Parts, go_on};
 use crate::scenario::exec;
 
 /// How long a guest may take for anything.
@@ -141,6 +141,17 @@ impl Warm {
     /// The snapshot's name.
     pub const SNAPSHOT: &str = "bench";
 
+    fn boot(parts: &Parts, memory_mib: u64) -> Result<Self> {
+        let sandboxes = Sandboxes::new(parts)?;
+        let (vm, client) = sandboxes.boot(memory_mib)?;
+        let first_pause = sandboxes.snapshot(&vm, Self::SNAPSHOT, false)?;
+        Ok(Self {
+            sandboxes,
+            first_pause,
+            original: Mutex::new(Some((vm, client))),
+        })
+    }
+
     /// The machine that the snapshot was taken of, which goes on; or, when somebody had it, one restored.
     ///
     /// # Errors
@@ -164,16 +175,31 @@ impl WarmMachines {
         if let Some(warm) = made.get(&memory_mib) {
             return Ok(Arc::clone(warm));
         }
-        let sandboxes = Sandboxes::new(parts)?;
-        let (vm, client) = sandboxes.boot(memory_mib)?;
-        let first_pause = sandboxes.snapshot(&vm, Warm::SNAPSHOT, false)?;
-        let warm = Arc::new(Warm {
-            sandboxes,
-            first_pause,
-            original: Mutex::new(Some((vm, client))),
-        });
+        let warm = Arc::new(Warm::boot(parts, memory_mib)?);
         made.insert(memory_mib, Arc::clone(&warm));
         Ok(warm)
+    }
+
+    /// Makes those of these sizes, as many at a time as the host has processors: a boot takes one. What fails is left
+    /// out.
+    pub fn make(&self, parts: &Parts, sizes: &BTreeSet<u64>) {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let sizes: Vec<u64> = sizes.iter().copied().collect();
+        for some in sizes.chunks(processors) {
+            if go_on().is_err() {
+                return;
+            }
+            std::thread::scope(|scope| {
+                for &mib in some {
+                    scope.spawn(move || {
+                        if let Ok(warm) = Warm::boot(parts, mib) {
+                            let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                            made.insert(mib, Arc::new(warm));
+                        }
+                    });
+                }
+            });
+        }
     }
 }
 

@@ -54,9 +54,9 @@ pub fn solve(engine: &Engine) -> Result<String, Box<dyn Error>> {
     task.detach();
     let children: Vec<Vm> = forked.children.into_iter().collect::<Result<_, _>>()?;
     let tried: Vec<_> = std::thread::scope(|scope| {
-        let tried = children.into_iter().enumerate().map(|(index, child)| {
-            scope.spawn(move || try_one(child, index).map_err(|error| error.to_string()))
-        });
+        let tried = children
+            .into_iter()
+            .map(|child| scope.spawn(move || try_one(child).map_err(|error| error.to_string())));
         let tried: Vec<_> = tried.collect();
         tried.into_iter().map(|thread| thread.join()).collect()
     });
@@ -78,25 +78,20 @@ pub fn solve(engine: &Engine) -> Result<String, Box<dyn Error>> {
 }
 
 /// The machine and its answer, if it has found one.
-fn try_one(mut child: Vm, index: usize) -> Result<Option<(Vm, String)>, Box<dyn Error>> {
+fn try_one(mut child: Vm) -> Result<Option<(Vm, String)>, Box<dyn Error>> {
     let mut client = child.runtime()?;
-    let (passed, _) = shell(&mut client, SEARCH, index)?;
+    let (passed, _) = shell(&mut client, SEARCH)?;
     if !passed {
         return Ok(None);
     }
-    let (_, answer) = shell(&mut client, "cat /root/answer", index)?;
+    let (_, answer) = shell(&mut client, "cat /root/answer")?;
     Ok(Some((child, answer.trim().to_owned())))
 }
 
 /// Whether it ended well, and what it printed.
-fn shell(
-    client: &mut RuntimeClient,
-    script: &str,
-    child: usize,
-) -> Result<(bool, String), Box<dyn Error>> {
+fn shell(client: &mut RuntimeClient, script: &str) -> Result<(bool, String), Box<dyn Error>> {
     let params = ExecParams {
         shell: Some(script.into()),
-        env: vec![("RATOON_CHILD".into(), child.to_string())],
         ..ExecParams::default()
     };
     let (mut out, mut err) = (Vec::new(), Vec::new());

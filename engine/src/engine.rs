@@ -219,7 +219,8 @@ impl Engine {
         ImageStore::open(self.dirs.cache())
     }
 
-    /// All VMs, oldest first. One that a killed command left frozen goes on.
+    /// All VMs, oldest first. One that a killed command left frozen goes on, and what that left in its folder
+    /// is removed.
     ///
     /// # Errors
     /// When the state directory cannot be read.
@@ -228,6 +229,7 @@ impl Engine {
             let info = life::info(entry);
             if info.status == Status::Running {
                 standstill::mend_idle(&entry.dir);
+                entry.dir.sweep_left();
             }
             info
         };
@@ -258,9 +260,9 @@ impl Engine {
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Started, StartError> {
         let (image, mut plan) = self.plan(spec)?;
-        let warm = Warm::of(self, spec, &image, &plan);
+        let mut warm = Warm::of(self, spec, &image, &plan);
         if let Some(started) = warm
-            .as_ref()
+            .as_mut()
             .and_then(|warm| warm.start(self, spec, cancel))
         {
             return started;

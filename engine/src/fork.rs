@@ -10,29 +10,33 @@
 //! what nobody uses any more the kernel frees, whoever was killed. A child that cannot be woken is ended.
 
 mod children;
+mod error;
 
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ratoon_vmm_api::NetConfig;
 
-use self::children::{Children, Source, hold, start_from};
-use crate::admission::{self, Refused};
-use crate::engine::{Engine, StartError, absolute};
+use self::children::{Children, Source, Stored, hold, start_from};
+pub use self::error::{ChildError, ForkError};
+use crate::admission;
+use crate::cpu;
+use crate::engine::{Engine, absolute};
 use crate::fan_out::fan_out;
-use crate::image;
 use crate::lineage::ROOT;
-use crate::runtime::{RuntimeClient, RuntimeError};
+use crate::renewal::StaleRuntime;
+use crate::runtime::RuntimeClient;
 use crate::snapshots::{RestoreSpec, SnapshotError};
 use crate::vm::cgroup::{self, Limits};
 use crate::vm::control::{Control, ControlError};
-use crate::vm::freeze::{self, FreezeError, Generation};
+use crate::vm::freeze::{self, Generation};
 use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
-use crate::vm::record::{Record, RecordError, VmDir};
+use crate::vm::record::{Record, VmDir};
 use crate::vm::shells::Shells;
+use crate::vm::turns;
 
 /// The most children of one fork.
 pub const MAX_CHILDREN: u32 = 10_000;
@@ -91,92 +95,8 @@ pub struct Forked {
     /// One for each child that was asked for, by its index. Dropped, a child is ended, unless it is
     /// detached.
     pub children: Vec<Result<Vm, ChildError>>,
-}
-
-/// Why nothing was forked. The VM goes on.
-#[derive(Debug, thiserror::Error)]
-pub enum ForkError {
-    /// None, or too many.
-    #[error("{0} children: choose 1 to {MAX_CHILDREN}")]
-    Count(u32),
-    /// Not one name for each.
-    #[error("{names} names for {count} children: give as many, or none")]
-    Names {
-        /// How many there are.
-        names: usize,
-        /// How many it takes.
-        count: u32,
-    },
-    /// Not one list of networks for each child.
-    #[error(
-        "the VM has {devices} network devices, and each of {count} children needs as many tap devices \
-         of its own"
-    )]
-    Networks {
-        /// Of the VM.
-        devices: usize,
-        /// How many children.
-        count: u32,
-    },
-    /// This host has not enough of something.
-    #[error(transparent)]
-    Refused(#[from] Refused),
-    /// The VM's record.
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// The runtime in the VM.
-    #[error("the runtime in the VM")]
-    Runtime(#[from] RuntimeError),
-    /// The VM's VMM.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The freeze.
-    #[error(transparent)]
-    Freeze(#[from] FreezeError),
-    /// The image that it stands on.
-    #[error(transparent)]
-    Image(#[from] image::Error),
-    /// Programs or records.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// The snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// A descriptor or a thread.
-    #[error("the system refuses {what}")]
-    System {
-        /// What was asked for.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
-impl From<LaunchError> for ForkError {
-    fn from(error: LaunchError) -> Self {
-        Self::Start(error.into())
-    }
-}
-
-/// Why there is no such child. Nothing of it is left.
-#[derive(Debug, thiserror::Error)]
-pub enum ChildError {
-    /// It was not awake at the deadline.
-    #[error("it was not ready within {} ms", .0.as_millis())]
-    Late(Duration),
-    /// The caller wanted no more.
-    #[error("cancelled")]
-    Cancelled,
-    /// It did not start.
-    #[error(transparent)]
-    Launch(#[from] LaunchError),
-    /// It could not be told who it is: it has been ended.
-    #[error(transparent)]
-    Wake(#[from] FreezeError),
-    /// Its pager.
-    #[error(transparent)]
-    Snapshot(#[from] Box<SnapshotError>),
+    /// Children of a snapshot have that one's runtime still: why, of one of them. They run.
+    pub stale_runtime: Option<StaleRuntime>,
 }
 
 /// Lets a paused VM run as long as this lives: its runtime has to answer.
@@ -218,7 +138,7 @@ impl Engine {
         let record = self.forkable(dir, spec)?;
         let _unpaused = Unpaused::of(dir)?;
         let mut client = RuntimeClient::connect(&dir.vsock_socket(), CONNECT_TIMEOUT)?;
-        self.fork_over(dir, &record, &mut client, spec, begun, cancel)
+        self.fork_over(dir, record, &mut client, spec, begun, cancel)
     }
 
     /// As [`Engine::fork`], of a VM whose runtime's client the caller has, which saves a connection.
@@ -234,7 +154,7 @@ impl Engine {
     ) -> Result<Forked, ForkError> {
         let begun = Instant::now();
         let record = self.forkable(dir, spec)?;
-        self.fork_over(dir, &record, client, spec, begun, cancel)
+        self.fork_over(dir, record, client, spec, begun, cancel)
     }
 
     /// Starts children of a stored snapshot: as many restores, side by side.
@@ -248,7 +168,7 @@ impl Engine {
         cancel: Option<BorrowedFd<'_>>,
     ) -> Result<Forked, ForkError> {
         let begun = Instant::now();
-        admission::count(spec.count, MAX_CHILDREN).map_err(ForkError::Count)?;
+        check_numbers(spec)?;
         let store = self.snapshots().map_err(SnapshotError::from)?;
         let snapshot = store.get(snapshot).map_err(SnapshotError::from)?;
         let restore = RestoreSpec {
@@ -258,30 +178,38 @@ impl Engine {
         };
         let (_, plan) = self.plan_restore(&store, &snapshot, &restore)?;
         let generation = snapshot.id.to_string();
-        let paged = plan
-            .generation
-            .as_ref()
-            .is_some_and(|from| from.config.paged);
+        let control_port = plan.generation.as_ref().and_then(|from| from.control_port);
+        let stale_runtime = Arc::default();
         let source = Source {
             plan,
             parent: None,
             group: None,
             family: None,
             layers: None,
-            before: None,
-            snapshot: paged.then(|| (self.clone(), store, snapshot)),
+            control_port,
+            snapshot: Some(Stored {
+                engine: self.clone(),
+                store,
+                snapshot,
+                stale_runtime: Arc::clone(&stale_runtime),
+            }),
         };
-        let children = self.children(source, &generation, spec, begun, cancel)?;
+        let children = self.prepare(source, &generation, spec)?;
+        let children = self.start_all(children, spec, begun, cancel)?;
         Ok(Forked {
             generation,
             pause: Duration::ZERO,
             stopped: Duration::ZERO,
             children,
+            stale_runtime: stale_runtime
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
         })
     }
 
     fn forkable(&self, dir: &VmDir, spec: &ForkSpec) -> Result<Record, ForkError> {
-        admission::count(spec.count, MAX_CHILDREN).map_err(ForkError::Count)?;
+        check_numbers(spec)?;
         let record = dir.read_record()?;
         let devices = record.config.networks.len();
         check_networks(devices, spec)?;
@@ -292,7 +220,7 @@ impl Engine {
     fn fork_over(
         &self,
         dir: &VmDir,
-        record: &Record,
+        record: Record,
         client: &mut RuntimeClient,
         spec: &ForkSpec,
         begun: Instant,
@@ -303,43 +231,62 @@ impl Engine {
             what: "a lock on the VM's layers",
             source,
         })?;
-        let layers = Some(layers);
-        let mut plan = self.plan_relative(record, spec.detached)?;
-        // Their processes are made while the guest is brought to rest.
+        let mut plan = self.plan_relative(&record, spec.detached)?;
+        // Their processes and records are made while the guest is brought to rest.
         let shells = plan.shells.get_or_insert_with(|| Shells::none(&plan.vmm));
         let class = (plan.machine.cpus, plan.machine.memory_mib);
         shells.ahead(class, (spec.count as usize).min(MOST_AHEAD));
-        let frozen = freeze::freeze_and(dir, client, &id, |generation, before| {
-            let pause = generation.pause;
-            let stopped = generation.asked.saturating_duration_since(begun);
-            let disks = generation.disks.clone();
-            plan.generation = Some(Arc::new(start_from(dir, record, &id, generation)));
-            let source = Source {
-                plan,
-                parent: Some(record.id.clone()),
-                group: record.group.clone(),
-                family: None,
-                layers,
-                snapshot: None,
-                before: Some(before),
-            };
-            let children = std::thread::scope(|scope| {
-                // A VM that has gone meanwhile has no use for it.
-                let went_on = || drop(self.went_on(dir, &disks));
-                let beside = std::thread::Builder::new().spawn_scoped(scope, went_on);
-                if beside.is_err() {
-                    went_on();
+        let source = Source {
+            plan,
+            parent: Some(record.id.clone()),
+            group: record.group.clone(),
+            family: None,
+            layers: Some(layers),
+            snapshot: None,
+            control_port: Some(client.host_port()),
+        };
+        let (pause, stopped, children) = std::thread::scope(|scope| {
+            let prepare = || self.prepare(source, &id, spec);
+            let preparing = std::thread::Builder::new()
+                .spawn_scoped(scope, prepare)
+                .map_err(|source| ForkError::System {
+                    what: "a thread to make children's records",
+                    source,
+                })?;
+            freeze::freeze_and(dir, client, &id, |generation, before| {
+                let pause = generation.pause;
+                let stopped = generation.asked.saturating_duration_since(begun);
+                let disks = generation.disks.clone();
+                let mut children = joined(preparing)?;
+                // Others may have been at work on it before it was ours alone.
+                let now = dir.read_record()?;
+                if now != record {
+                    children.replan(&self.plan_relative(&now, spec.detached)?);
                 }
-                self.children(source, &id, spec, begun, cancel)
-            })?;
-            Ok::<_, ForkError>((pause, stopped, children))
-        });
-        let (pause, stopped, children) = frozen??;
+                children.go_on_from(start_from(dir, &now, &id, generation), &before);
+                drop(before);
+                let children = std::thread::scope(|scope| {
+                    let went_on = || {
+                        // As its wake: it would take a processor from those who start.
+                        std::thread::sleep(freeze::HEAD_START);
+                        // A VM that has gone meanwhile has no use for it.
+                        drop(self.went_on(dir, &disks));
+                    };
+                    let beside = std::thread::Builder::new().spawn_scoped(scope, went_on);
+                    if beside.is_err() {
+                        went_on();
+                    }
+                    self.start_all(children, spec, begun, cancel)
+                })?;
+                Ok::<_, ForkError>((pause, stopped, children))
+            })?
+        })?;
         Ok(Forked {
             generation: id,
             pause,
             stopped,
             children,
+            stale_runtime: None,
         })
     }
 
@@ -405,27 +352,13 @@ impl Engine {
         })
     }
 
-    fn children(
+    /// Makes children's records: all or none.
+    fn prepare(
         &self,
         mut source: Source,
         generation: &str,
         spec: &ForkSpec,
-        begun: Instant,
-        cancel: Option<BorrowedFd<'_>>,
-    ) -> Result<Vec<Result<Vm, ChildError>>, ForkError> {
-        if !spec.names.is_empty() && spec.names.len() != spec.count as usize {
-            return Err(ForkError::Names {
-                names: spec.names.len(),
-                count: spec.count,
-            });
-        }
-        let late = |after: Duration| Err(ChildError::Late(after));
-        let deadline = spec.deadline.map(|after| begun + after);
-        if let Some(after) = spec.deadline
-            && deadline.is_some_and(|end| end <= Instant::now())
-        {
-            return Ok((0..spec.count).map(|_| late(after)).collect());
-        }
+    ) -> Result<Children, ForkError> {
         source.family = cgroup::family(source.group.as_ref(), generation, spec.limits)
             .map_err(LaunchError::from)?;
         let launches: Vec<_> = (0..spec.count)
@@ -436,7 +369,7 @@ impl Engine {
                 cgroup::remove_empty(family);
             }
         })?;
-        let children = Children {
+        Ok(Children {
             store: self.store().clone(),
             launches,
             begun: dirs.iter().map(|_| AtomicBool::new(false)).collect(),
@@ -445,14 +378,27 @@ impl Engine {
             message: spec.message.clone(),
             snapshot: source.snapshot,
             _layers: source.layers,
-            before: Mutex::new(
-                vec![source.before; spec.count as usize]
-                    .into_iter()
-                    .flatten()
-                    .collect(),
-            ),
-        };
-        let done = fan_out(spec.count as usize, children, deadline, cancel);
+            before: Mutex::default(),
+        })
+    }
+
+    fn start_all(
+        &self,
+        children: Children,
+        spec: &ForkSpec,
+        begun: Instant,
+        cancel: Option<BorrowedFd<'_>>,
+    ) -> Result<Vec<Result<Vm, ChildError>>, ForkError> {
+        let late = |after: Duration| Err(ChildError::Late(after));
+        let deadline = spec.deadline.map(|after| begun + after);
+        if let Some(after) = spec.deadline
+            && deadline.is_some_and(|end| end <= Instant::now())
+        {
+            return Ok((0..spec.count).map(|_| late(after)).collect());
+        }
+        // A guest that has just started is busy until it is woken.
+        let at_once = cpu::guest_kernels_are_emulated().then(turns::at_once);
+        let done = fan_out(spec.count as usize, children, at_once, deadline, cancel);
         if let Some(shells) = self.shells() {
             shells.refill();
         }
@@ -466,6 +412,24 @@ impl Engine {
             (None, _) => Err(ChildError::Cancelled),
         };
         Ok(done.into_iter().map(result).collect())
+    }
+}
+
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Before anything is frozen for it.
+fn check_numbers(spec: &ForkSpec) -> Result<(), ForkError> {
+    admission::count(spec.count, MAX_CHILDREN).map_err(ForkError::Count)?;
+    match spec.names.len() {
+        names if names > 0 && names != spec.count as usize => Err(ForkError::Names {
+            names,
+            count: spec.count,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -483,5 +447,42 @@ fn check_networks(devices: usize, spec: &ForkSpec) -> Result<(), ForkError> {
             devices,
             count: spec.count,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirs::Dirs;
+    use crate::engine::Programs;
+    use crate::vm::record::tests::config;
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused_before_anything_is_frozen() {
+        let temp = tempfile::tempdir().unwrap();
+        let programs = Programs {
+            vmm: "/none".into(),
+            runtime: "/none".into(),
+            pager: "/none".into(),
+        };
+        let engine = Engine::new(Dirs::new(temp.path().join("s"), temp.path()), programs);
+        let made = engine.store().create(Some("box"), |dir| {
+            Record::new(config(&dir.id()), None, None)
+        });
+        // Nobody serves its sockets: whatever asked its VMM would fail by that.
+        let dir = made.unwrap();
+        let spec = ForkSpec {
+            names: vec!["one".into(), "two".into()],
+            ..ForkSpec::new(3)
+        };
+        for refused in [
+            engine.fork(&dir, &spec, None).unwrap_err(),
+            engine.fork_snapshot("none", &spec, None).unwrap_err(),
+        ] {
+            let is_refused = matches!(refused, ForkError::Names { names: 2, count: 3 });
+            assert!(is_refused, "{refused}");
+        }
+        let refused = engine.fork(&dir, &ForkSpec::new(0), None).unwrap_err();
+        assert!(matches!(refused, ForkError::Count(0)), "{refused}");
     }
 }

@@ -26,6 +26,7 @@
 //! ```
 
 mod admission;
+pub mod commit;
 mod cpu;
 pub mod diff;
 pub mod dirs;

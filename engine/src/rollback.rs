@@ -147,12 +147,18 @@ impl Engine {
         plan.machine.networks.clone_from(&record.config.networks);
         plan.parent.clone_from(&record.parent);
         plan.labels.clone_from(&record.labels);
-        let mut links = Links::default();
-        if let Some(holder) = &target.holder {
-            links = links_in(dir, holder, &generation, &mut plan)?;
-        }
+        plan.family = record
+            .group
+            .as_ref()
+            .map(|group| (group.family.clone(), group.limits));
         let mut note = Note::new(record, status == Status::Paused);
+        // Before the links: they are removed by it when we are killed.
         note.write(dir).map_err(file(dir.path()))?;
+        let links = match &target.holder {
+            Some(holder) => links_in(dir, holder, &generation, &mut plan),
+            None => Ok(Links::default()),
+        };
+        let links = links.inspect_err(|_| Note::withdraw(dir))?;
         let begun = set_aside(dir).and_then(|()| {
             launch::restart(self.store(), &plan, dir, cancel).map_err(RollbackError::from)
         });
@@ -325,7 +331,7 @@ fn links_in(
         if !is_in(layer, &holder.dir) {
             continue;
         }
-        let link = dir.path().join(format!("back-{generation}-{number}.qcow2"));
+        let link = dir.borrowed_layer(generation, number);
         match std::fs::hard_link(&*layer, &link) {
             Ok(()) => links.0.push(link.clone()),
             // It has been there before: the same file.

@@ -34,6 +34,7 @@ use crate::vm::launch::{
 };
 use crate::vm::record::{Ancestor, ImageRef, Record, RecordError, VmDir};
 use crate::vm::store::StoreError;
+use crate::vm::turns::WAKES;
 use crate::{cpu, working_set};
 
 /// How long the runtime may take to accept a connection.
@@ -237,7 +238,6 @@ impl Engine {
         keep: Keep<'_>,
         progress: &dyn Progress,
     ) -> Result<Taken, SnapshotError> {
-        dir.sweep_merged_layers();
         // Until the layers are linked or copied.
         let _layers = dir.hold_layers().map_err(|source| SnapshotError::File {
             path: dir.path().to_owned(),
@@ -317,6 +317,7 @@ impl Engine {
         let (image, plan) = self.plan_restore(store, snapshot, spec)?;
         let plan = self.with_pager(store, snapshot, plan)?;
         working_set::read_ahead(snapshot);
+        let turn = WAKES.take();
         let mut vm = launch(self.store(), &plan, cancel)?;
         if let Some(shells) = self.shells() {
             shells.refill();
@@ -325,6 +326,7 @@ impl Engine {
         if let Err(error) = wake(&mut vm, id) {
             return Err(vm.ended(END_PATIENCE).map_or(error, Into::into));
         }
+        drop(turn);
         let stale_runtime = match spec.keep_runtime {
             true => None,
             false => self.renew(&mut vm, &snapshot.manifest.about)?,

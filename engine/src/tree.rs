@@ -1,21 +1,15 @@
-//! Forked VMs as a family: who comes from whom, what each has of its own, and which of them stays.
+//! Forked VMs as a family: who comes from whom, and what each has of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
 
-use ratoon_protocol::{Call, HostnameSet};
 use serde::Serialize;
 
 use crate::engine::Engine;
-use crate::vm::life::{self, LifeError, Status};
-use crate::vm::record::{Parent, Record, VmDir, hostname};
-use crate::vm::standstill;
+use crate::vm::life::{self, Status};
+use crate::vm::record::{Parent, Record, VmDir};
 use crate::vm::store::{Entry, StoreError};
-
-/// How long the runtime may take to accept a connection and to do a small thing.
-const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A VM, and the children that were forked from it.
 #[derive(Debug, Clone, Serialize)]
@@ -47,39 +41,6 @@ pub struct Shares {
     pub shared: u64,
 }
 
-/// What came of a commit.
-#[derive(Debug, Clone, Serialize)]
-pub struct Committed {
-    /// The VM that stayed.
-    pub id: String,
-    /// What it is called now.
-    pub name: Option<String>,
-    /// The ids of those that were ended and removed.
-    pub discarded: Vec<String>,
-}
-
-/// Why a child does not take its parent's place.
-#[derive(Debug, thiserror::Error)]
-pub enum CommitError {
-    /// It is no child.
-    #[error("VM {0} is no child of a fork: there is nothing to take the place of")]
-    NoChild(String),
-    /// It does not run.
-    #[error("VM {id} is {status}: only a running VM can take its parent's place")]
-    NotRunning {
-        /// Which.
-        id: String,
-        /// What it does.
-        status: Status,
-    },
-    /// Records.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Its own record, or a VM that is to end.
-    #[error(transparent)]
-    Life(#[from] LifeError),
-}
-
 impl Engine {
     /// All VMs as families. A child whose parent is gone stands where its parent stood.
     ///
@@ -89,91 +50,6 @@ impl Engine {
         let nodes = self.store().list()?.iter().map(node).collect();
         Ok(families(nodes))
     }
-
-    /// `child` takes its parent's place and name; the parent, and all others that come from it, are ended and
-    /// removed. What was forked from the child stays.
-    ///
-    /// # Errors
-    /// [`CommitError`]; before the first VM is ended nothing has changed but names.
-    pub fn commit(&self, child: &Entry) -> Result<Committed, CommitError> {
-        let id = child.dir.id();
-        let status = life::info(child).status;
-        let record = match &child.record {
-            Ok(record) if status == Status::Running => record,
-            _ => return Err(CommitError::NotRunning { id, status }),
-        };
-        let Some(from) = &record.parent else {
-            return Err(CommitError::NoChild(id));
-        };
-        let entries = self.store().list()?;
-        let records: Vec<&Record> = entries
-            .iter()
-            .filter_map(|entry| entry.record.as_ref().ok())
-            .collect();
-        let discarded = others(&records, &id, from);
-        let parent = from.vm.as_ref();
-        let parent = parent.and_then(|parent| records.iter().find(|it| it.id == *parent));
-        let name = self
-            .store()
-            .succeed(&child.dir, parent.map(|it| it.id.as_str()))?;
-        for entry in entries
-            .iter()
-            .filter(|entry| discarded.contains(&entry.dir.id()))
-        {
-            life::remove(self.store(), entry, true)?;
-        }
-        if let Some(name) = &name {
-            call_it(&child.dir, &hostname(Some(name), &id));
-        }
-        Ok(Committed {
-            id,
-            name,
-            discarded: discarded.into_iter().collect(),
-        })
-    }
-}
-
-/// The guest goes by its VM's name. One that does not answer keeps the old one.
-fn call_it(dir: &VmDir, name: &str) {
-    let call = Call::HostnameSet(HostnameSet {
-        hostname: name.to_owned(),
-    });
-    let set = standstill::connect(dir, GUEST_TIMEOUT)
-        .and_then(|mut client| client.call::<()>(&call, "taken its name", GUEST_TIMEOUT));
-    if let Err(error) = set {
-        tracing::warn!(%error, "the hostname of {}", dir.id());
-    }
-}
-
-/// Who has to go when `child`, which comes from `from`, takes its parent's place: the parent, and all that
-/// comes from it but the child and what comes from that. Children of a snapshot have no parent: it is those
-/// of the same fork then.
-fn others(records: &[&Record], child: &str, from: &Parent) -> BTreeSet<String> {
-    let mut gone: BTreeSet<String> = from.vm.iter().cloned().collect();
-    for record in records {
-        let is_sibling = record
-            .parent
-            .as_ref()
-            .is_some_and(|parent| parent.generation == from.generation);
-        if is_sibling && record.id != child {
-            gone.insert(record.id.clone());
-        }
-    }
-    loop {
-        let before = gone.len();
-        for record in records {
-            let parent = record.parent.as_ref().and_then(|parent| parent.vm.as_ref());
-            if parent.is_some_and(|parent| gone.contains(parent)) && record.id != child {
-                gone.insert(record.id.clone());
-            }
-        }
-        if gone.len() == before {
-            break;
-        }
-    }
-    let known = |id: &String| records.iter().any(|record| record.id == *id);
-    gone.retain(known);
-    gone
 }
 
 fn node(entry: &Entry) -> Node {
@@ -268,39 +144,6 @@ fn by_fork(children: &mut [Node]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::record::tests::config;
-
-    fn record(id: &str, parent: Option<(&str, &str)>) -> Record {
-        Record {
-            parent: parent.map(|(vm, generation)| Parent {
-                vm: Some(vm.to_owned()),
-                generation: generation.to_owned(),
-                index: 0,
-                control_port: None,
-            }),
-            ..Record::new(config(id), None, None)
-        }
-    }
-
-    #[test]
-    fn who_takes_the_parents_place_leaves_nobody_but_its_own_children() {
-        let all = [
-            record("root", None),
-            record("a", Some(("root", "g"))),
-            record("b", Some(("root", "g"))),
-            record("c", Some(("root", "h"))),
-            record("aa", Some(("a", "i"))),
-            record("bb", Some(("b", "j"))),
-            record("stranger", None),
-        ];
-        let records: Vec<&Record> = all.iter().collect();
-        let from = all[1].parent.clone().unwrap();
-        let gone: Vec<_> = others(&records, "a", &from).into_iter().collect();
-        assert_eq!(gone, ["b", "bb", "c", "root"]);
-        let from = all[5].parent.clone().unwrap();
-        let gone: Vec<_> = others(&records, "bb", &from).into_iter().collect();
-        assert_eq!(gone, ["b"]);
-    }
 
     #[test]
     fn children_stand_under_their_parent_the_oldest_first() {

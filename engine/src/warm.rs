@@ -225,6 +225,8 @@ impl Engine {
 pub(crate) struct Warm {
     store: Store,
     name: String,
+    /// It is there, and no VM has started from it. That may be the host's fault: a boot shows it.
+    failed: Option<Digest>,
 }
 
 impl Warm {
@@ -253,6 +255,7 @@ impl Warm {
         Some(Self {
             store: store(engine).ok()?,
             name: format!("warm-{}", id.get(..32)?),
+            failed: None,
         })
     }
 
@@ -268,7 +271,7 @@ impl Warm {
 
     /// Starts a VM from it; `None`: boot one.
     pub(crate) fn start(
-        &self,
+        &mut self,
         engine: &Engine,
         spec: &RunSpec,
         cancel: Option<BorrowedFd<'_>>,
@@ -292,14 +295,17 @@ impl Warm {
             )) => Some(Err(error)),
             Err(error) => {
                 tracing::warn!(%error, "warm start of {}: it is booted", spec.image);
-                let _ = self.store.remove(&self.name);
+                self.failed = Some(snapshot.id);
                 None
             }
         }
     }
 
-    /// Makes it from a VM that has just booted.
+    /// Makes it from a VM that has just booted, in place of one that has failed.
     pub(crate) fn make(&self, engine: &Engine, vm: &mut Vm) -> Made {
+        if let Some(failed) = self.failed {
+            let _ = self.store.remove(&failed.to_string());
+        }
         let dir = vm.dir().clone();
         let Ok(mut client) = vm.runtime() else {
             return Made::Lost;

@@ -54,7 +54,7 @@ fn ask(ratoon: &Ratoon, vm: &str) -> BTreeMap<String, Value> {
         "cd /root; echo > asks; cat answers; echo; hostname; cat /etc/hostname; \
          echo $(cat /etc/machine-id); cat /run/ratoon/id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; \
          date +%s.%N; cat /run/ratoon/wakes /proc/sys/kernel/random/boot_id; \
-         cd /run/ratoon; stat -c '%n %a' * | tr '\\n' ' '",
+         cd /run/ratoon; stat -c '%n %a' * | tr '\\n' ' '; echo; grep -c '^tmpfs /etc/' /proc/mounts",
     );
     let after = now();
     let mut lines = said.lines();
@@ -79,6 +79,7 @@ fn ask(ratoon: &Ratoon, vm: &str) -> BTreeMap<String, Value> {
         line().starts_with("generation 644 id 644 index 644"),
         "{vm}: {said}"
     );
+    assert_eq!(line(), "3", "names are in memory");
     let context = "print(random.random(), ssl.RAND_bytes(8).hex(), uuid.uuid4())";
     let said = code(ratoon, vm, "python", context);
     let words = said.split_whitespace();
@@ -94,7 +95,7 @@ fn ask(ratoon: &Ratoon, vm: &str) -> BTreeMap<String, Value> {
 }
 
 fn children_and_clones_differ_in_all_that_is_a_machines_own() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     ratoon
         .run(["run", "-d", "--name", "parent", "--memory", "256M"])
         .ok();
@@ -220,7 +221,7 @@ fn connections_to_elsewhere_are_reset_and_the_parents_go_on_as_root() {
             stream.set_read_timeout(Some(PATIENCE)).expect("a limit");
             (stream, peer.ip().to_string())
         };
-        let ratoon = Ratoon::new();
+        let ratoon = Ratoon::warm();
         let parent = [
             "run", "-d", "--name", "parent", "--memory", "256M", "--net", "tap=rt0",
         ];
@@ -291,12 +292,12 @@ fn connections_to_elsewhere_are_reset_and_the_parents_go_on_as_root() {
 }
 
 fn a_child_that_cannot_be_woken_is_ended_and_its_forker_told() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     ratoon
         .run(["run", "-d", "--name", "odd", "--memory", "256M"])
         .ok();
     // Nobody can give this machine a machine-id.
-    let spoil = "rm -f /etc/machine-id; mkdir -p /etc/machine-id/x";
+    let spoil = "umount /etc/machine-id; rm /etc/machine-id; mkdir -p /etc/machine-id/x";
     exec(&ratoon, "odd", spoil);
     ratoon.run(["snapshot", "odd", "spoilt"]).ok();
     let restored = ratoon.run(["restore", "spoilt", "--name", "never"]);
@@ -317,7 +318,7 @@ fn a_child_that_cannot_be_woken_is_ended_and_its_forker_told() {
 }
 
 fn a_secret_is_no_childs() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let run = ["run", "-d", "--name", "secretive", "--memory", "256M"];
     let id = ratoon.run(run).ok().stdout.trim().to_owned();
     let socket = ratoon.vms_dir().join(&id).join("vsock.sock");

@@ -1,14 +1,13 @@
 //! Whatever goes wrong in a fork: for each child it is said what became of it, the machine that was forked goes
 //! on (unless it is that which was killed), and nothing is left.
 //!
-//! All tests share one machine, one after the other; what there is is counted before and after each.
+//! What there is is counted before and after each.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ratoon_tests::{Done, PATIENCE, Ratoon, finish, program};
@@ -29,23 +28,16 @@ crate::promises![
 
 const BOX: &str = "box";
 
-static LAB: Mutex<Option<Ratoon>> = Mutex::new(None);
-
-/// The machine, for one test at a time; counted before and after.
+/// A machine; counted before and after.
 fn with_box(test: impl FnOnce(&Ratoon)) {
-    let mut lab = LAB.lock().unwrap_or_else(PoisonError::into_inner);
-    // Of a test that has failed nothing is used on.
-    let ratoon = lab.take().unwrap_or_else(|| {
-        let ratoon = Ratoon::new();
-        let args = ["run", "-d", "--name", BOX, "--memory", "256M"];
-        ratoon.run(args).ok();
-        exec(
-            &ratoon,
-            BOX,
-            "echo kept > /root/kept; echo kept > /run/kept",
-        );
-        ratoon
-    });
+    let ratoon = Ratoon::warm();
+    let args = ["run", "-d", "--name", BOX, "--memory", "256M"];
+    ratoon.run(args).ok();
+    exec(
+        &ratoon,
+        BOX,
+        "echo kept > /root/kept; echo kept > /run/kept",
+    );
     let before = count(&ratoon);
     test(&ratoon);
     let end = Instant::now() + Duration::from_secs(30);
@@ -58,16 +50,8 @@ fn with_box(test: impl FnOnce(&Ratoon)) {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(exec(&ratoon, BOX, KEPT), "kept\nkept\n");
-    *lab = Some(ratoon);
-}
-
-/// Ends the machine, if it was ever wanted; to be called after the last test.
-pub fn end() {
-    let lab = LAB.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(ratoon) = lab {
-        ratoon.run(["rm", "-f", BOX]).ok();
-        ratoon.nothing_is_left();
-    }
+    rm(&ratoon, &[BOX]);
+    ratoon.nothing_is_left();
 }
 
 /// What the machine and each child have in memory and on the disk.
@@ -120,14 +104,9 @@ fn a_fork_during_another_fork_or_a_snapshot_or_a_command_disturbs_nobody() {
             let command = ratoon.command(words.split(' ')).spawn();
             command.expect("ratoon starts")
         };
-        let at_work = [
-            "exec",
-            BOX,
-            "--",
-            "sh",
-            "-c",
-            "n=0; while [ ! -e /run/enough ]; do n=$((n + 1)); sleep 0.2; done; rm /run/enough; echo went on",
-        ];
+        exec(ratoon, BOX, "mkfifo /run/enough");
+        let wait = "read word < /run/enough; echo went $word";
+        let at_work = ["exec", BOX, "--", "sh", "-c", wait];
         let at_work = ratoon.command(at_work).spawn().expect("ratoon starts");
         let (one, other) = (start("fork box -n 2 --name a"), start("fork box --name b"));
         let snapshot = start("snapshot box meanwhile");
@@ -135,7 +114,7 @@ fn a_fork_during_another_fork_or_a_snapshot_or_a_command_disturbs_nobody() {
         assert_eq!(finish(other).ok().stdout, "b-0\n");
         finish(snapshot).ok();
         are_whole(ratoon, &["a-0", "a-1", "b-0"]);
-        exec(ratoon, BOX, "echo > /run/enough");
+        exec(ratoon, BOX, "echo on > /run/enough");
         assert_eq!(finish(at_work).ok().stdout, "went on\n");
         ratoon.run(["snapshots", "verify", "meanwhile"]).ok();
         rm(ratoon, &["a-0", "a-1", "b-0"]);
@@ -146,12 +125,12 @@ fn a_fork_during_another_fork_or_a_snapshot_or_a_command_disturbs_nobody() {
 /// Writes whole files, each with its own sum, until it is told that it is enough. In the interpreter: a process
 /// would cost a second where the guest is emulated.
 const WRITER: &str = r#"
-import hashlib, os, threading
+import hashlib, os, threading, time
 enough, rounds = False, 0
 def write():
     global rounds
     while not enough:
-        data = os.urandom(1 << 20)
+        data = os.urandom(1 << 18)
         with open("/root/new", "wb") as new:
             new.write(hashlib.sha256(data).digest() + data)
             new.flush()
@@ -160,7 +139,7 @@ def write():
         rounds += 1
 writer = threading.Thread(target=write)
 writer.start()
-while not rounds: pass
+while not rounds: time.sleep(0.05)
 "#;
 const WRITTEN: &str = r#"
 enough = True
@@ -176,11 +155,16 @@ print(rounds > 0 and hashlib.sha256(data[32:]).digest() == data[:32])
 fn a_fork_while_the_disk_is_written_gives_whole_disks() {
     with_box(|ratoon| {
         ratoon.run(["code", BOX, "-c", WRITER]).ok();
-        ratoon.run(["fork", BOX, "--name", "x"]).ok();
-        ratoon.run(["fork", BOX, "-n", "2", "--name", "y"]).ok();
-        for vm in ["x-0", "y-0", "y-1", BOX] {
+        let is_whole = |vm: &str| {
             let said = ratoon.run(["code", vm, "-c", WRITTEN]).ok().stdout;
             assert_eq!(said, "True\n", "{vm}");
+        };
+        // Each of them writes on until it is told: not all at once.
+        ratoon.run(["fork", BOX, "--name", "x"]).ok();
+        is_whole("x-0");
+        ratoon.run(["fork", BOX, "-n", "2", "--name", "y"]).ok();
+        for vm in ["y-0", "y-1", BOX] {
+            is_whole(vm);
         }
         are_whole(ratoon, &["x-0", "y-1"]);
         rm(ratoon, &["x-0", "y-0", "y-1"]);
@@ -414,7 +398,7 @@ fn a_fork_on_a_full_disk_is_told_as_root() {
             .expect("root has a mount namespace of its own");
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private).expect("mounts of its own");
-        let ratoon = Ratoon::new();
+        let ratoon = Ratoon::warm();
         let small = Some(c"size=24m,mode=0700");
         mount(
             "tmpfs",

@@ -1,39 +1,55 @@
 //! `ratoon fork`: one running machine becomes many, each goes on by itself.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use ratoon_engine::dirs::Dirs;
+use ratoon_engine::vm::record::Ancestor;
+use ratoon_engine::vm::store::Store;
 use ratoon_engine::{Engine, Programs};
-use ratoon_tests::{Ratoon, cache_dir, program};
+use ratoon_tests::{PATIENCE, Ratoon, cache, finish, program};
 use serde_json::Value;
+
+use crate::shared;
 
 crate::promises![
     children_go_on_from_one_memory_and_nobody_sees_anothers_writes,
     a_command_runs_in_each_child_and_the_best_one_takes_its_parents_place,
     a_machine_goes_back_in_place,
+    a_fork_that_waits_for_its_turn_goes_by_what_the_machine_is_then,
     a_fork_that_cannot_be_is_refused_and_leaves_nothing,
     a_child_over_its_memory_limit_dies_alone_as_root,
     the_example_of_branches_finds_its_answer,
 ];
 
 fn a_child_over_its_memory_limit_dies_alone_as_root() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     start(&ratoon, "box");
     let groups = groups();
-    let args = "fork box -n 2 --name kid --memory-limit 64M --json --keep -- sh -c";
+    let args = "fork box -n 2 --name kid --memory-limit 24M --json --keep -- sh -c";
     let mut args: Vec<_> = args.split(' ').collect();
     // A file system in memory: the cheapest way to take much of it.
-    args.push("[ $RATOON_CHILD = 0 ] || head -c 100M /dev/zero > /run/much; echo lives");
+    args.push("[ $RATOON_CHILD = 0 ] || head -c 40M /dev/zero > /run/much; echo lives");
     let done = ratoon.run(&args);
     let done: Value = serde_json::from_str(&done.stdout).expect("JSON");
     assert_eq!(done["children"][0]["stdout"], "lives\n", "{done}");
-    let why = "it took more memory than its limit of 64 MiB";
+    let why = "it took more memory than its limit of 24 MiB";
     let error = done["children"][1]["error"].as_str().expect("an error");
     assert!(error.contains(why), "{done}");
     let listed = ratoon.run(["ps", "-a", "--json"]).ok().stdout;
     assert!(listed.contains(why), "{listed}");
     assert_eq!(exec(&ratoon, "kid-0", "echo on"), "on\n");
+    // One that goes back in place has its limit still.
+    ratoon.run(["rollback", "kid-0"]).ok();
+    assert_eq!(exec(&ratoon, "kid-0", "echo on"), "on\n");
+    let line = "head -c 40M /dev/zero > /run/much; echo lives";
+    let killed = ratoon.run(["exec", "kid-0", "--", "sh", "-c", line]);
+    assert_eq!(killed.stdout, "", "{killed:?}");
+    let listed = json(&ratoon, &["ps", "-a", "--json"]);
+    let listed = listed.as_array().expect("a list").iter();
+    let kid = listed.clone().find(|vm| vm["name"] == "kid-0");
+    assert_eq!(kid.expect("its record")["causes"][0], why, "{listed:?}");
     assert_eq!(exec(&ratoon, "box", "echo on"), "on\n");
     ratoon.run(["rm", "-f", "box", "kid-0", "kid-1"]).ok();
     ratoon.nothing_is_left();
@@ -67,7 +83,7 @@ fn the_example_of_branches_finds_its_answer() {
         runtime: program("ratoon-runtime"),
         pager: program("ratoon-pager"),
     };
-    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache_dir());
+    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
     let engine = Engine::new(dirs, programs);
     let answer = branches::solve(&engine).expect("an answer");
     assert_eq!(answer, "842");
@@ -94,11 +110,16 @@ fn json(ratoon: &Ratoon, args: &[&str]) -> Value {
 }
 
 fn children_go_on_from_one_memory_and_nobody_sees_anothers_writes() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     start(&ratoon, "box");
-    code(&ratoon, "box", "import random; x = ['old']");
-    let program = "echo old > /root/file; (while :; do echo tick; sleep 1; done >/root/ticks &)";
-    exec(&ratoon, "box", program);
+    // Not by a shell: where guests are emulated each `sleep` costs as long as it lasts.
+    let program = "import random, threading, time; x = ['old']\n\
+        def tick():\n\
+        \x20   with open('/root/ticks', 'w') as file:\n\
+        \x20       while True: print('tick', file=file, flush=True); time.sleep(1)\n\
+        threading.Thread(target=tick, daemon=True).start()";
+    code(&ratoon, "box", program);
+    exec(&ratoon, "box", "echo old > /root/file");
 
     let args = "fork box -n 3 --name kid --message hello --label idea=sort";
     let forked = ratoon.run(args.split(' ')).ok();
@@ -184,7 +205,7 @@ fn children_go_on_from_one_memory_and_nobody_sees_anothers_writes() {
 }
 
 fn a_command_runs_in_each_child_and_the_best_one_takes_its_parents_place() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     start(&ratoon, "box");
     let mut args = vec!["fork", "box", "-n", "3", "--", "sh", "-c"];
     args.push("echo I am $RATOON_CHILD; exit $RATOON_CHILD");
@@ -220,7 +241,7 @@ fn a_command_runs_in_each_child_and_the_best_one_takes_its_parents_place() {
 }
 
 fn a_machine_goes_back_in_place() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     start(&ratoon, "box");
     let id = |vm: &str| {
         let list = json(&ratoon, &["ps", "--json"]);
@@ -256,8 +277,48 @@ fn a_machine_goes_back_in_place() {
     ratoon.nothing_is_left();
 }
 
+fn a_fork_that_waits_for_its_turn_goes_by_what_the_machine_is_then() {
+    let ratoon = shared::machine();
+    let store = Store::new(ratoon.vms_dir());
+    let dir = store.find(shared::NAME).expect("its record").dir;
+    let ours = File::open(dir.path()).expect("its folder");
+    ours.lock().expect("others finish");
+    let fork = ratoon
+        .command(["fork", shared::NAME, "--name", "waits"])
+        .spawn();
+    let fork = fork.expect("it starts");
+    // A line of who waits: number, arrow, kind, which, how, pid (proc_locks(5)).
+    let pid = fork.id().to_string();
+    let waits = || {
+        let locks = std::fs::read_to_string("/proc/locks").expect("locks");
+        let mut waiting = locks.lines().filter(|line| line.contains("->"));
+        waiting.any(|line| line.split_whitespace().nth(5) == Some(&pid))
+    };
+    let end = Instant::now() + PATIENCE;
+    while !waits() {
+        assert!(Instant::now() < end, "it does not wait");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // As a snapshot that was taken meanwhile leaves it.
+    let taken = Ancestor {
+        snapshot: "5".repeat(64),
+        memory_layers: 1,
+        disk_layers: 0,
+    };
+    let noted = store.update(&dir, |record| record.ancestors.push(taken.clone()));
+    noted.expect("its record");
+    drop(ours);
+    finish(fork).ok();
+    let kid = store.find("waits-0").expect("it runs").record;
+    assert!(kid.expect("its record").ancestors.contains(&taken));
+    let back = store.update(&dir, |record| record.ancestors.retain(|it| *it != taken));
+    back.expect("its record");
+    assert_eq!(exec(ratoon, "waits-0", "echo here"), "here\n");
+    ratoon.run(["rm", "-f", "waits-0"]).ok();
+}
+
 fn a_fork_that_cannot_be_is_refused_and_leaves_nothing() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     start(&ratoon, "box");
     for (count, why) in [
         ("0", "choose 1 to"),

@@ -18,24 +18,29 @@ crate::promises![
     a_full_disk_is_the_guests_error_and_not_the_machines_end_as_root,
 ];
 
-fn sh(ratoon: &Ratoon, script: &str) -> ratoon_tests::Done {
-    ratoon.run(["run", "--image", "debian", "--", "sh", "-c", script])
+const RUN: [&str; 6] = ["run", "--image", "debian", "--memory", "256M", "--"];
+
+fn run(ratoon: &Ratoon, command: &[&str]) -> ratoon_tests::Done {
+    ratoon.run(RUN.iter().chain(command))
 }
 
 fn a_panic_is_an_error_that_names_it() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     // The runtime is init: a kernel whose init dies panics. Only its own crash can do that, so the
     // panic is asked for by the magic key.
-    let done = sh(&ratoon, "echo c > /proc/sysrq-trigger; sleep 60");
+    let done = run(
+        &ratoon,
+        &["sh", "-c", "echo c > /proc/sysrq-trigger; sleep 60"],
+    );
     assert_eq!(done.code(), 125, "{done:?}");
     assert!(done.stderr.contains("panicked"), "{done:?}");
     ratoon.nothing_is_left();
 }
 
 fn a_power_off_under_a_command_is_an_error_that_names_it() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let off = "import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)";
-    let done = ratoon.run(["run", "--image", "debian", "--", "python3", "-c", off]);
+    let done = run(&ratoon, &["python3", "-c", off]);
     assert_eq!(done.code(), 125, "{done:?}");
     assert!(done.stderr.contains("powered off"), "{done:?}");
     ratoon.nothing_is_left();
@@ -99,8 +104,8 @@ fn a_flood_on_the_serial_port_stays_bounded() {
 }
 
 fn a_command_that_does_not_exist_is_told_as_a_shell_would() {
-    let ratoon = Ratoon::new();
-    let done = ratoon.run(["run", "--image", "debian", "--", "no-such-command"]);
+    let ratoon = Ratoon::warm();
+    let done = run(&ratoon, &["no-such-command"]);
     assert_eq!(done.code(), 127, "{done:?}");
     assert!(done.stderr.contains("no-such-command"), "{done:?}");
     ratoon.nothing_is_left();
@@ -126,9 +131,9 @@ fn a_guest_that_does_not_come_up_in_time_is_ended() {
 
 /// The machine's layer lies on a file system of 2 MiB.
 fn a_full_disk_is_the_guests_error_and_not_the_machines_end_as_root() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let script = "dd if=/dev/zero of=/big bs=1M count=8 conv=fsync; echo dd $?";
-    let mut command = ratoon.command(["run", "--image", "debian", "--", "sh", "-c", script]);
+    let mut command = ratoon.command(RUN.iter().chain(&["sh", "-c", script]));
     let state = CString::new(ratoon.state_dir().as_os_str().as_bytes()).expect("a plain path");
     // SAFETY: only system calls that are safe between fork and exec, on memory made before.
     unsafe {

@@ -12,8 +12,8 @@ crate::promises![
 ];
 
 /// Kills spread over the whole run of a command, and kills while the machine stands still.
-const SPREAD: u32 = 12;
-const FROZEN: u32 = 6;
+const SPREAD: u32 = 8;
+const FROZEN: u32 = 4;
 
 fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {
     ratoon.run(["exec", vm, "--", "sh", "-c", line]).ok().stdout
@@ -43,7 +43,7 @@ fn half_written(store: &Path) -> Vec<String> {
 }
 
 fn a_machine_goes_on_and_older_snapshots_are_whole_whenever_a_snapshot_is_killed() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     begin(&ratoon, "first");
     let from = Instant::now();
     ratoon.run(["snapshot", "first", "old"]).ok();

@@ -14,7 +14,7 @@ crate::promises![what_ran_goes_on_under_the_new_runtime_and_under_the_old_one_if
 
 /// Prints numbered lines until it is told to end, and some in any case.
 const COUNT: &str = "sleep 2; i=0; while [ $i -lt 3 -o ! -e /root/go ]; do echo line $i; \
-    i=$((i+1)); sleep 0.5; done; echo end $i; exit 7";
+    i=$((i+1)); sleep 1; done; echo end $i; exit 7";
 
 fn client(ratoon: &Ratoon, id: &str) -> Client {
     let socket = ratoon.vms_dir().join(id).join("vsock.sock");
@@ -95,7 +95,7 @@ fn another(dir: &Path) -> PathBuf {
 }
 
 fn what_ran_goes_on_under_the_new_runtime_and_under_the_old_one_if_that_is_no_good() {
-    let (ratoon, dir) = (Ratoon::new(), tempfile::tempdir().expect("a directory"));
+    let (ratoon, dir) = (Ratoon::warm(), tempfile::tempdir().expect("a directory"));
     let id = ratoon
         .run(["run", "-d", "--name", "first", "--memory", "256M"])
         .ok()
@@ -152,5 +152,22 @@ fn what_ran_goes_on_under_the_new_runtime_and_under_the_old_one_if_that_is_no_go
     assert_eq!(done.stderr, "");
     assert_eq!(served_by(&ratoon, "fourth"), "/init");
     ratoon.run(["rm", "-f", "fourth"]).ok();
+
+    for (runtime, serves, told) in [
+        (&another, "memfd:ratoon-runtime", ""),
+        (&garbage, "/init", "in children of point stays"),
+    ] {
+        let args = ["fork", "--snapshot", "point", "--name", "kid"];
+        let mut command = ratoon.command(args);
+        let child = command.env("RATOON_RUNTIME", runtime).spawn();
+        let done = ratoon_tests::finish(child.expect("ratoon can be started")).ok();
+        assert!(done.stderr.contains(told), "{done:?}");
+        assert_eq!(done.stderr.is_empty(), told.is_empty(), "{done:?}");
+        let exe = served_by(&ratoon, "kid-0");
+        assert!(exe.contains(serves), "{exe}");
+        let said = ratoon.run(["code", "kid-0", "-c", "print(x + 1)"]).ok();
+        assert_eq!(said.stdout, "42\n");
+        ratoon.run(["rm", "-f", "kid-0"]).ok();
+    }
     ratoon.nothing_is_left();
 }

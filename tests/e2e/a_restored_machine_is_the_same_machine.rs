@@ -10,7 +10,7 @@ crate::promises![every_byte_and_the_program_are_as_they_were];
 
 const WITNESS: &str = include_str!("witness.py");
 /// How much of the guest's 256 MiB the witness fills.
-const MEBIBYTES: u32 = 48;
+const MEBIBYTES: u32 = 24;
 
 fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {
     ratoon.run(["exec", vm, "--", "sh", "-c", line]).ok().stdout
@@ -71,7 +71,7 @@ fn kill(ratoon: &Ratoon, vm: &str) {
 }
 
 fn every_byte_and_the_program_are_as_they_were() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     ratoon
         .run(["run", "-d", "--name", "first", "--memory", "256M"])
         .ok();

@@ -36,7 +36,7 @@ fn secrets(ratoon: &Ratoon, vm: &str) -> Vec<String> {
 }
 
 fn a_restored_machine_has_its_memory_its_processes_and_its_disk() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     ratoon
         .run(["run", "-d", "--name", "first", "--memory", "256M"])
         .ok();
@@ -127,7 +127,7 @@ fn counter(ratoon: &Ratoon, vm: &str, name: &str) -> u64 {
 }
 
 fn a_clone_is_somebody_else_with_the_right_time() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     ratoon
         .run(["run", "-d", "--name", "parent", "--memory", "256M"])
         .ok();

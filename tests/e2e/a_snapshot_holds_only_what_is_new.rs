@@ -59,7 +59,7 @@ fn assert_kept(ratoon: &Ratoon, vm: &str, seed: u32) {
 }
 
 fn a_snapshot_of_a_child_refers_to_its_base_and_restores_right() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let run = ["run", "-d", "--name", "first", "--memory", "256M"];
     ratoon.run(run).ok();
     put(&ratoon, "first", 1);
@@ -154,7 +154,7 @@ fn a_snapshot_of_a_child_refers_to_its_base_and_restores_right() {
 }
 
 fn what_the_guest_discards_is_given_back_to_the_host() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let run = ["run", "-d", "--name", "vm", "--memory", "256M"];
     let vm = ratoon.run(run).ok().stdout;
     let folder = ratoon.vms_dir().join(vm.trim());

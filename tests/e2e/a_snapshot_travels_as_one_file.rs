@@ -27,7 +27,8 @@ fn refused(done: &Done, why: &str) {
 
 /// A machine with a file of its own, and a snapshot of it.
 fn snapshot(ratoon: &Ratoon, more: &[&str]) {
-    ratoon.run(["run", "-d", "--name", "it"]).ok();
+    let args = ["run", "-d", "--name", "it", "--memory", "256M"];
+    ratoon.run(args).ok();
     let line = "echo from afar > /root/file; sync";
     ratoon.run(["exec", "it", "--", "sh", "-c", line]).ok();
     let args = ["snapshot", "it", "point"].iter().chain(more);
@@ -36,7 +37,7 @@ fn snapshot(ratoon: &Ratoon, more: &[&str]) {
 }
 
 fn a_signed_snapshot_goes_through_a_file_and_starts_elsewhere() {
-    let (here, there) = (Ratoon::new(), Ratoon::new());
+    let (here, there) = (Ratoon::warm(), Ratoon::new());
     let folder = folder();
     let path = |name: &str| text(&folder.path().join(name));
     for name in ["ours", "theirs"] {
@@ -108,7 +109,7 @@ fn a_signed_snapshot_goes_through_a_file_and_starts_elsewhere() {
 }
 
 fn an_export_that_is_killed_leaves_nothing() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     snapshot(&ratoon, &[]);
     let unsigned = ratoon.run(["restore", "point", "--require-signature", &"00".repeat(32)]);
     refused(&unsigned, "has no signature");

@@ -1,43 +1,13 @@
 //! `ratoon image warm`: later runs start from the user's own warm-up.
 
-use std::path::Path;
-
-use ratoon_tests::{Done, Ratoon, cache_dir};
+use ratoon_tests::{Done, Ratoon, cache};
 use tempfile::TempDir;
 
 crate::promises![
     the_users_warm_up_is_in_every_later_run,
     a_warm_up_that_fails_keeps_nothing,
+    a_warm_generation_outlives_trouble_with_the_host_as_root,
 ];
-
-/// A cache of its own with the user's kernel and images, so that the user's warm generations and
-/// the names of images stay as they are.
-fn cache() -> TempDir {
-    let own = tempfile::tempdir_in("/tmp").expect("/tmp takes a directory");
-    let to = own.path().join("ratoon");
-    let from = cache_dir();
-    std::fs::create_dir(&to).expect("a directory");
-    std::os::unix::fs::symlink(from.join("kernel"), to.join("kernel")).expect("a link");
-    copy_links(&from.join("images"), &to.join("images"));
-    own
-}
-
-/// Copies a tree; its files are hard links where they can be.
-fn copy_links(from: &Path, to: &Path) {
-    std::fs::create_dir(to).expect("a directory");
-    for entry in std::fs::read_dir(from).expect("a directory").flatten() {
-        let target = to.join(entry.file_name());
-        let kind = entry.file_type().expect("its kind");
-        if kind.is_dir() {
-            copy_links(&entry.path(), &target);
-        } else if entry.file_name() == "disk.ext4" {
-            // Gigabytes, that nobody writes.
-            std::os::unix::fs::symlink(entry.path(), &target).expect("a link");
-        } else {
-            std::fs::copy(entry.path(), &target).expect("a copy");
-        }
-    }
-}
 
 fn run(ratoon: &Ratoon, cache: &TempDir, args: &[&str]) -> Done {
     let child = ratoon
@@ -58,7 +28,7 @@ fn warm_sizes(ratoon: &Ratoon, cache: &TempDir) -> Vec<u64> {
 }
 
 fn the_users_warm_up_is_in_every_later_run() {
-    let (ratoon, cache) = (Ratoon::new(), cache());
+    let (ratoon, cache) = (Ratoon::new(), cache::another());
     assert!(warm_sizes(&ratoon, &cache).is_empty());
     let first = run(&ratoon, &cache, &["run", "--", "true"]).ok();
     assert!(first.stderr.contains("debian was booted"), "{first:?}");
@@ -93,7 +63,7 @@ fn the_users_warm_up_is_in_every_later_run() {
 }
 
 fn a_warm_up_that_fails_keeps_nothing() {
-    let (ratoon, cache) = (Ratoon::new(), cache());
+    let (ratoon, cache) = (Ratoon::new(), cache::another());
     let args = ["image", "warm", "debian", "--exec", "echo said; exit 7"];
     let done = run(&ratoon, &cache, &args);
     assert_eq!(done.code(), 7, "{done:?}");
@@ -103,5 +73,13 @@ fn a_warm_up_that_fails_keeps_nothing() {
         "{done:?}"
     );
     assert!(warm_sizes(&ratoon, &cache).is_empty());
+    ratoon.nothing_is_left();
+}
+
+fn a_warm_generation_outlives_trouble_with_the_host_as_root() {
+    let ratoon = Ratoon::warm();
+    crate::bad_input_is_refused_by_name::with_kvm_replaced(c"/dev/null", 0, &["/dev/kvm"]);
+    let done = ratoon.run(["run", "--memory", "256M", "--", "true"]).ok();
+    assert_eq!(done.stderr, "", "it is not booted");
     ratoon.nothing_is_left();
 }

@@ -227,10 +227,8 @@ fn output(client: &mut Client, shell: &str) -> String {
 }
 
 fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
-    let ratoon = Ratoon::new();
-    let args = [
-        "run", "-d", "--cold", "--name", "sleeper", "--image", "debian", "--memory", "256M",
-    ];
+    let ratoon = Ratoon::warm();
+    let args = ["run", "-d", "--name", "sleeper", "--memory", "256M"];
     let id = ratoon.run(args).ok().stdout.trim().to_owned();
     let socket = ratoon.vms_dir().join(id).join("vsock.sock");
     let connect = || Client::connect(&socket, Duration::from_secs(60)).expect("it answers");
@@ -315,7 +313,8 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     let awake: Awake = serde_json::from_value(awake).expect("an identity");
     assert_eq!(
         (awake.id.as_str(), awake.index, awake.wakes),
-        ("child-3", 3, 1)
+        ("child-3", 3, 2),
+        "its warm start was a wake, too"
     );
     assert_eq!(
         early.join().expect("it ran"),

@@ -34,7 +34,7 @@ fn checksum(path: &PathBuf) -> u64 {
 }
 
 fn writes_go_to_a_layer_of_the_machines_own() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let disk = disk(&ratoon);
     let before = checksum(&disk);
     // Each waits long enough for the other to have written, then looks for the other's file.
@@ -45,7 +45,9 @@ fn writes_go_to_a_layer_of_the_machines_own() {
         )
     };
     let start = |script: String| {
-        let args = ["run", "--image", "debian", "--", "sh", "-c"];
+        let args = [
+            "run", "--image", "debian", "--memory", "256M", "--", "sh", "-c",
+        ];
         ratoon
             .command(args)
             .arg(script)
@@ -63,6 +65,8 @@ fn writes_go_to_a_layer_of_the_machines_own() {
             "run",
             "--image",
             "debian",
+            "--memory",
+            "256M",
             "--",
             "test",
             "-e",

@@ -119,9 +119,9 @@ fn a_damaged_ext4() {
 }
 
 /// Runs in a mount namespace in which `by` lies over /dev/kvm, with these mount flags.
-fn with_kvm_replaced(by: &'static CStr, flags: libc::c_ulong, words: &[&str]) {
+pub fn with_kvm_replaced(by: &'static CStr, flags: libc::c_ulong, words: &[&str]) {
     let ratoon = Ratoon::new();
-    let mut command = ratoon.command(["run", "--image", "debian", "--", "true"]);
+    let mut command = ratoon.command(["run", "--memory", "256M", "--", "true"]);
     // SAFETY: only system calls that are safe between fork and exec, on memory made before.
     unsafe {
         command.pre_exec(move || {

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use ratoon_client::blocking::ExecIo;
 use ratoon_protocol::{Call, ExecParams, ExitStatus, ProcessInfo};
-use ratoon_tests::finish;
+use ratoon_tests::{Ratoon, finish};
 
 use crate::shared::{client, exec, machine};
 
@@ -61,12 +61,14 @@ fn a_command_that_cannot_run_is_told_as_a_shell_would() {
 
 /// How many processes in the guest have this word in their command line.
 fn running(word: &str) -> usize {
-    // The brackets keep grep itself out.
+    running_in(machine(), crate::shared::NAME, word)
+}
+
+fn running_in(ratoon: &Ratoon, vm: &str, word: &str) -> usize {
+    // The brackets keep the shell itself out.
     let (first, rest) = word.split_at(1);
-    let script = format!(
-        "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -o '[{first}]{rest}' | wc -l"
-    );
-    let done = exec(&[], &["sh", "-c", &script]).ok();
+    let script = format!("pgrep -f -c '[{first}]{rest}'; true");
+    let done = ratoon.run(["exec", vm, "--", "sh", "-c", &script]).ok();
     done.stdout.trim().parse().expect("a number")
 }
 
@@ -109,13 +111,18 @@ fn the_machines_init_cannot_be_killed_from_inside() {
 }
 
 fn a_fork_bomb_is_ended_and_the_machine_goes_on() {
-    let done = exec(
-        &["--timeout", "5s"],
-        &["bash", "-c", "bomb() { bomb | bomb & }; bomb; sleep 1000"],
-    );
+    // In a machine of its own: for a moment nobody else gets on.
+    let (ratoon, vm) = (Ratoon::warm(), "bombed");
+    let run = ["run", "-d", "--name", vm, "--memory", "256M"];
+    ratoon.run(run).ok();
+    let bomb = "bomb() { bomb | bomb & }; bomb; sleep 1000";
+    let done = ratoon.run(["exec", "--timeout", "5s", vm, "--", "bash", "-c", bomb]);
     assert_eq!(done.code(), 124, "{:?}", done.status);
-    assert_eq!(exec(&[], &["echo", "fine"]).ok().stdout, "fine\n");
-    assert_eq!(running("bomb"), 0);
+    let fine = ratoon.run(["exec", vm, "--", "echo", "fine"]);
+    assert_eq!(fine.ok().stdout, "fine\n");
+    assert_eq!(running_in(&ratoon, vm, "bomb"), 0);
+    ratoon.run(["rm", "-f", vm]).ok();
+    ratoon.nothing_is_left();
 }
 
 fn a_command_can_have_a_terminal() {

@@ -7,11 +7,13 @@ mod a_chain_of_forks_may_be_of_any_length;
 mod a_child_is_not_its_parent;
 mod a_command_runs_in_a_real_guest;
 mod a_damaged_snapshot_is_never_a_wrong_byte;
+mod a_dead_machine_gives_back_what_only_it_had;
 mod a_fork_ends_in_a_clear_result_for_each_child;
 mod a_fork_is_many_machines;
 mod a_guests_end_is_told;
 mod a_killed_snapshot_harms_nobody;
 mod a_machine_can_be_left_running;
+mod a_machine_killed_in_a_merge_harms_nobody;
 mod a_measurement_can_be_checked;
 mod a_measurement_says_what_went_wrong;
 mod a_program_cannot_harm_its_machine;
@@ -30,6 +32,7 @@ mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
 mod shared;
 mod soak;
+mod times;
 mod warm_shells_cost_a_child_no_process;
 
 use libtest_mimic::{Arguments, Trial};
@@ -41,7 +44,7 @@ macro_rules! promises {
         pub fn trials() -> Vec<libtest_mimic::Trial> {
             vec![$(libtest_mimic::Trial::test(
                 concat!(module_path!(), "::", stringify!($name)),
-                || { $name(); Ok(()) },
+                || $crate::times::of(stringify!($name), $name),
             )),+]
         }
     };
@@ -54,17 +57,20 @@ fn main() {
     if warm_shells_cost_a_child_no_process::is_wanted() {
         return warm_shells_cost_a_child_no_process::run();
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert_with(times::threads);
     let need_a_guest = [
         a_chain_of_forks_may_be_of_any_length::trials(),
         a_child_is_not_its_parent::trials(),
         a_command_runs_in_a_real_guest::trials(),
         a_damaged_snapshot_is_never_a_wrong_byte::trials(),
+        a_dead_machine_gives_back_what_only_it_had::trials(),
         a_fork_ends_in_a_clear_result_for_each_child::trials(),
         a_fork_is_many_machines::trials(),
         a_guests_end_is_told::trials(),
         a_killed_snapshot_harms_nobody::trials(),
         a_machine_can_be_left_running::trials(),
+        a_machine_killed_in_a_merge_harms_nobody::trials(),
         a_measurement_can_be_checked::trials(),
         a_measurement_says_what_went_wrong::trials(),
         a_program_cannot_harm_its_machine::trials(),
@@ -86,18 +92,23 @@ fn main() {
     if let Err(error) = &kvm {
         eprintln!("\nSKIPPED: /dev/kvm cannot be used ({error}): tests with guests are ignored\n");
     }
-    // It takes as long as it is told to: the first, so that the others go on beside it.
-    let soak = soak::is_asked_for().then(soak::trials);
-    let mut trials: Vec<Trial> = soak
-        .into_iter()
-        .chain(need_a_guest)
-        .flatten()
-        .map(|trial| trial.with_ignored_flag(kvm.is_err()))
-        .collect();
+    let ignore = |trial: Trial| trial.with_ignored_flag(kvm.is_err());
+    let mut trials: Vec<Trial> = need_a_guest.into_iter().flatten().map(ignore).collect();
     trials.extend(bad_input_is_refused_by_name::trials());
     trials.extend(a_measurement_says_what_went_wrong::without_guests::trials());
+    times::sort(&mut trials);
+    let soaks = soak::is_asked_for();
+    if !soaks {
+        eprintln!(
+            "\nNOT RUN: the soak: RATOON_SOAK_SECONDS=600 runs it for ten minutes beside the others\n"
+        );
+    }
+    // It takes as long as it is told to: the first, so that the others go on beside it.
+    let soak = |trial: Trial| trial.with_ignored_flag(kvm.is_err() || !soaks);
+    trials.splice(..0, soak::trials().into_iter().map(soak));
     let conclusion = libtest_mimic::run(&arguments, trials);
     shared::end();
-    a_fork_ends_in_a_clear_result_for_each_child::end();
+    ratoon_tests::cache::end();
+    times::tell();
     conclusion.exit();
 }

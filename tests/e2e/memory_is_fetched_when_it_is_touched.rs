@@ -56,7 +56,7 @@ fn sockets(ratoon: &Ratoon) -> usize {
 }
 
 fn machines_from_compressed_memory_go_on_where_they_were() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let sum = snapshot(&ratoon);
     let folder = folder(&ratoon, "point");
     assert!(folder.join("memory.chunks").exists() && !folder.join("memory.bin").exists());
@@ -95,7 +95,7 @@ fn machines_from_compressed_memory_go_on_where_they_were() {
 }
 
 fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     snapshot(&ratoon);
     ratoon.run(["rm", "-f", "first"]).ok();
     let path = folder(&ratoon, "point").join("memory.chunks");
@@ -133,7 +133,7 @@ fn a_damaged_part_of_memory_ends_the_machine_that_touches_it_and_says_so() {
 }
 
 fn a_machine_whose_pager_is_killed_or_stopped_ends_and_says_so() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     snapshot(&ratoon);
     ratoon.run(["restore", "point", "--name", "second"]).ok();
     let keep_busy = |vm: &str| {

@@ -49,9 +49,12 @@ fn snapshot(ratoon: &Ratoon, name: &str) -> u64 {
 }
 
 fn freed_memory_goes_back(more: &[&str]) {
-    let ratoon = Ratoon::new();
-    let args = ["run", "-d", "--name", "it"].iter().chain(more);
-    ratoon.run(args.copied()).ok();
+    let ratoon = match more {
+        [] => Ratoon::warm(),
+        _ => Ratoon::new(),
+    };
+    let args = ["run", "-d", "--name", "it", "--memory", "256M"];
+    ratoon.run(args.iter().chain(more)).ok();
     let pid = json(&ratoon, &["ps", "--json"])[0]["pid"]
         .as_u64()
         .expect("a process");

@@ -22,6 +22,8 @@ fn running(ratoon: &Ratoon) -> Child {
             "run",
             "--image",
             "debian",
+            "--memory",
+            "256M",
             "--",
             "sh",
             "-c",
@@ -46,7 +48,7 @@ fn send(child: &Child, signal: Signal) {
 }
 
 fn after_an_interrupt() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let child = running(&ratoon);
     send(&child, Signal::INT);
     assert_eq!(finish(child).code(), 130);
@@ -54,7 +56,7 @@ fn after_an_interrupt() {
 }
 
 fn after_a_termination() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let child = running(&ratoon);
     send(&child, Signal::TERM);
     assert_eq!(finish(child).code(), 143);
@@ -62,7 +64,7 @@ fn after_a_termination() {
 }
 
 fn after_the_command_line_is_killed() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let mut child = running(&ratoon);
     send(&child, Signal::KILL);
     child.wait().expect("it is our child");
@@ -70,7 +72,7 @@ fn after_the_command_line_is_killed() {
 }
 
 fn after_the_machine_monitor_is_killed() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let child = running(&ratoon);
     let cli = child.id() as i32;
     for pid in ratoon.processes() {

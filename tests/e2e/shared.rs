@@ -18,7 +18,7 @@ pub fn machine() -> &'static Ratoon {
 
 fn booted() -> &'static (Ratoon, String) {
     MACHINE.get_or_init(|| {
-        let ratoon = Ratoon::new();
+        let ratoon = Ratoon::warm();
         let args = [
             "run", "-d", "--name", NAME, "--image", "debian", "--memory", "256M",
         ];

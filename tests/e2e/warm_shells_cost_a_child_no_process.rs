@@ -12,7 +12,7 @@ use ratoon_engine::runtime::{ExecIo, RuntimeError};
 use ratoon_engine::vm::Vm;
 use ratoon_engine::{Engine, Programs, RunSpec};
 use ratoon_protocol::ExecParams;
-use ratoon_tests::{PATIENCE, Ratoon, cache_dir, program};
+use ratoon_tests::{PATIENCE, Ratoon, cache, program};
 use rustix::process::{Pid, Signal, kill_process};
 
 crate::promises![
@@ -33,6 +33,10 @@ pub fn is_wanted() -> bool {
 pub fn run() {
     let ratoon = Ratoon::new();
     let _engine = engine(&ratoon, 3);
+    // A process is a shell when it has become the program.
+    wait_for("there are not as many shells", || {
+        shells(std::process::id()).len() == 3
+    });
     let shells = shells(std::process::id());
     println!("{shells:?} {}", ratoon.state_dir().display());
     let _ = std::io::stdin().read_line(&mut String::new());
@@ -44,7 +48,7 @@ fn engine(ratoon: &Ratoon, shells: usize) -> Engine {
         runtime: program("ratoon-runtime"),
         pager: program("ratoon-pager"),
     };
-    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache_dir());
+    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
     let engine = Engine::new(dirs, programs).with_shells([(CLASS, shells)].into());
     engine.expect("an engine with shells")
 }
@@ -107,7 +111,7 @@ fn says(vm: &mut Vm, line: &str) -> Result<String, RuntimeError> {
 }
 
 fn children_take_the_processes_that_are_ready_and_others_are_made() {
-    let ratoon = Ratoon::new();
+    let ratoon = Ratoon::warm();
     let engine = engine(&ratoon, 2);
     let made = own_shells();
     assert_eq!(made.len(), 2);
@@ -184,8 +188,8 @@ fn taken(vm: &Vm) -> usize {
 
 fn shells_end_with_their_engine_however_that_ends() {
     let program = std::env::current_exe().expect("a test has an executable");
-    let mut engine = Command::new(program)
-        .env(PROCESS, "1")
+    let mut engine = Command::new(program);
+    let mut engine = cache::share(engine.env(PROCESS, "1"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

@@ -2,7 +2,8 @@
 //! each test, and a look at what is left behind.
 //!
 //! The programs come from `RATOON_BIN_DIR` (`scripts/test` sets it) or from beside the test's own
-//! executable. Kernel and image come from the user's cache: `scripts/setup` puts them there.
+//! executable. Kernel and image come from the user's cache: `scripts/setup` puts them there. Warm generations are in
+//! a cache of the suite's own (see [`cache`]).
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -11,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+
+pub mod cache;
 
 /// How long any one `ratoon` command may take before a test gives up on it. Guests are slow on
 /// hosts without hardware virtualization.
@@ -57,16 +60,7 @@ pub fn program(name: &str) -> PathBuf {
 
 /// The guest kernel in the user's cache.
 pub fn kernel() -> PathBuf {
-    cache_dir().join("kernel/default/vmlinux")
-}
-
-/// The user's cache of kernels and images.
-pub fn cache_dir() -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
-        PathBuf::from,
-    );
-    base.join("ratoon")
+    cache::users().join("kernel/default/vmlinux")
 }
 
 /// What a command did.
@@ -112,6 +106,12 @@ impl Ratoon {
         Self { state }
     }
 
+    /// The same; and machines of 256 MiB start from a generation in which Python is ready.
+    pub fn warm() -> Self {
+        cache::with_python();
+        Self::new()
+    }
+
     /// The directory that XDG_STATE_HOME names.
     pub fn state_dir(&self) -> &Path {
         self.state.path()
@@ -128,6 +128,7 @@ impl Ratoon {
         command
             .args(args)
             .env("XDG_STATE_HOME", self.state.path())
+            .env("XDG_CACHE_HOME", cache::home())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

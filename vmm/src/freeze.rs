@@ -1,7 +1,7 @@
 //! Freeze: a running machine becomes a generation, and goes on as its first child.
 //!
 //! ```text
-//!   empty disk layers made, room for the layer of memory; the requester says that its guest is at rest
+//!   empty disk layers made, what was written to memory copied; the requester says that its guest is at rest
 //!   vCPUs held -> devices locked, disks' tables written back -> state read -> the empty layers are
 //!   |             the tops now -> memory mapped privately -> vCPUs run
 //!   |---------------------------------- the pause -----------------------------------------| then
@@ -132,7 +132,7 @@ impl Machine {
         if frozen.is_err() {
             self.drop_prepared();
         }
-        let (state, pause_ns) = frozen?;
+        let (state, aside, pause_ns) = frozen?;
         memory::prune(&mut layers);
         let meta = FrozenMeta {
             pause_ns,
@@ -142,6 +142,12 @@ impl Machine {
         let json = state.to_json()?;
         let sent = file_with("ratoon-state", json.as_bytes())
             .and_then(|state| send(&socket, &meta, state.as_fd(), &layers));
+        // Nobody waits for it.
+        drop(aside);
+        if let [first] = layers.as_slice() {
+            // Nobody can write it any more; should a mapping linger, it is only not sealed.
+            let _ = rustix::fs::fcntl_add_seals(&*first.file, SealFlags::WRITE);
+        }
         sent.map_err(|source| FreezeError::Socket {
             path: request.socket.clone(),
             source,
@@ -156,7 +162,7 @@ impl Machine {
         msrs: Vec<u32>,
         ahead: Option<memory::Ahead>,
         layers: &mut Vec<Layer>,
-    ) -> Result<(MachineState, u64), FreezeError> {
+    ) -> Result<(MachineState, Option<memory::Aside>, u64), FreezeError> {
         let state = lock(&self.state);
         let was_running = match *state {
             VmState::Running => true,
@@ -181,12 +187,7 @@ impl Machine {
             self.ending.end(Outcome::Failed { causes });
         }
         let (state, aside) = frozen?;
-        drop(aside);
-        if let [first] = layers.as_slice() {
-            // Nobody can write it any more; should a mapping linger, it is only not sealed.
-            let _ = rustix::fs::fcntl_add_seals(&*first.file, SealFlags::WRITE);
-        }
-        Ok((state, pause_ns))
+        Ok((state, aside, pause_ns))
     }
 
     /// With all vCPUs held.
@@ -249,11 +250,11 @@ impl Machine {
                 Some(aside)
             }
             Some(ahead) => {
-                let layer = memory::again(&self.memory, ahead, &self.free.take())?;
+                let (layer, aside) = memory::again(&self.memory, ahead, &self.free.take())?;
                 if !layer.runs.is_empty() {
                     layers.push(layer);
                 }
-                None
+                Some(aside)
             }
         };
         Ok((state, aside))

@@ -26,6 +26,7 @@ pub mod host;
 pub mod machine;
 pub mod memory;
 mod merge;
+mod opening;
 pub mod pager;
 pub mod shell;
 pub mod start;

@@ -32,6 +32,7 @@ use crate::clock::monotonic_ns;
 use crate::ending::Ending;
 use crate::machine::Machine;
 use crate::memory::{self, FreeMemory, Layer, MemoryError};
+use crate::opening::Opening;
 use crate::pager::{Pager, PagerError, PagerLink};
 use crate::shell::Shell;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
@@ -201,6 +202,7 @@ impl Configured {
     /// # Errors
     /// No KVM, no permission, no memory.
     pub fn with_memory(mut self) -> Result<WithMemory, StartError> {
+        let opening = Opening::begin(&self.config)?;
         let ahead = match self.shell.take() {
             None => None,
             Some(shell) => Some(self.fitting(shell)?),
@@ -245,6 +247,7 @@ impl Configured {
         phases.memory_ns = monotonic_ns();
         Ok(WithMemory {
             config: self.config,
+            opening,
             class: self.class,
             started: self.started,
             phases,
@@ -330,7 +333,7 @@ fn start_loading(
         .map_err(system("a thread to load the kernel"))
 }
 
-fn joined<T>(thread: JoinHandle<T>) -> T {
+pub(crate) fn joined<T>(thread: JoinHandle<T>) -> T {
     thread
         .join()
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -345,6 +348,7 @@ enum Source {
 /// Phase 1 done.
 pub struct WithMemory {
     config: VmConfig,
+    opening: Opening,
     class: HostClass,
     started: Instant,
     phases: Phases,
@@ -428,6 +432,7 @@ impl WithVcpus {
         base.phases.loaded_ns = monotonic_ns();
         Ok(Loaded {
             config: base.config,
+            opening: base.opening,
             class: base.class,
             started: base.started,
             phases: base.phases,
@@ -444,6 +449,7 @@ impl WithVcpus {
 /// Phase 3 done.
 pub struct Loaded {
     config: VmConfig,
+    opening: Opening,
     class: HostClass,
     started: Instant,
     phases: Phases,
@@ -485,7 +491,8 @@ impl Loaded {
                 .any(|state| state.name == wiring::BALLOON);
             self.config.balloon &= had_one;
         }
-        let devices = wiring::devices(&self.config, &free)?;
+        let disks = self.opening.disks()?;
+        let devices = wiring::devices(&self.config, disks, &free)?;
         if devices.len() > MMIO_DEVICES {
             return Err(StartError::TooManyDevices(devices.len()));
         }
@@ -518,8 +525,8 @@ impl Loaded {
             .collect();
         let bus = Arc::new(Bus::new(serial, slots));
         let ending = Arc::new(Ending::new().map_err(system("an event descriptor"))?);
-        let vcpus =
-            Vcpus::start(self.vcpus, &bus, &ending).map_err(system("a thread for a vCPU"))?;
+        let vcpus = Vcpus::start(self.vcpus, self.class, &bus, &ending)
+            .map_err(system("a thread for a vCPU"))?;
         self.phases.devices_ns = monotonic_ns();
         Ok(Machine {
             disks: Mutex::new(self.config.disks.clone()),

@@ -11,7 +11,7 @@ use ratoon_devices::rng::Rng;
 use ratoon_devices::virtio::Device;
 use ratoon_devices::virtio::mmio::MmioTransport;
 use ratoon_devices::vsock::Vsock;
-use ratoon_vmm_api::{HostClass, NetConfig, VmConfig};
+use ratoon_vmm_api::{DiskConfig, HostClass, NetConfig, VmConfig};
 
 use crate::bus::{MMIO_BASE, MMIO_IRQ, MMIO_SIZE};
 use crate::host;
@@ -62,20 +62,25 @@ pub(crate) type Named = (String, Box<dyn Device>);
 /// The balloon's name.
 pub(crate) const BALLOON: &str = "balloon";
 
-/// All virtio devices, in the order of their addresses: disks first, so that they are vda, vdb, …
-pub(crate) fn devices(config: &VmConfig, free: &Arc<FreeMemory>) -> Result<Vec<Named>, StartError> {
-    let mut devices: Vec<Named> = Vec::new();
-    for disk in &config.disks {
-        let backend = block::open(
-            &disk.path,
-            disk.read_only,
-            &disk.frozen,
-            disk.layer.as_deref(),
-        )
-        .map_err(device_error(format!("disk {:?}", disk.id)))?;
+/// Opens disks, and makes the layers that are not there.
+pub(crate) fn disks(disks: &[DiskConfig]) -> Result<Vec<Named>, StartError> {
+    let open = |disk: &DiskConfig| {
+        let layer = disk.layer.as_deref();
+        let backend = block::open(&disk.path, disk.read_only, &disk.frozen, layer)
+            .map_err(device_error(format!("disk {:?}", disk.id)))?;
         let device = Block::new(&disk.id, backend, disk.read_only);
-        devices.push((format!("block.{}", disk.id), Box::new(device)));
-    }
+        Ok((format!("block.{}", disk.id), Box::new(device) as _))
+    };
+    disks.iter().map(open).collect()
+}
+
+/// All virtio devices, in the order of their addresses: `disks` first, so that they are vda, vdb, …
+pub(crate) fn devices(
+    config: &VmConfig,
+    disks: Vec<Named>,
+    free: &Arc<FreeMemory>,
+) -> Result<Vec<Named>, StartError> {
+    let mut devices = disks;
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid, &vsock.socket).map_err(device_error(format!(
             "vsock socket {}",

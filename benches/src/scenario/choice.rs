@@ -45,18 +45,18 @@ pub enum Choice {
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
 const SHARES: [(Choice, u32, Option<u32>); 14] = [
     (Choice::Null, 1, Some(1)),
-    (Choice::Start, 30, Some(8)),
-    (Choice::Boot, 120, Some(26)),
-    (Choice::Restore, 200, Some(45)),
-    (Choice::Exec, 60, Some(8)),
-    (Choice::Memory, 60, Some(6)),
-    (Choice::Pause, 70, None),
+    (Choice::Start, 25, Some(8)),
+    (Choice::Boot, 90, Some(26)),
+    (Choice::Restore, 220, Some(30)),
+    (Choice::Exec, 40, Some(8)),
+    (Choice::Memory, 40, Some(6)),
+    (Choice::Pause, 40, None),
     (Choice::Burst, 40, Some(7)),
-    (Choice::Sustained, 60, None),
-    (Choice::Density, 40, None),
-    (Choice::Fork, 120, None),
-    (Choice::Block, 50, None),
-    (Choice::Vsock, 50, None),
+    (Choice::Sustained, 50, None),
+    (Choice::Density, 30, None),
+    (Choice::Fork, 140, None),
+    (Choice::Block, 40, None),
+    (Choice::Vsock, 40, None),
     (Choice::Run, 30, None),
 ];
 
@@ -80,6 +80,17 @@ impl Choice {
         find.map_or(1.0, |(_, long, short)| {
             f64::from(if quick { short.unwrap_or(20) } else { *long })
         })
+    }
+
+    /// The sizes in MiB of the warm machines that it restores: made ahead, side by side.
+    pub fn machines(self, quick: bool) -> &'static [u64] {
+        match self {
+            Self::Restore | Self::Pause if !quick => &[256, 1024, 4096],
+            Self::Restore | Self::Pause | Self::Exec | Self::Memory => &[256],
+            Self::Burst | Self::Sustained | Self::Density | Self::Run => &[256],
+            Self::Fork => &[512],
+            Self::Null | Self::Start | Self::Boot | Self::Block | Self::Vsock | Self::All => &[],
+        }
     }
 
     /// As users name it.

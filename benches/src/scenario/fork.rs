@@ -12,11 +12,13 @@ use ratoon_engine::fork::{ForkSpec, Forked};
 use ratoon_engine::runtime::RuntimeClient;
 use ratoon_engine::vm::launch::Vm;
 
+use super::phases::Timeline;
 use super::{Plan, exec, series, verdict};
+use crate::budget::Budget;
 use crate::machine::{go_on, monotonic_ns};
 use crate::proc;
 use crate::samples::{Readiness, Samples, number, percentile};
-use crate::sandbox::{Sandboxes, cell, metrics, pid};
+use crate::sandbox::{Sandboxes, Warm, cell, metrics, pid};
 
 const NAME: &str = "fork";
 const MIB: u64 = 512;
@@ -37,10 +39,10 @@ const AT_ONCE: usize = 3;
 /// # Errors
 /// When a machine does not come up.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    one_child(plan, samples)?;
-    deep(plan, samples)?;
-    for shells in [false, true] {
-        wide(plan, samples, shells)?;
+    one_child(plan, &plan.budget.part(0.45), samples)?;
+    deep(plan, &plan.budget.part(0.35), samples)?;
+    for (shells, share) in [(false, 0.5), (true, 1.0)] {
+        wide(plan, &plan.budget.part(share), samples, shells)?;
     }
     Ok(())
 }
@@ -76,15 +78,17 @@ fn all_run(family: &Family) -> Result<f64> {
     Ok(last.saturating_sub(family.asked_ns) as f64 / 1e6)
 }
 
-fn one_child(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let plain = Sandboxes::new(plan.parts)?;
-    let (vm, mut client) = plain.boot(MIB)?;
-    // The first freeze is another: memory is shared before it.
-    drop(fork(&plain, &vm, &mut client, 1)?);
+fn one_child(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples) -> Result<()> {
+    let warm = plan.parts.warm.of(plan.parts, MIB)?;
+    // It has been frozen once: the first freeze is another, since memory is shared before it.
+    let (vm, mut client) = warm.original()?;
+    let shells = warm.sandboxes.beside(MIB, 2)?;
     let rounds = plan.rounds(100, 5);
-    rounds_of_one(samples, &plain, &vm, &mut client, rounds, "")?;
-    let shells = plain.with_shells(MIB, 2)?;
-    rounds_of_one(samples, &shells, &vm, &mut client, rounds, ", shells")?;
+    for round in budget.part(0.8).rounds(rounds) {
+        for (sandboxes, how) in [(&warm.sandboxes, ""), (&shells, ", shells")] {
+            once(samples, sandboxes, &vm, &mut client, round, how)?;
+        }
+    }
     for (percent, target) in PAUSE_TARGETS_MS {
         verdict_of(samples, "pause of the parent's vCPUs", percent, target);
     }
@@ -92,51 +96,66 @@ fn one_child(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         verdict_of(samples, what, 50, target);
         verdict_of(samples, what, 99, 2.0 * target);
     }
-    // Much was written since the last fork.
-    let dirty = format!("junk = bytearray(b'x' * {})", DIRTY_MIB << 20);
-    for round in 0..plan.rounds(5, 1) {
+    // Much was written since the last fork: the pages themselves are made once, which takes a guest long.
+    cell(
+        &mut client,
+        &format!("junk = bytearray({})", DIRTY_MIB << 20),
+    )?;
+    for round in budget.rounds(plan.rounds(5, 1) + 1) {
         go_on()?;
-        cell(&mut client, &dirty)?;
+        let write = format!(
+            "for at in range(0, len(junk), 4096): junk[at] = {}",
+            round + 1
+        );
+        cell(&mut client, &write)?;
         let family = fork(&shells, &vm, &mut client, 1)?;
-        let what = format!("pause, {DIRTY_MIB} MiB written since the last fork");
-        let pause = family.forked.pause.as_secs_f64() * 1e3;
-        let series = series(NAME, "ratoon", what, "ms", Readiness::None);
-        samples.add(&series, round, pause)?;
+        if round > 0 {
+            let what = format!("pause, {DIRTY_MIB} MiB written since the last fork");
+            let pause = family.forked.pause.as_secs_f64() * 1e3;
+            let series = series(NAME, "ratoon", what, "ms", Readiness::None);
+            samples.add(&series, round, pause)?;
+        }
     }
     drop(client);
     vm.end()?;
     Ok(())
 }
 
-fn rounds_of_one(
+fn once(
     samples: &mut Samples,
     sandboxes: &Sandboxes,
     vm: &Vm,
     client: &mut RuntimeClient,
-    rounds: usize,
-    how: &str,
+    round: usize,
+    how: &'static str,
 ) -> Result<()> {
-    for round in 0..rounds {
-        go_on()?;
-        let from = Instant::now();
-        let family = fork(sandboxes, vm, client, 1)?;
-        let r3 = from.elapsed().as_secs_f64() * 1e3;
-        let r1 = all_run(&family)?;
-        let stopped = family.forked.stopped.as_secs_f64() * 1e3;
-        let pause = family.forked.pause.as_secs_f64() * 1e3;
-        let mut add = |what: &str, value, readiness| {
-            let what = format!("{what}{how}");
-            samples.add(&series(NAME, "ratoon", what, "ms", readiness), round, value)
+    go_on()?;
+    let from = Instant::now();
+    let family = fork(sandboxes, vm, client, 1)?;
+    let r3 = from.elapsed().as_secs_f64() * 1e3;
+    let r1 = all_run(&family)?;
+    let stopped = family.forked.stopped.as_secs_f64() * 1e3;
+    let pause = family.forked.pause.as_secs_f64() * 1e3;
+    let mut add = |what: &str, value, readiness| {
+        let what = format!("{what}{how}");
+        samples.add(&series(NAME, "ratoon", what, "ms", readiness), round, value)
+    };
+    add("pause of the parent's vCPUs", pause, Readiness::None)?;
+    add("call to the guest at rest", stopped, Readiness::None)?;
+    add("fork(1): call to R1", r1, Readiness::R1)?;
+    add("fork(1): guest at rest to R1", r1 - stopped, Readiness::R1)?;
+    add("fork(1): call to all awake", r3, Readiness::R3)?;
+    for child in &family.children {
+        let timeline = Timeline {
+            spawned_ns: child.spawned_ns(),
+            phases: metrics(child)?.phases,
+            answered_ns: None,
         };
-        add("pause of the parent's vCPUs", pause, Readiness::None)?;
-        add("call to the guest at rest", stopped, Readiness::None)?;
-        add("fork(1): call to R1", r1, Readiness::R1)?;
-        add("fork(1): guest at rest to R1", r1 - stopped, Readiness::R1)?;
-        add("fork(1): call to all awake", r3, Readiness::R3)?;
-        // A new shell is ready before the next round.
-        drop(family);
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        timeline.add(samples, NAME, format!("fork(1){how}"), round)?;
     }
+    // A new shell is ready before the next round.
+    drop(family);
+    std::thread::sleep(std::time::Duration::from_millis(100));
     Ok(())
 }
 
@@ -151,17 +170,18 @@ fn verdict_of(samples: &mut Samples, what: &str, percent: u32, target: f64) {
 }
 
 /// Children of children, each of which has written to memory and disk.
-fn deep(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let sandboxes = Sandboxes::new(plan.parts)?;
-    let (mut vm, mut client) = sandboxes.boot(MIB)?;
+fn deep(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples) -> Result<()> {
+    let warm = plan.parts.warm.of(plan.parts, MIB)?;
+    let sandboxes = &warm.sandboxes;
+    let (mut vm, mut client) = sandboxes.restore(Warm::SNAPSHOT)?;
     let deepest = if plan.quick { 8 } else { DEPTHS[2] };
-    for depth in 1..=deepest {
+    for depth in budget.rounds(deepest).map(|round| round + 1) {
         go_on()?;
         cell(
             &mut client,
             "open('/root/deep', 'a').write('deeper'); junk = bytearray(b'y' * 65536)",
         )?;
-        let mut family = fork(&sandboxes, &vm, &mut client, 1)?;
+        let mut family = fork(sandboxes, &vm, &mut client, 1)?;
         let r1 = all_run(&family)? - family.forked.stopped.as_secs_f64() * 1e3;
         let pause = family.forked.pause.as_secs_f64() * 1e3;
         if DEPTHS.contains(&depth) {
@@ -186,15 +206,14 @@ fn deep(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
-fn wide(plan: &Plan<'_>, samples: &mut Samples, shells: bool) -> Result<()> {
+fn wide(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, shells: bool) -> Result<()> {
     let count = if plan.quick { 10 } else { WIDE };
-    let mut sandboxes = Sandboxes::new(plan.parts)?;
-    let (vm, mut client) = sandboxes.boot(MIB)?;
+    let warm = plan.parts.warm.of(plan.parts, MIB)?;
+    let (vm, mut client) = warm.sandboxes.restore(Warm::SNAPSHOT)?;
     let how = if shells { ", shells" } else { "" };
-    if shells {
-        sandboxes = sandboxes.with_shells(MIB, count as usize)?;
-    }
-    for round in 0..plan.rounds(3, 1) {
+    let ready = if shells { count as usize } else { 0 };
+    let sandboxes = warm.sandboxes.beside(MIB, ready)?;
+    for round in budget.rounds(plan.rounds(3, 1)) {
         go_on()?;
         // What a guest needs by itself: one that is warm, as often as there are children.
         let alone = Mutex::new(Vec::new());

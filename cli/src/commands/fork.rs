@@ -14,6 +14,7 @@ use ratoon_engine::vm::launch::{LaunchError, Vm};
 use ratoon_protocol::ExecParams;
 use serde::Serialize;
 
+use super::snapshot;
 use crate::failure::{FAILED, Failure};
 use crate::interrupt::Interrupts;
 use crate::progress::Spinner;
@@ -153,10 +154,14 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         generation,
         pause,
         children,
+        stale_runtime,
         ..
     } = forked.map_err(refused)?;
     if let Some(ended) = interrupts.ended() {
         return Err(Failure::silent(ended.code()));
+    }
+    if let Some(stale) = &stale_runtime {
+        snapshot::tell_stale_in(&format!("children of {}", args.vm), stale);
     }
     let mut vms = Vec::new();
     let mut reports = Vec::new();
@@ -258,7 +263,6 @@ fn run_in(args: &Args, vm: &mut Vm, report: &mut Report) {
     );
     let params = ExecParams {
         argv: args.command.clone(),
-        env: vec![("RATOON_CHILD".into(), index.to_string())],
         ..ExecParams::default()
     };
     let io = ExecIo {

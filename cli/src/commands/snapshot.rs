@@ -11,7 +11,7 @@ use ratoon_engine::vm::control::Control;
 use ratoon_engine::vm::launch::LaunchError;
 use ratoon_engine::vm::life;
 use ratoon_engine::vm::store::Entry;
-use ratoon_engine::{StartError, Started, snapshot};
+use ratoon_engine::{StaleRuntime, StartError, Started, snapshot};
 use serde::Serialize;
 
 use super::for_each;
@@ -188,12 +188,15 @@ pub fn restore(engine: &Engine, args: &RestoreArgs) -> Result<ExitCode, Failure>
 
 /// Says so when a VM has its snapshot's runtime still.
 pub fn tell_stale(started: &Started) {
-    let Some(stale) = &started.stale_runtime else {
-        return;
-    };
-    let record = started.vm.record();
-    let vm = record.name.as_ref().unwrap_or(&record.id);
-    let mut line = format!("note: the runtime in {vm} stays as the snapshot has it: {stale}");
+    if let Some(stale) = &started.stale_runtime {
+        let record = started.vm.record();
+        tell_stale_in(record.name.as_ref().unwrap_or(&record.id), stale);
+    }
+}
+
+/// The same of VMs that the user knows as `vms`.
+pub fn tell_stale_in(vms: &str, stale: &StaleRuntime) {
+    let mut line = format!("note: the runtime in {vms} stays as the snapshot has it: {stale}");
     let mut cause = std::error::Error::source(stale);
     while let Some(error) = cause {
         line += &format!(": {error}");

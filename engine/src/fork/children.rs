@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ratoon_snapshot::Snapshot;
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig};
@@ -14,11 +14,13 @@ use super::{ChildError, END_PATIENCE, ForkSpec};
 use crate::engine::Engine;
 use crate::fan_out::Each;
 use crate::lineage::ROOT;
+use crate::renewal::StaleRuntime;
 use crate::vm::cgroup::Group;
 use crate::vm::freeze::{self, Before, Generation, Waking};
-use crate::vm::launch::{self, From as StartFrom, Launch, LaunchError, Vm};
+use crate::vm::launch::{self, From as StartFrom, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Parent, Record, VmDir};
 use crate::vm::store::Store;
+use crate::vm::turns::WAKES;
 
 /// A snapshot cannot be removed while its manifest is locked so.
 pub(super) fn hold(folder: &Path) -> std::io::Result<OwnedFd> {
@@ -64,6 +66,15 @@ pub(super) fn start_from(
     }
 }
 
+/// A snapshot, and who starts children of it.
+pub(super) struct Stored {
+    pub(super) engine: Engine,
+    pub(super) store: ratoon_snapshot::Store,
+    pub(super) snapshot: Snapshot,
+    /// Why a child did not take the host's runtime.
+    pub(super) stale_runtime: Arc<Mutex<Option<StaleRuntime>>>,
+}
+
 /// What children are started from.
 pub(super) struct Source {
     pub(super) plan: Launch,
@@ -75,10 +86,10 @@ pub(super) struct Source {
     pub(super) family: Option<PathBuf>,
     /// Keeps the frozen layers where children link to them.
     pub(super) layers: Option<File>,
-    /// Memory comes from a pager.
-    pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
-    /// The VM that was forked waits for them with its wake.
-    pub(super) before: Option<Before>,
+    /// What they are started from, if that is stored.
+    pub(super) snapshot: Option<Stored>,
+    /// The host's port of the connection that goes on in them, if one does.
+    pub(super) control_port: Option<u32>,
 }
 
 impl Source {
@@ -103,11 +114,7 @@ impl Source {
                 vm: self.parent.clone(),
                 generation: generation.to_owned(),
                 index,
-                control_port: self
-                    .plan
-                    .generation
-                    .as_ref()
-                    .and_then(|from| from.control_port),
+                control_port: self.control_port,
             }),
             labels: spec.labels.clone(),
             shells: self.plan.shells.clone(),
@@ -125,7 +132,7 @@ pub(super) struct Children {
     pub(super) begun: Vec<AtomicBool>,
     pub(super) generation: String,
     pub(super) message: Option<String>,
-    pub(super) snapshot: Option<(Engine, ratoon_snapshot::Store, Snapshot)>,
+    pub(super) snapshot: Option<Stored>,
     pub(super) _layers: Option<File>,
     /// One for each: the VM that was forked is woken when they have been started.
     pub(super) before: Mutex<Vec<Before>>,
@@ -145,8 +152,9 @@ impl Each for Children {
             .pop();
         let started = match &self.snapshot {
             None => launch::launch_in(&self.store, launch, dir, Some(enough)),
-            Some((engine, store, snapshot)) => {
-                let plan = engine.with_pager(store, snapshot, launch.clone());
+            Some(stored) => {
+                let (store, snapshot) = (&stored.store, &stored.snapshot);
+                let plan = stored.engine.with_pager(store, snapshot, launch.clone());
                 let plan = plan.map_err(|error| {
                     let _ = self.store.remove(dir);
                     Box::new(error)
@@ -166,6 +174,29 @@ impl Each for Children {
 }
 
 impl Children {
+    /// What they start from. The VM that was forked waits for them with its wake.
+    pub(super) fn go_on_from(&mut self, from: StartFrom, before: &Before) {
+        let from = Arc::new(from);
+        for launch in &mut self.launches {
+            launch.generation = Some(from.clone());
+        }
+        self.before = Mutex::new(vec![before.clone(); self.launches.len()]);
+    }
+
+    /// The VM that was forked is another than it was when their records were made.
+    pub(super) fn replan(&mut self, plan: &Launch) {
+        for launch in &mut self.launches {
+            let networks = std::mem::take(&mut launch.machine.networks);
+            launch.machine = Machine {
+                networks,
+                ..plan.machine.clone()
+            };
+            launch.image.clone_from(&plan.image);
+            launch.runtime.clone_from(&plan.runtime);
+            launch.keep_open = plan.keep_open.clone();
+        }
+    }
+
     fn wake(&self, vm: &mut Vm) -> Result<(), ChildError> {
         let runtime = vm.runtime();
         let mut client = runtime.map_err(|source| LaunchError::Runtime { source })?;
@@ -173,9 +204,22 @@ impl Children {
         if let Some(child) = &mut waking.child {
             child.message.clone_from(&self.message);
         }
+        let turn = WAKES.take();
         freeze::wake(&mut client, &waking)?;
+        drop(turn);
         vm.awake().map_err(LaunchError::from)?;
         vm.keep_runtime(client);
+        let Some(stored) = &self.snapshot else {
+            return Ok(());
+        };
+        let about = &stored.snapshot.manifest.about;
+        if let Some(stale) = stored.engine.renew(vm, about).map_err(Box::new)? {
+            let mut known = stored
+                .stale_runtime
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            *known = Some(stale);
+        }
         Ok(())
     }
 }

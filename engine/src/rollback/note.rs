@@ -74,6 +74,11 @@ impl Note {
         moved
     }
 
+    /// Nothing was done.
+    pub(super) fn withdraw(dir: &VmDir) {
+        let _ = std::fs::remove_file(dir.rollback_note());
+    }
+
     /// From now on there is no way back.
     pub(super) fn replaced(&mut self, dir: &VmDir) {
         self.is_replaced = true;
@@ -100,6 +105,7 @@ impl Note {
             end(self.before.vmm.as_ref());
         }
         restored?;
+        given_up.extend(dir.borrowed_layers());
         remove_but(given_up, &layers(&self.before, dir));
         if !self.was_paused
             && let Err(error) = Control::new(dir.control_socket(), CONTROL_TIMEOUT).resume()
@@ -231,7 +237,12 @@ mod tests {
             };
             let before = record("layer.qcow2", old_process);
             let now = record("layer-1.qcow2", new_process);
-            for name in ["layer.qcow2", "layer-1.qcow2", "joined-0.qcow2"] {
+            for name in [
+                "layer.qcow2",
+                "layer-1.qcow2",
+                "joined-0.qcow2",
+                "back-abc-0.qcow2",
+            ] {
                 std::fs::write(dir.path().join(name), name).unwrap();
             }
             for (path, aside) in sockets(&dir) {
@@ -329,7 +340,7 @@ mod tests {
         killed.now.owner = None;
         killed.dir.write_record(&killed.now).unwrap();
         assert!(killed.now.is_abandoned());
-        assert!(killed.store.sweep().unwrap().is_empty());
+        assert!(killed.store.sweep().unwrap().abandoned.is_empty());
         assert!(Killed::lives(&mut killed.old) && Killed::lives(&mut killed.new));
         assert_eq!(killed.files(), files);
     }

@@ -28,7 +28,7 @@ use crate::runtime::RuntimeClient;
 /// How long the guest may take to stop or wake its processes.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the frozen VM waits with its wake, at most, for what is started first.
-const HEAD_START: Duration = Duration::from_millis(10);
+pub(crate) const HEAD_START: Duration = Duration::from_millis(10);
 
 /// Why a VM could not be frozen, or a child not woken.
 #[derive(Debug, thiserror::Error)]

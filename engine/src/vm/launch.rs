@@ -344,9 +344,12 @@ fn start(
             std::fs::hard_link(source, &place).map_err(system("linking the frozen disk"))?;
         }
     }
-    let mut config = config(launch, dir);
-    config.generation = from.map(|from| from.config.clone());
-    config.remove_when_orphaned = own.map(Path::to_owned);
+    let recorded = config(launch, dir);
+    let config = VmConfig {
+        generation: from.map(|from| from.config.clone()),
+        remove_when_orphaned: own.map(Path::to_owned),
+        ..recorded.clone()
+    };
     let spawned_ns = monotonic_ns();
     let child = spawn(
         &launch.vmm,
@@ -375,7 +378,17 @@ fn start(
         // It has ended already: it is our child, so nobody else can have its pid.
         return Err(ended(dir));
     };
-    let record = store.update(dir, |record| record.vmm = Some(process))?;
+    let record = store.update(dir, |record| {
+        record.vmm = Some(process);
+        // A fork's records are made before its generation.
+        record.config = recorded;
+        if let Some(from) = from {
+            record.image.clone_from(&launch.image);
+            record.runtime.clone_from(&launch.runtime);
+            record.ancestors.clone_from(&from.ancestors);
+            record.restored_from.clone_from(&from.restored_from);
+        }
+    })?;
     let timeout = launch.boot_timeout;
     let wait = |until| wait_ready(&ready, &handle, dir, timeout, cancel, until);
     let adopt = |(stream, port)| {
@@ -442,11 +455,8 @@ fn check_files(launch: &Launch) -> Result<(), LaunchError> {
         ),
     ];
     // A machine that was frozen has its kernel and runtime in memory.
-    let needed = if launch.generation.is_some() {
-        2..
-    } else {
-        0..
-    };
+    let was_frozen = launch.generation.is_some() || launch.parent.is_some();
+    let needed = if was_frozen { 2.. } else { 0.. };
     for &(what, path, remedy) in &files[needed] {
         readable_file(path).map_err(|source| LaunchError::File {
             what,

@@ -253,8 +253,13 @@ struct ChildOfTest(i32);
 
 impl ChildOfTest {
     fn reap(&mut self) {
+        use rustix::io::Errno;
         use rustix::process::{Pid, WaitOptions, waitpid};
-        waitpid(Pid::from_raw(self.0), WaitOptions::empty()).unwrap();
+        // Another test that starts a VM may have been faster: that reaps what is detached.
+        match waitpid(Pid::from_raw(self.0), WaitOptions::empty()) {
+            Ok(_) | Err(Errno::CHILD) => {}
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

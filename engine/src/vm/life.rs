@@ -286,9 +286,13 @@ pub fn remove(store: &Store, entry: &Entry, force: bool) -> Result<(), LifeError
 /// [`LifeError`].
 pub fn sweep(store: &Store) -> Result<(), LifeError> {
     crate::rollback::mend(store)?;
-    for entry in store.sweep()? {
+    let left = store.sweep()?;
+    for entry in left.abandoned {
         end_for_good(&entry)?;
         store.remove(&entry.dir)?;
+    }
+    for entry in left.committed {
+        crate::commit::mend(store, &entry)?;
     }
     super::cgroup::sweep(&|id| store.root().join(id).exists());
     Ok(())

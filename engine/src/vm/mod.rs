@@ -29,6 +29,7 @@ mod spawn;
 pub mod standstill;
 pub mod store;
 mod taking;
+pub(crate) mod turns;
 
 pub use end::EndCause;
 pub(crate) use handle::reap;

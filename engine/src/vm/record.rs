@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::SystemTime;
 
 use ratoon_vmm_api::{ExitReport, VmConfig};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cgroup::Group;
 use super::process::ProcessRef;
+use crate::commit::Replaces;
 use crate::renewal::RuntimeRef;
 
 /// The record format that this version writes.
@@ -97,6 +99,9 @@ pub struct Record {
     /// Its control group, if its memory is limited.
     #[serde(default)]
     pub group: Option<Group>,
+    /// Others that end because it has taken its parent's place, until they have. See [`crate::commit`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Replaces>,
 }
 
 /// Why a record cannot be read or written.
@@ -215,27 +220,21 @@ impl VmDir {
         }
     }
 
-    /// The Unix socket on which a generation comes to this process: a VMM that was asked by another one,
-    /// killed since, must not find us there.
+    /// A Unix socket on which a generation may come to this process: a name that is free. A VMM that was asked by
+    /// another one, killed since, must not find us there.
     pub fn freeze_socket(&self) -> PathBuf {
-        self.0.join(format!("freeze-{}.sock", std::process::id()))
+        self.0.join(own_name("freeze", "sock"))
     }
 
-    /// Removes the sockets of processes that were killed in a freeze. The caller has the lock that whoever
-    /// freezes holds.
-    pub(super) fn sweep_freeze_sockets(&self) {
-        for path in self.files_like("freeze-", ".sock") {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-
-    /// Removes the merged layers of processes that were killed while they wrote a snapshot.
-    pub(crate) fn sweep_merged_layers(&self) {
-        for path in self.files_like("merged-", ".qcow2") {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy();
-            let pid = name.rsplit('-').next().unwrap_or_default();
+    /// Removes the sockets of processes that were killed in a freeze, and the merged layers of those that were
+    /// while they wrote a snapshot.
+    pub(crate) fn sweep_left(&self) {
+        let merged = self.files_like("merged-", ".qcow2");
+        for path in self.files_like("freeze-", ".sock").iter().chain(&merged) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let pid = name.split('-').nth(1).unwrap_or_default();
             if !Path::new("/proc").join(pid).exists() {
-                let _ = std::fs::remove_file(&path);
+                let _ = std::fs::remove_file(path);
             }
         }
     }
@@ -271,9 +270,19 @@ impl VmDir {
         self.0.join(format!("inherited-{number}.qcow2"))
     }
 
-    /// What all frozen layers of its root disk have, while this process writes a snapshot.
+    /// What all frozen layers of its root disk have, while this process writes a snapshot: a name that is free.
     pub fn merged_layer(&self) -> PathBuf {
-        self.0.join(format!("merged-{}.qcow2", std::process::id()))
+        self.0.join(own_name("merged", "qcow2"))
+    }
+
+    /// Frozen layers of another VM that it was about to get, and has not got.
+    pub(crate) fn borrowed_layers(&self) -> Vec<PathBuf> {
+        self.files_like("back-", ".qcow2")
+    }
+
+    /// One that it has in common with a holder of a generation that it is put back to.
+    pub(crate) fn borrowed_layer(&self, generation: &str, number: usize) -> PathBuf {
+        self.0.join(format!("back-{generation}-{number}.qcow2"))
     }
 
     /// Keeps the layers of the VM's generations in its folder, while there are links to be made to them: to be
@@ -390,6 +399,13 @@ impl VmDir {
     }
 }
 
+/// A file's name that no other process and no other thread of this one takes.
+fn own_name(what: &str, extension: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{what}-{}-{number}.{extension}", std::process::id())
+}
+
 /// How a VM calls itself: its name where that can be a hostname (RFC 1123), else its id.
 pub fn hostname(name: Option<&str>, id: &str) -> String {
     let fits = |name: &&str| {
@@ -429,6 +445,7 @@ impl Record {
             parent: None,
             labels: BTreeMap::new(),
             group: None,
+            replaces: None,
         }
     }
 
@@ -468,79 +485,5 @@ fn read_limited(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    pub(crate) fn config(id: &str) -> VmConfig {
-        serde_json::from_value(serde_json::json!({
-            "id": id, "vcpus": 1, "memory_mib": 128, "kernel": "/k"
-        }))
-        .unwrap()
-    }
-
-    fn sample() -> (tempfile::TempDir, VmDir, Record) {
-        let temp = tempfile::tempdir().unwrap();
-        let dir = VmDir::new(temp.path().join("0123456789ab"));
-        std::fs::create_dir(dir.path()).unwrap();
-        let record = Record::new(config("0123456789ab"), Some("x".into()), None);
-        dir.write_record(&record).unwrap();
-        (temp, dir, record)
-    }
-
-    #[test]
-    fn a_record_reads_back_as_it_was_written() {
-        let (_temp, dir, record) = sample();
-        assert_eq!(dir.read_record().unwrap(), record);
-        assert!(!dir.path().join("record.tmp").exists());
-    }
-
-    #[test]
-    fn a_record_cut_short_at_any_byte_is_damaged() {
-        let (_temp, dir, _) = sample();
-        let whole = std::fs::read(dir.record()).unwrap();
-        for len in 0..whole.len() {
-            std::fs::write(dir.record(), &whole[..len]).unwrap();
-            assert!(
-                matches!(dir.read_record(), Err(RecordError::Damaged { .. })),
-                "{len} bytes"
-            );
-        }
-    }
-
-    #[test]
-    fn a_record_of_a_later_ratoon_is_refused_by_its_format() {
-        let (_temp, dir, _) = sample();
-        std::fs::write(dir.record(), br#"{"format":2,"new":true}"#).unwrap();
-        let error = dir.read_record().unwrap_err();
-        assert!(
-            matches!(error, RecordError::Format { format: 2, .. }),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_record_from_another_directory_is_refused() {
-        let (temp, dir, _) = sample();
-        let other = VmDir::new(temp.path().join("ffffffffffff"));
-        std::fs::rename(dir.path(), other.path()).unwrap();
-        let error = other.read_record().unwrap_err();
-        assert!(
-            matches!(&error, RecordError::Foreign { id, .. } if id == "0123456789ab"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn only_what_nobody_will_use_again_is_abandoned() {
-        let (_temp, _, mut record) = sample();
-        assert!(!record.is_abandoned(), "its owner lives");
-        record.owner.as_mut().unwrap().start_ticks += 1;
-        assert!(record.is_abandoned());
-        record.ready = true;
-        assert!(record.is_abandoned(), "ephemeral");
-        record.ephemeral = false;
-        assert!(!record.is_abandoned());
-        record.ready = false;
-        assert!(record.is_abandoned(), "never handed out");
-    }
-}
+#[path = "record_tests.rs"]
+pub(crate) mod tests;

@@ -50,7 +50,7 @@ impl Standstill {
         // Two at once would thaw each other's processes and take each other's files.
         let alone = File::open(dir.path()).map_err(transfer("its directory"))?;
         alone.lock().map_err(transfer("its directory"))?;
-        dir.sweep_freeze_sockets();
+        dir.sweep_left();
         let note = dir.standstill();
         if note.exists() {
             wake_again(dir, client, SETTLE)?;
@@ -263,19 +263,25 @@ mod tests {
         let dead_pid = dead.id();
         dead.wait_with_output().unwrap();
         for name in [
-            format!("freeze-{dead_pid}.sock"),
-            format!("merged-{dead_pid}.qcow2"),
+            format!("freeze-{dead_pid}-0.sock"),
+            format!("merged-{dead_pid}-7.qcow2"),
             "layer-1.qcow2".into(),
         ] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
-        std::fs::write(dir.merged_layer(), "").unwrap();
-        dir.sweep_freeze_sockets();
-        dir.sweep_merged_layers();
+        let mut used = [dir.merged_layer(), dir.merged_layer(), dir.freeze_socket()];
+        for path in &used {
+            std::fs::write(path, "").unwrap();
+        }
+        dir.sweep_left();
         let left = std::fs::read_dir(dir.path()).unwrap();
-        let mut left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+        let left = left.map(|entry| entry.unwrap().path());
+        let mut left: Vec<_> = left
+            .filter(|path| *path != dir.path().join("layer-1.qcow2"))
+            .collect();
         left.sort();
-        assert_eq!(left, [dir.path().join("layer-1.qcow2"), dir.merged_layer()]);
+        used.sort();
+        assert_eq!(left, used);
     }
 
     #[test]

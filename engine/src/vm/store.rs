@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 use super::record::{Record, RecordError, VmDir};
+use crate::commit::Replaces;
 
 /// Length of an id: 6 random bytes as hex digits.
 pub const ID_LEN: usize = 12;
@@ -25,8 +26,8 @@ pub const ID_LEN: usize = 12;
 pub const MAX_NAME_LEN: usize = 40;
 /// `sun_path` of `struct sockaddr_un` holds 108 bytes, the closing NUL among them (unix(7)).
 const MAX_SOCKET_PATH_LEN: usize = 107;
-/// The longest file name that is bound in a VM's directory: any port that a guest may name.
-const LONGEST_SOCKET_NAME: &str = "vsock.sock_4294967295";
+/// The longest file name that is bound in a VM's directory: the highest pid (proc_sys_kernel(5)), and a number.
+const LONGEST_SOCKET_NAME: &str = "freeze-4194304-4294967295.sock";
 
 /// A directory of VM records.
 #[derive(Debug, Clone)]
@@ -41,6 +42,16 @@ pub struct Entry {
     pub dir: VmDir,
     /// Its record, or why that cannot be read.
     pub record: Result<Record, RecordError>,
+}
+
+/// What dead processes have left that is more than files.
+#[derive(Debug, Default)]
+pub struct Left {
+    /// Abandoned VMs whose VMM still runs: a detached start whose owner was killed. (The VMM of an ephemeral VM
+    /// sees its owner's end itself.)
+    pub abandoned: Vec<Entry>,
+    /// Those that took their parents' places, and whoever was to end others for it was killed.
+    pub committed: Vec<Entry>,
 }
 
 /// Why the store refuses.
@@ -226,24 +237,31 @@ impl Store {
     }
 
     /// A VM takes the name of `before`, if that has one and is still there, and its place below what that came
-    /// from. Returns what it is called then.
+    /// from; `replaces` is noted with it, at once. Returns what it is called then.
     ///
     /// # Errors
     /// As [`Store::update`].
-    pub fn succeed(&self, dir: &VmDir, before: Option<&str>) -> Result<Option<String>, StoreError> {
+    pub fn succeed(
+        &self,
+        dir: &VmDir,
+        before: Option<&str>,
+        replaces: Replaces,
+    ) -> Result<Option<String>, StoreError> {
         let _lock = self.lock()?;
         let mut record = dir.read_record()?;
         record.parent = None;
-        if let Some(before) = before.map(|id| VmDir::new(self.root.join(id)))
-            && let Ok(mut old) = before.read_record()
-        {
+        record.replaces = Some(replaces);
+        let before = before.map(|id| VmDir::new(self.root.join(id)));
+        let mut old = before.and_then(|dir| Some((dir.read_record().ok()?, dir)));
+        if let Some((old, _)) = &mut old {
             record.parent.clone_from(&old.parent);
-            if let Some(name) = old.name.take() {
-                before.write_record(&old)?;
-                record.name = Some(name);
-            }
+            record.name = old.name.take().or(record.name);
         }
+        // Whoever is killed here: from now on it is the one that stays.
         dir.write_record(&record)?;
+        if let Some((old, before)) = old {
+            before.write_record(&old)?;
+        }
         Ok(record.name)
     }
 
@@ -317,17 +335,15 @@ impl Store {
     }
 
     /// Removes what dead processes have left: half-made and half-removed directories, and VMs
-    /// for which [`Record::is_abandoned`] holds and whose VMM has ended. Returns the abandoned
-    /// VMs whose VMM still runs: a detached start whose owner was killed; end them, then sweep
-    /// again. (The VMM of an ephemeral VM sees its owner's end itself.)
+    /// for which [`Record::is_abandoned`] holds and whose VMM has ended. Returns what takes more than that.
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn sweep(&self) -> Result<Vec<Entry>, StoreError> {
+    pub fn sweep(&self) -> Result<Left, StoreError> {
+        let mut left = Left::default();
         if !self.root.exists() {
-            return Ok(Vec::new());
+            return Ok(left);
         }
-        let mut left = Vec::new();
         let mut trash = Vec::new();
         {
             let _lock = self.lock()?;
@@ -338,12 +354,16 @@ impl Store {
                 } else if is_id(&name) {
                     let entry = Entry::read(VmDir::new(self.root.join(&name)));
                     let Ok(record) = &entry.record else { continue };
+                    if record.replaces.as_ref().is_some_and(Replaces::is_left) {
+                        left.committed.push(entry);
+                        continue;
+                    }
                     // One that was being put back to a snapshot is put right, not removed.
                     if !record.is_abandoned() || entry.dir.rollback_note().exists() {
                         continue;
                     }
                     if record.vmm_is_alive() || record.vmm.is_none() {
-                        left.push(entry);
+                        left.abandoned.push(entry);
                         continue;
                     }
                     if let Some(group) = &record.group {

@@ -287,6 +287,8 @@ fn commit(soak: &mut Population) {
     let mut doubt = soak.doubt("commit", done, fate, id);
     doubt.vanish = gone.into_iter().collect();
     doubt.all_vanish = !was_cut;
+    // The next command does the rest.
+    doubt.all_or_none = was_cut;
     soak.settle(doubt);
     soak.check(id, None, false);
 }

@@ -6,9 +6,9 @@
 //! machines, kills commands, machines and pagers, and asks witnesses in the machines what they hold; a model
 //! knows what they should say. When they do not, it says its seed and what was done last.
 //!
-//! It is one of the tests when `RATOON_SOAK_SECONDS` says how long; `RATOON_SOAK_SEED` is what it begins from (the time). So
-//! `RATOON_SOAK_SECONDS=3600 cargo test -p ratoon-tests -- soak` is an hour. Kills come when the clock says,
-//! so a seed gives the same plan and not always the same outcome.
+//! It runs when `RATOON_SOAK_SECONDS` says how long; `RATOON_SOAK_SEED` is what it begins from (the time). So
+//! `RATOON_SOAK_SECONDS=3600 cargo test -p ratoon-tests -- soak` is an hour, and 0 the least. Kills come when
+//! the clock says, so a seed gives the same plan and not always the same outcome.
 
 mod acts;
 mod left;
@@ -33,19 +33,20 @@ const LOOK_EVERY: u64 = 10;
 
 fn machines_hold_every_byte_and_nothing_is_left_whoever_is_killed() {
     let program = std::env::current_exe().expect("a test has an executable");
-    let soak = Command::new(program).env(PROCESS, "1").status();
+    let mut soak = Command::new(program);
+    let soak = ratoon_tests::cache::share(soak.env(PROCESS, "1")).status();
     let soak = soak.expect("it can be started once more");
     assert!(soak.success(), "the soak has failed: {soak}; see above");
-}
-
-/// Whether somebody has said how long it shall go on: without that it is not one of the tests.
-pub fn is_asked_for() -> bool {
-    std::env::var_os(SECONDS).is_some()
 }
 
 /// Whether this process is to be the soak and not the tests.
 pub fn is_wanted() -> bool {
     std::env::var_os(PROCESS).is_some()
+}
+
+/// Whether somebody says how long it is to take.
+pub fn is_asked_for() -> bool {
+    std::env::var_os(SECONDS).is_some()
 }
 
 fn number(variable: &str) -> Option<u64> {

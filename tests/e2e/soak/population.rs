@@ -7,7 +7,7 @@ use ratoon_engine::dirs::Dirs;
 use ratoon_engine::vm::freeze::machine_id;
 use ratoon_engine::vm::life::Status;
 use ratoon_engine::{Engine, Programs};
-use ratoon_tests::{Done, Random, Ratoon, cache_dir, finish, program};
+use ratoon_tests::{Done, Random, Ratoon, cache, finish, program};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::left::Counts;
@@ -45,6 +45,8 @@ pub struct Doubt {
     pub vanish: BTreeSet<String>,
     /// All of them have gone.
     pub all_vanish: bool,
+    /// Or none of them.
+    pub all_or_none: bool,
     /// What machines may hold instead.
     pub instead: BTreeMap<String, (Contents, bool)>,
     /// A snapshot of this name.
@@ -94,6 +96,7 @@ impl Drop for Population {
         for line in &self.log {
             eprintln!("  {line}");
         }
+        self.tell();
     }
 }
 
@@ -109,7 +112,7 @@ impl Population {
             runtime: program("ratoon-runtime"),
             pager: program("ratoon-pager"),
         };
-        let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache_dir());
+        let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
         let shells = [((1, 256), 1)].into();
         let engine = Engine::new(dirs, programs).with_shells(shells);
         let engine = engine.expect("an engine with a shell");
@@ -163,6 +166,25 @@ impl Population {
     fn number(&mut self, count: u64) -> u64 {
         self.numbers += count;
         self.numbers - count
+    }
+
+    /// What there is, and the last words of each machine.
+    fn tell(&self) {
+        let shown = self.ratoon.run(["ps", "-a", "--json"]);
+        eprintln!("machines: {}{}", shown.stdout, shown.stderr);
+        let folders = std::fs::read_dir(self.ratoon.vms_dir())
+            .into_iter()
+            .flatten();
+        for folder in folders.flatten().map(|entry| entry.path()) {
+            eprintln!("{}:", folder.display());
+            for name in ["vmm.log", "exit.json"] {
+                let text = std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+                let lines: Vec<_> = text.lines().collect();
+                for line in &lines[lines.len().saturating_sub(TOLD)..] {
+                    eprintln!("  {name}: {line}");
+                }
+            }
+        }
     }
 
     pub fn note(&mut self, line: &str) {
@@ -304,6 +326,12 @@ impl Population {
                 }
             }
         }
+        let left: BTreeSet<_> = self.machines.keys().cloned().collect();
+        let left: BTreeSet<_> = doubt.vanish.intersection(&left).cloned().collect();
+        let is_half = !left.is_empty() && left.len() < doubt.vanish.len();
+        assert!(!(doubt.all_or_none && is_half), "only {left:?} are left");
+        // Whoever was killed may have killed it: then it is about to go.
+        unsure.extend(left);
         self.settle_saved(doubt.saved, doubt.is_saved, doubt.removed);
         for id in unsure {
             let instead = doubt.instead.get(&id);
@@ -362,6 +390,10 @@ impl Population {
         }
         let machine = self.machines.get_mut(id).expect("it is known");
         let Some(difference) = machine.contents.difference(&said.stdout) else {
+            // If both hold the same nobody can tell which of them it is.
+            machine.paged |= instead.is_some_and(|(contents, paged)| {
+                *paged && contents.difference(&said.stdout).is_none()
+            });
             return;
         };
         let Some((contents, paged)) = instead else {

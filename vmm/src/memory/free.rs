@@ -230,7 +230,9 @@ mod tests {
         assert_eq!(around.map(|at| byte(&memory, at)), [7, 0, 0, 7]);
         // The guest uses one page of it again.
         fill(&memory, 5 * MIB, 4096);
-        let layer = again(&memory, ahead(&memory).unwrap(), &free.take()).unwrap();
+        let layer = again(&memory, ahead(&memory).unwrap(), &free.take())
+            .unwrap()
+            .0;
         assert_eq!(layer.runs, [run(4 * MIB, 4 * MIB)]);
         assert_eq!(layer.file.metadata().unwrap().blocks() * 512, 4096);
         assert_eq!(byte(&memory, 5 * MIB), 7);
@@ -245,9 +247,30 @@ mod tests {
         assert!(
             again(&memory, ahead(&memory).unwrap(), &free.take())
                 .unwrap()
+                .0
                 .runs
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn what_is_given_back_between_the_copy_and_the_freeze_is_zero_in_the_layer() {
+        let memory = create(64).unwrap();
+        let file = file_of(&memory);
+        let free = FreeMemory::new(false);
+        let (generation, aside) = first(&memory, &file).unwrap();
+        drop((aside, free.take()));
+        fill(&memory, 3 * MIB, 3 * MIB);
+        let ahead = ahead(&memory).unwrap();
+        free.reclaim(&memory, GuestAddress(4 * MIB), 4 * MIB)
+            .unwrap();
+        let layer = again(&memory, ahead, &free.take()).unwrap().0;
+        assert_eq!(layer.file.metadata().unwrap().blocks() * 512, MIB);
+        let layers = [generation, layer];
+        let child = super::super::restore(64, &layers).unwrap();
+        super::super::lay_over(&child, &layers).unwrap();
+        let around = [3 * MIB, 4 * MIB - 1, 4 * MIB, 6 * MIB - 1];
+        assert_eq!(around.map(|at| byte(&child, at)), [7, 7, 0, 0]);
     }
 
     #[test]

@@ -15,10 +15,10 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use ratoon_vmm_api::Run;
-use rustix::fs::FallocateFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::MemoryError;
+use super::ahead::Ahead;
 use super::runs::joined;
 
 /// A page's length in bytes.
@@ -44,10 +44,17 @@ pub struct Layer {
 #[derive(Debug)]
 pub struct Aside(Vec<(usize, usize)>);
 
+impl Aside {
+    /// Of a range that nobody else knows of.
+    pub(super) fn of(address: usize, len: usize) -> Self {
+        Self(vec![(address, len)])
+    }
+}
+
 impl Drop for Aside {
     fn drop(&mut self) {
         for &(address, len) in &self.0 {
-            // SAFETY: the range came from `mremap`, nobody else knows of it.
+            // SAFETY: the range came from `mremap` or `mmap`, nobody else knows of it.
             unsafe { libc::munmap(address as *mut libc::c_void, len) };
         }
     }
@@ -139,32 +146,6 @@ pub fn first(memory: &GuestMemoryMmap, file: &Arc<File>) -> Result<(Layer, Aside
     Ok((layer, aside))
 }
 
-/// The file of a later freeze's layer, with pages for what has been written so far.
-#[derive(Debug)]
-pub struct Ahead(Arc<File>);
-
-/// Before a later freeze, while the machine still runs: in the pause pages need only be copied, which takes a
-/// third of the time of making them as well.
-///
-/// # Errors
-/// When the system has no such file, or cannot tell what was written.
-pub fn ahead(memory: &GuestMemoryMmap) -> Result<Ahead, MemoryError> {
-    let regions = regions(memory);
-    let total = regions.iter().map(|(_, _, len)| *len as u64).sum();
-    let file = super::memfd("ratoon-layer", total).map_err(|source| MemoryError::Freeze {
-        what: "make a file for what was written",
-        source: source.into(),
-    })?;
-    for (address, offset, len) in regions {
-        for (start, run_len) in private_runs(address, len)? {
-            let at = offset + (start - address) as u64;
-            // Without them they are made in the pause, which says what is wrong.
-            let _ = rustix::fs::fallocate(&file, FallocateFlags::empty(), at, run_len as u64);
-        }
-    }
-    Ok(Ahead(file))
-}
-
 /// A later freeze: the private pages become a layer of their own, and are mapped from it. Cost is
 /// that of the pages written since the last freeze. `free`, ascending, is zero already: holes of the
 /// layer, but for what has been written there.
@@ -173,35 +154,30 @@ pub fn ahead(memory: &GuestMemoryMmap) -> Result<Ahead, MemoryError> {
 /// As [`first`].
 pub fn again(
     memory: &GuestMemoryMmap,
-    Ahead(file): Ahead,
+    ahead: Ahead,
     free: &[Run],
-) -> Result<Layer, MemoryError> {
-    let regions = regions(memory);
+) -> Result<(Layer, Aside), MemoryError> {
     let mut runs = Vec::new();
-    for (address, offset, len) in regions {
+    for (address, offset, len) in regions(memory) {
         for (start, run_len) in private_runs(address, len)? {
-            let at = offset + (start - address) as u64;
-            // SAFETY: the run is mapped guest memory, and nobody runs who could change it.
-            let bytes = unsafe { std::slice::from_raw_parts(start as *const u8, run_len) };
-            std::os::unix::fs::FileExt::write_all_at(&*file, bytes, at).map_err(|source| {
-                MemoryError::Freeze {
-                    what: "copy what was written",
-                    source,
-                }
-            })?;
-            map_private(start, run_len, &file, at)?;
-            runs.push(Run {
-                offset: at,
+            let run = Run {
+                offset: offset + (start - address) as u64,
                 len: run_len as u64,
-            });
+            };
+            ahead.complete(start, run)?;
+            map_private(start, run_len, &ahead.file, run.offset)?;
+            runs.push(run);
         }
     }
-    Ok(Layer {
+    ahead.forget(free, &runs)?;
+    let (file, aside) = ahead.aside();
+    let layer = Layer {
         file,
         runs: joined(runs.into_iter().chain(free.iter().copied()).collect()),
         packed: false,
         freezes: 1,
-    })
+    };
+    Ok((layer, aside))
 }
 
 /// Maps a layer that is the whole over memory that nobody has touched.
@@ -347,10 +323,14 @@ fn scan_for(address: usize, len: usize, without: u64) -> Result<Vec<(usize, usiz
                 .iter()
                 .map(|region| (region.start as usize, region.end as usize)),
         );
-        if arg.walk_end <= start {
+        // With more regions than the kernel takes at a time within, it says where it was then, though it has gone
+        // on to the end since: from there on they would come twice (do_pagemap_scan in fs/proc/task_mmu.c).
+        let found_to = found.last().map_or(0, |&(_, end)| end as u64);
+        let next = arg.walk_end.max(found_to);
+        if next <= start {
             break;
         }
-        start = arg.walk_end;
+        start = next;
     }
     Ok(found)
 }
@@ -390,6 +370,7 @@ fn pagemap(address: usize, len: usize) -> Result<Vec<(usize, usize)>, MemoryErro
 mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
+    use super::super::ahead::ahead;
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -405,6 +386,29 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_were_written_here_and_there_are_each_found_once() {
+        let memory = super::super::create(64).unwrap();
+        let (_, aside) = first(&memory, &super::super::file_of(&memory)).unwrap();
+        drop(aside);
+        let [(address, _, len)] = regions(&memory)[..] else {
+            panic!("more than one region");
+        };
+        let mut written = 0;
+        // The kernel's own buffer takes 512 regions, ours 1024.
+        for count in [511, 512, 513, 700, 1024, 1025, 1600] {
+            while written < count {
+                memory
+                    .write_obj(1_u8, GuestAddress(written * 8 * PAGE))
+                    .unwrap();
+                written += 1;
+            }
+            let found = scan(address, len).unwrap();
+            assert_eq!(found.len() as u64, count);
+            assert_eq!(found, pagemap(address, len).unwrap());
+        }
+    }
+
+    #[test]
     fn what_is_written_after_a_freeze_is_not_in_the_generation() {
         let memory = super::super::create(64).unwrap();
         let file = super::super::file_of(&memory);
@@ -413,7 +417,7 @@ mod tests {
         drop(aside);
         memory.write_obj(8_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&layer, MIB)), (8, 7));
-        let second = again(&memory, ahead(&memory).unwrap(), &[]).unwrap();
+        let (second, _) = again(&memory, ahead(&memory).unwrap(), &[]).unwrap();
         assert_eq!(
             second.runs,
             [Run {
@@ -423,19 +427,9 @@ mod tests {
         );
         memory.write_obj(9_u8, GuestAddress(MIB)).unwrap();
         assert_eq!((byte(&memory, MIB), file_byte(&second, MIB)), (9, 8));
-        assert_eq!(
-            again(&memory, ahead(&memory).unwrap(), &[])
-                .unwrap()
-                .runs
-                .len(),
-            1
-        );
-        assert!(
-            again(&memory, ahead(&memory).unwrap(), &[])
-                .unwrap()
-                .runs
-                .is_empty()
-        );
+        let runs = |memory| again(memory, ahead(memory).unwrap(), &[]).unwrap().0.runs;
+        assert_eq!(runs(&memory).len(), 1);
+        assert!(runs(&memory).is_empty());
         assert_eq!(byte(&memory, MIB), 9);
     }
 

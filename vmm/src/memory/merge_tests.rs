@@ -208,7 +208,7 @@ fn a_running_machine_moves_over_and_keeps_what_it_wrote() {
         for page in 0..100 {
             fill((u64::from(round) * 50 + page) * PAGE, round);
         }
-        layers.push(again(&memory, ahead(&memory).unwrap(), &[]).unwrap());
+        layers.push(again(&memory, ahead(&memory).unwrap(), &[]).unwrap().0);
         prune(&mut layers);
     }
     let before = firsts(&memory);
@@ -226,7 +226,7 @@ fn a_running_machine_moves_over_and_keeps_what_it_wrote() {
     assert!(firsts(&memory) == after);
     assert!(firsts(&child(&layers)) == before);
     // The next freeze has what was written, and then nobody has the old files any more.
-    layers.push(again(&memory, ahead(&memory).unwrap(), &[]).unwrap());
+    layers.push(again(&memory, ahead(&memory).unwrap(), &[]).unwrap().0);
     assert!(firsts(&child(&layers)) == after);
     assert!(firsts(&memory) == after);
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -249,7 +249,11 @@ fn what_a_guest_gave_back_reads_as_zero_when_its_machine_has_moved_over() {
     for round in 1..4 {
         let bytes = vec![round; 4 * MIB as usize];
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
-        layers.push(again(&memory, ahead(&memory).unwrap(), &free.take()).unwrap());
+        layers.push(
+            again(&memory, ahead(&memory).unwrap(), &free.take())
+                .unwrap()
+                .0,
+        );
     }
     free.reclaim(&memory, GuestAddress(0), 2 * MIB).unwrap();
     let wanted = |page: u64| if page < 512 { 0 } else { 3 };
@@ -261,7 +265,11 @@ fn what_a_guest_gave_back_reads_as_zero_when_its_machine_has_moved_over() {
     for (page, byte) in (0..).zip(&firsts(&memory)[..1024]) {
         assert_eq!(*byte, wanted(page), "page {page}");
     }
-    layers.push(again(&memory, ahead(&memory).unwrap(), &free.take()).unwrap());
+    layers.push(
+        again(&memory, ahead(&memory).unwrap(), &free.take())
+            .unwrap()
+            .0,
+    );
     for (page, byte) in (0..).zip(&firsts(&child(&layers))[..1024]) {
         assert_eq!(*byte, wanted(page), "page {page}");
     }

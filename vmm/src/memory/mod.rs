@@ -5,6 +5,7 @@
 //!  region 0 (slot 0)     |                                  | region 1 (slot 1)
 //! ```
 
+mod ahead;
 mod free;
 mod freeze;
 mod merge;
@@ -13,8 +14,9 @@ mod runs;
 use std::fs::File;
 use std::sync::Arc;
 
+pub use ahead::{Ahead, ahead};
 pub use free::FreeMemory;
-pub use freeze::{Ahead, Aside, Layer, PAGE, again, ahead, first, touched};
+pub use freeze::{Aside, Layer, PAGE, again, first, touched};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 pub use merge::{floor, install, merge, move_over, plan, plan_layers, prune};
@@ -295,7 +297,7 @@ mod tests {
         over.file.read_exact_at(&mut kept, PAGE).unwrap();
         assert_eq!(kept, [3]);
         // What a child wrote is what it has more than its layers.
-        let own = again(&memory, ahead(&memory).unwrap(), &[]).unwrap();
+        let (own, _) = again(&memory, ahead(&memory).unwrap(), &[]).unwrap();
         assert_eq!(own.runs.len(), 1);
         assert_eq!((own.runs[0].offset, own.runs[0].len), (2 * MIB, PAGE));
     }

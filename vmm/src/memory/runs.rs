@@ -52,6 +52,11 @@ pub(super) fn minus(runs: &[Run], without: &[Run]) -> Vec<Run> {
     left
 }
 
+/// What is in both; both ascend and are apart.
+pub(super) fn both(runs: &[Run], others: &[Run]) -> Vec<Run> {
+    minus(runs, &minus(runs, others))
+}
+
 /// At most `most` runs with all that these have, and gaps of up to `gap` bytes filled in any case: the smallest
 /// gaps go first.
 pub(super) fn fewer(runs: Vec<Run>, gap: u64, most: usize) -> Vec<Run> {
@@ -100,6 +105,8 @@ mod tests {
         assert_eq!(minus(&some, &without), left);
         assert_eq!(minus(&some, &[]), some);
         assert_eq!(minus(&some, &runs(&[(0, 100)])), []);
+        let shared = runs(&[(0, 2), (4, 1), (9, 1), (20, 1), (25, 1), (40, 10)]);
+        assert_eq!(both(&some, &without), shared);
     }
 
     #[test]

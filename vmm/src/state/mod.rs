@@ -8,6 +8,8 @@
 mod machine;
 mod vcpu;
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
     kvm_pit_state2,
@@ -74,6 +76,27 @@ pub struct VmState {
     pit: kvm_pit_state2,
     /// kvm-clock's value at the freeze; the guest goes on from there.
     clock_ns: u64,
+    /// What the host's wall clock said then, in nanoseconds since 1970.
+    #[serde(default)]
+    realtime_ns: Option<u64>,
+}
+
+/// A guest that goes on so soon after the freeze has only been slow: its clocks have run meanwhile, and need not
+/// be set by `wake`. Later its clocks stand where they stood, and no timer of its programs is late.
+const MOMENT_NS: u64 = 1_000_000_000;
+
+/// What kvm-clock says in a guest that was frozen at `frozen_ns` and goes on at `now_ns`.
+fn clock(clock_ns: u64, frozen_ns: Option<u64>, now_ns: u64) -> u64 {
+    match frozen_ns.and_then(|frozen| now_ns.checked_sub(frozen)) {
+        Some(passed) if passed < MOMENT_NS => clock_ns.saturating_add(passed),
+        _ => clock_ns,
+    }
+}
+
+/// The host's wall clock, in nanoseconds since 1970.
+fn realtime_ns() -> Option<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    u64::try_from(now.as_nanos()).ok()
 }
 
 fn step(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
@@ -103,6 +126,7 @@ impl VmState {
         };
         Ok(Self {
             clock_ns: vm.get_clock().map_err(step("clock"))?.clock,
+            realtime_ns: realtime_ns(),
             irqchips: [chip(CHIPS[0])?, chip(CHIPS[1])?, chip(CHIPS[2])?],
             pit: vm.get_pit2().map_err(step("timer"))?,
         })
@@ -121,9 +145,31 @@ impl VmState {
         }
         vm.set_pit2(&self.pit).map_err(step("timer"))?;
         let clock = kvm_clock_data {
-            clock: self.clock_ns,
+            clock: clock(self.clock_ns, self.realtime_ns, realtime_ns().unwrap_or(0)),
             ..kvm_clock_data::default()
         };
         vm.set_clock(&clock).map_err(step("clock"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_run_on_over_a_moment_and_stand_over_a_longer_time() {
+        let frozen = 1_790_000_000_000_000_000;
+        for (at, now, expected) in [
+            (Some(frozen), frozen, 7),
+            (Some(frozen), frozen + 30, 37),
+            (Some(frozen), frozen + MOMENT_NS - 1, MOMENT_NS + 6),
+            (Some(frozen), frozen + MOMENT_NS, 7),
+            // The host's clock was set back.
+            (Some(frozen), frozen - 1, 7),
+            (Some(u64::MAX), 0, 7),
+            (None, frozen, 7),
+        ] {
+            assert_eq!(clock(7, at, now), expected, "{at:?} {now}");
+        }
     }
 }

@@ -20,12 +20,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
-use ratoon_vmm_api::Outcome;
+use ratoon_vmm_api::{HostClass, Outcome};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::clock::monotonic_ns;
 use crate::ending::Ending;
+use crate::host::slice;
 pub use exit::VcpuError;
 
 /// What the vCPU threads are to do.
@@ -117,6 +118,7 @@ impl Vcpus {
     /// When the system has no more threads, or the signal cannot be taken.
     pub fn start(
         vcpus: Vec<VcpuFd>,
+        class: HostClass,
         bus: &Arc<Bus>,
         ending: &Arc<Ending>,
     ) -> std::io::Result<Self> {
@@ -142,6 +144,7 @@ impl Vcpus {
             let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu));
             let worker = Worker {
                 index,
+                class,
                 visits: 0,
                 vcpu,
                 immediate_exit: immediate_exit.clone(),
@@ -237,6 +240,7 @@ impl Drop for Vcpus {
 
 struct Worker {
     index: usize,
+    class: HostClass,
     /// How many visits it has seen.
     visits: u64,
     vcpu: VcpuFd,
@@ -248,6 +252,11 @@ struct Worker {
 
 impl Worker {
     fn work(mut self) -> VcpuFd {
+        if self.class == HostClass::Emulated
+            && let Err(error) = slice::lengthen()
+        {
+            tracing::debug!(%error, "the vCPU keeps the scheduler's usual slice");
+        }
         while self.wait_for_run() {
             // It stood still: its kernel must not take the gap for a hang of its own. A guest without
             // kvm-clock does not take this.

@@ -1,0 +1,319 @@
+//! Commit: a child takes its parent's place, and all others that come from there end.
+//!
+//! ```text
+//!   list of who goes -> one write of the child's record: name, place, the list -> each ended -> list forgotten
+//!     `- killed: nothing has changed          `- killed: the next command goes on with the list -'
+//! ```
+//!
+//! How it fails: a VM that cannot be ended; the list stays, and the next command tries again.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use ratoon_protocol::{Call, HostnameSet};
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Engine;
+use crate::vm::life::{self, LifeError, Status};
+use crate::vm::process::ProcessRef;
+use crate::vm::record::{Parent, Record, VmDir, hostname};
+use crate::vm::standstill;
+use crate::vm::store::{Entry, Store, StoreError};
+
+/// How long the runtime may take to accept a connection and to do a small thing.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long for a command that is about something else.
+const BRIEF: Duration = Duration::from_secs(5);
+
+/// What came of a commit.
+#[derive(Debug, Clone, Serialize)]
+pub struct Committed {
+    /// The VM that stayed.
+    pub id: String,
+    /// What it is called now.
+    pub name: Option<String>,
+    /// The ids of those that were ended and removed.
+    pub discarded: Vec<String>,
+}
+
+/// VMs that end in favour of another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaces {
+    /// Who ends them; when it was killed over it, the next command does.
+    pub by: Option<ProcessRef>,
+    /// Their ids.
+    pub vms: BTreeSet<String>,
+}
+
+impl Replaces {
+    /// Whether nobody is at it any more.
+    pub fn is_left(&self) -> bool {
+        !self.by.as_ref().is_some_and(ProcessRef::is_alive)
+    }
+}
+
+/// Why a child does not take its parent's place.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// It is no child.
+    #[error("VM {0} is no child of a fork: there is nothing to take the place of")]
+    NoChild(String),
+    /// It does not run.
+    #[error("VM {id} is {status}: only a running VM can take its parent's place")]
+    NotRunning {
+        /// Which.
+        id: String,
+        /// What it does.
+        status: Status,
+    },
+    /// Records.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its own record, or a VM that is to end.
+    #[error(transparent)]
+    Life(#[from] LifeError),
+}
+
+impl Engine {
+    /// `child` takes its parent's place and name; the parent, and all others that come from it, are ended and
+    /// removed. What was forked from the child stays.
+    ///
+    /// # Errors
+    /// [`CommitError`]. Once it has the place, the next command ends whom this one could not end.
+    pub fn commit(&self, child: &Entry) -> Result<Committed, CommitError> {
+        let id = child.dir.id();
+        let status = life::info(child).status;
+        let record = match &child.record {
+            Ok(record) if status == Status::Running => record,
+            _ => return Err(CommitError::NotRunning { id, status }),
+        };
+        let Some(from) = &record.parent else {
+            return Err(CommitError::NoChild(id));
+        };
+        let entries = self.store().list()?;
+        let records: Vec<&Record> = entries
+            .iter()
+            .filter_map(|entry| entry.record.as_ref().ok())
+            .collect();
+        let vms = others(&records, &id, from);
+        let parent = from.vm.as_ref();
+        let parent = parent.and_then(|parent| records.iter().find(|it| it.id == *parent));
+        let replaces = Replaces {
+            by: ProcessRef::current(),
+            vms: vms.clone(),
+        };
+        let parent = parent.map(|it| it.id.as_str());
+        let name = self.store().succeed(&child.dir, parent, replaces)?;
+        end_all(self.store(), &vms)?;
+        if let Some(name) = &name {
+            call_it(&child.dir, &hostname(Some(name), &id), GUEST_TIMEOUT);
+        }
+        forget(self.store(), &child.dir)?;
+        Ok(Committed {
+            id,
+            name,
+            discarded: vms.into_iter().collect(),
+        })
+    }
+}
+
+/// Does the rest for a VM that has taken its parent's place, when whoever was at it was killed.
+pub(crate) fn mend(store: &Store, entry: &Entry) -> Result<(), LifeError> {
+    let Ok(record) = &entry.record else {
+        return Ok(());
+    };
+    let Some(replaces) = &record.replaces else {
+        return Ok(());
+    };
+    end_all(store, &replaces.vms)?;
+    if record.name.is_some() && record.vmm_is_alive() {
+        call_it(&entry.dir, &record.hostname(), BRIEF);
+    }
+    forget(store, &entry.dir)?;
+    Ok(())
+}
+
+/// Those that are still there.
+fn end_all(store: &Store, vms: &BTreeSet<String>) -> Result<(), LifeError> {
+    for entry in store.list()? {
+        if vms.contains(&entry.dir.id()) {
+            life::remove(store, &entry, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// There is nothing left to be done.
+fn forget(store: &Store, dir: &VmDir) -> Result<(), StoreError> {
+    match store.update(dir, |record| record.replaces = None) {
+        // Removed meanwhile.
+        Err(StoreError::NotFound(_)) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// The guest goes by its VM's name. One that does not answer keeps the old one.
+fn call_it(dir: &VmDir, name: &str, patience: Duration) {
+    let call = Call::HostnameSet(HostnameSet {
+        hostname: name.to_owned(),
+    });
+    let set = standstill::connect(dir, patience)
+        .and_then(|mut client| client.call::<()>(&call, "taken its name", patience));
+    if let Err(error) = set {
+        tracing::warn!(%error, "the hostname of {}", dir.id());
+    }
+}
+
+/// Who has to go when `child`, which comes from `from`, takes its parent's place: the parent, and all that
+/// comes from it but the child and what comes from that. Children of a snapshot have no parent: it is those
+/// of the same fork then.
+fn others(records: &[&Record], child: &str, from: &Parent) -> BTreeSet<String> {
+    let mut gone: BTreeSet<String> = from.vm.iter().cloned().collect();
+    for record in records {
+        let is_sibling = record
+            .parent
+            .as_ref()
+            .is_some_and(|parent| parent.generation == from.generation);
+        if is_sibling && record.id != child {
+            gone.insert(record.id.clone());
+        }
+    }
+    loop {
+        let before = gone.len();
+        for record in records {
+            let parent = record.parent.as_ref().and_then(|parent| parent.vm.as_ref());
+            if parent.is_some_and(|parent| gone.contains(parent)) && record.id != child {
+                gone.insert(record.id.clone());
+            }
+        }
+        if gone.len() == before {
+            break;
+        }
+    }
+    let known = |id: &String| records.iter().any(|record| record.id == *id);
+    gone.retain(known);
+    gone
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+    use crate::vm::record::tests::config;
+
+    fn record(id: &str, parent: Option<(&str, &str)>) -> Record {
+        Record {
+            parent: parent.map(|(vm, generation)| Parent {
+                vm: Some(vm.to_owned()),
+                generation: generation.to_owned(),
+                index: 0,
+                control_port: None,
+            }),
+            ..Record::new(config(id), None, None)
+        }
+    }
+
+    #[test]
+    fn who_takes_the_parents_place_leaves_nobody_but_its_own_children() {
+        let all = [
+            record("root", None),
+            record("a", Some(("root", "g"))),
+            record("b", Some(("root", "g"))),
+            record("c", Some(("root", "h"))),
+            record("aa", Some(("a", "i"))),
+            record("bb", Some(("b", "j"))),
+            record("stranger", None),
+        ];
+        let records: Vec<&Record> = all.iter().collect();
+        let from = all[1].parent.clone().unwrap();
+        let gone: Vec<_> = others(&records, "a", &from).into_iter().collect();
+        assert_eq!(gone, ["b", "bb", "c", "root"]);
+        let from = all[5].parent.clone().unwrap();
+        let gone: Vec<_> = others(&records, "bb", &from).into_iter().collect();
+        assert_eq!(gone, ["b"]);
+    }
+
+    /// A process that stands for a VMM.
+    struct Vmm(Child);
+
+    impl Vmm {
+        fn new() -> Self {
+            Self(Command::new("sleep").arg("1000").spawn().unwrap())
+        }
+
+        fn process(&self) -> Option<ProcessRef> {
+            ProcessRef::of(i32::try_from(self.0.id()).unwrap())
+        }
+
+        fn lives(&mut self) -> bool {
+            self.0.try_wait().unwrap().is_none()
+        }
+    }
+
+    impl Drop for Vmm {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// A family of VMs that run: a root by this name, and two children of one fork.
+    fn family(store: &Store) -> (Vec<VmDir>, Vec<Vmm>) {
+        let vmms = vec![Vmm::new(), Vmm::new(), Vmm::new()];
+        let mut dirs: Vec<VmDir> = Vec::new();
+        for (vmm, name) in vmms.iter().zip(["root", "kid-0", "kid-1"]) {
+            let parent = dirs.first().map(VmDir::id);
+            let made = store.create(Some(name), |dir| Record {
+                vmm: vmm.process(),
+                ephemeral: false,
+                ready: true,
+                ..record(&dir.id(), parent.as_deref().map(|parent| (parent, "g")))
+            });
+            dirs.push(made.unwrap());
+        }
+        (dirs, vmms)
+    }
+
+    /// As a commit that was killed has it: the place is taken, and nobody has ended yet.
+    fn succeed(store: &Store, dirs: &[VmDir], by: Option<ProcessRef>) {
+        let root = dirs[0].id();
+        let vms = BTreeSet::from([root.clone(), dirs[2].id()]);
+        let name = store.succeed(&dirs[1], Some(&root), Replaces { by, vms });
+        assert_eq!(name.unwrap().as_deref(), Some("root"));
+    }
+
+    #[test]
+    fn the_next_command_does_the_rest_of_a_commit_that_was_killed() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::new(temp.path());
+        let (dirs, mut vmms) = family(&store);
+        let mut dead = ProcessRef::current();
+        dead.as_mut().unwrap().start_ticks += 1;
+        succeed(&store, &dirs, dead);
+        // The guest does not answer: its name is nothing to fail for.
+        life::sweep(&store).unwrap();
+        let lives: Vec<_> = vmms.iter_mut().map(Vmm::lives).collect();
+        assert_eq!(lives, [false, true, false]);
+        let left = store.list().unwrap();
+        assert_eq!(left.len(), 1);
+        let record = left[0].record.as_ref().unwrap();
+        assert_eq!(record.name.as_deref(), Some("root"));
+        assert_eq!((&record.parent, &record.replaces), (&None, &None));
+    }
+
+    #[test]
+    fn a_commit_that_is_under_way_is_left_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::new(temp.path());
+        let (dirs, mut vmms) = family(&store);
+        succeed(&store, &dirs, ProcessRef::current());
+        life::sweep(&store).unwrap();
+        assert!(vmms.iter_mut().all(Vmm::lives));
+        assert_eq!(store.list().unwrap().len(), 3);
+        assert!(
+            store.find("root").unwrap().dir == dirs[1],
+            "it has the name"
+        );
+    }
+}
