@@ -359,7 +359,8 @@ impl Engine {
         generation: &str,
         spec: &ForkSpec,
     ) -> Result<Children, ForkError> {
-        source.family = cgroup::family(source.group.as_ref(), generation, spec.limits)
+        let store = self.store().root();
+        source.family = cgroup::family(store, source.group.as_ref(), generation, spec.limits)
             .map_err(LaunchError::from)?;
         let launches: Vec<_> = (0..spec.count)
             .map(|index| source.launch(generation, spec, index))

@@ -24,6 +24,7 @@
 //! The crate does no I/O and never panics on bytes from the other side: see [`Decoder`].
 //! `docs/protocol.md` describes the same byte by byte.
 
+mod agent;
 mod code;
 mod files;
 mod frame;
@@ -31,6 +32,10 @@ mod message;
 mod process;
 mod system;
 
+pub use agent::{
+    AgentEvent, AgentLimits, AgentUsage, BRIDGE_PORT, Ending, Go, LOOPBACK_PORT, Order, Profile,
+    Task, Wire,
+};
 pub use code::{
     CodeContext, CodeData, CodeEnd, CodeError, CodeName, CodeRun, CodeStart, CodeStatus, Language,
 };

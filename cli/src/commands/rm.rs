@@ -23,6 +23,13 @@ pub struct Args {
 }
 
 pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
+    if args.force && args.vms.len() > 1 {
+        let found = args
+            .vms
+            .iter()
+            .filter_map(|vm| engine.store().find(vm).ok());
+        life::kill_all(&found.collect::<Vec<_>>());
+    }
     for_each(engine, &args.vms, args.json, |entry| {
         life::remove(engine.store(), entry, args.force)?;
         Ok("removed")

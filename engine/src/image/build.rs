@@ -86,6 +86,7 @@ const CUSTOMIZE: &[&str] = &[
     r#"printf 'sandbox\n' > "$1/etc/hostname""#,
     r#"printf '127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n' > "$1/etc/hosts""#,
     r#": > "$1/etc/resolv.conf""#,
+    r#"chmod 644 "$1/etc/hostname" "$1/etc/hosts" "$1/etc/resolv.conf""#,
     r#": > "$1/etc/machine-id" && rm -f "$1/var/lib/dbus/machine-id""#,
     r#"rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/ssh/ssh_host_"*"#,
     r#"chroot "$1" python3 -m compileall -q -j 0 /usr/lib/python3 "$(chroot "$1" python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" > /dev/null || true"#,

@@ -1,10 +1,12 @@
 //! Limits on what forked VMs take of the host's memory, by control groups (cgroups(7), version 2 or 1).
 //!
 //! ```text
-//!   <own cgroup>/ratoon/<generation>/          all children of a fork, and theirs: the tree's limit
-//!                          <VM>/               one child: its limit
-//!                          <generation>/ …     children of one of them
+//!   <own cgroup>/ratoon-<store>/<generation>/          all children of a fork, and theirs: the tree's limit
+//!                                  <VM>/               one child: its limit
+//!                                  <generation>/ …     children of one of them
 //! ```
+//!
+//! `<store>` stands for where the records of the VMs are, so that engines with other records leave these groups alone.
 //!
 //! What a VM shares with others was counted where it was made. One that is over its limit is killed by the kernel, and
 //! its group remembers it. A group that is empty is removed with its last VM.
@@ -92,11 +94,22 @@ fn write(path: &Path, text: &str) -> Result<(), GroupError> {
     std::fs::write(path, text).map_err(failed(path))
 }
 
-/// The group for children of a fork, below that of the VM that was forked, made with its limit.
+/// What the name of a store's group begins with.
+const TOP: &str = "ratoon-";
+
+/// The group below which all groups of the VMs are whose records are in `store`.
+fn top(store: &Path) -> Result<PathBuf, GroupError> {
+    let hash = blake3::hash(store.as_os_str().as_encoded_bytes()).to_hex();
+    Ok(own_group()?.join(format!("{TOP}{}", &hash[..16])))
+}
+
+/// The group for children of a fork, below that of the VM that was forked, made with its limit. `store` is where the
+/// records are.
 ///
 /// # Errors
 /// [`GroupError`].
 pub fn family(
+    store: &Path,
     parent: Option<&Group>,
     generation: &str,
     limits: Limits,
@@ -104,7 +117,7 @@ pub fn family(
     let above = match (parent, limits.any()) {
         (Some(parent), _) => parent.family.clone(),
         (None, false) => return Ok(None),
-        (None, true) => own_group()?.join("ratoon"),
+        (None, true) => top(store)?,
     };
     make(&above)?;
     let family = above.join(generation);
@@ -174,16 +187,21 @@ pub(crate) fn remove_empty(group: &Path) {
             break;
         }
         path = group.parent();
-        if group.ends_with("ratoon") {
+        if is_top(group) {
             break;
         }
     }
 }
 
-/// Removes groups of VMs that are not `known`: those that have gone with the command that had them.
-pub(crate) fn sweep(known: &dyn Fn(&str) -> bool) {
-    if let Ok(own) = own_group() {
-        sweep_below(&own.join("ratoon"), known);
+fn is_top(group: &Path) -> bool {
+    let name = group.file_name().unwrap_or_default();
+    name.as_encoded_bytes().starts_with(TOP.as_bytes())
+}
+
+/// Removes groups of VMs that have no record in `store`: those that have gone with the command that had them.
+pub(crate) fn sweep(store: &Path) {
+    if let Ok(top) = top(store) {
+        sweep_below(&top, &|id| store.join(id).exists());
     }
 }
 

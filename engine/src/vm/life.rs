@@ -259,6 +259,16 @@ pub fn kill(entry: &Entry) -> Result<Stopped, LifeError> {
     }
 }
 
+/// Tells the kernel to kill the processes of all of these, and waits for none: ending them one after the other then
+/// takes as long as the slowest, where many are busy. What cannot be killed is [`remove`]'s to tell.
+pub fn kill_all<'a>(entries: impl IntoIterator<Item = &'a Entry>) {
+    for entry in entries {
+        if let Ok(Some((process, _))) = live_process(entry) {
+            let _ = process.signal(Signal::KILL);
+        }
+    }
+}
+
 /// Removes a VM that has ended; with `force` any, broken ones among them.
 ///
 /// # Errors
@@ -294,7 +304,7 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
     for entry in left.committed {
         crate::commit::mend(store, &entry)?;
     }
-    super::cgroup::sweep(&|id| store.root().join(id).exists());
+    super::cgroup::sweep(store.root());
     Ok(())
 }
 
