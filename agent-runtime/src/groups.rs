@@ -7,6 +7,9 @@
 //!                        /0 /1 …   used again when they are empty: making one costs more than a lookup
 //! ```
 //!
+//! Shares of processors are not theirs: each client's process begins a session, and the kernel gives each session one
+//! share (CONFIG_SCHED_AUTOGROUP), and the runtime another.
+//!
 //! How it fails: without control groups (a test on the host, a kernel without them) there are none,
 //! and ending a process ends its process group.
 

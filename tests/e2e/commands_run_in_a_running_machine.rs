@@ -116,8 +116,16 @@ fn a_fork_bomb_is_ended_and_the_machine_goes_on() {
     let run = ["run", "-d", "--name", vm, "--memory", "256M"];
     ratoon.run(run).ok();
     let bomb = "bomb() { bomb | bomb & }; bomb; sleep 1000";
-    let done = ratoon.run(["exec", "--timeout", "5s", vm, "--", "bash", "-c", bomb]);
-    assert_eq!(done.code(), 124, "{:?}", done.status);
+    std::thread::scope(|scope| {
+        let bomb = ["exec", "--timeout", "15s", vm, "--", "bash", "-c", bomb];
+        let bomb = scope.spawn(|| ratoon.run(bomb));
+        while running_in(&ratoon, vm, "bomb") < 10 {}
+        let beside = ratoon.run(["exec", vm, "--", "echo", "beside"]);
+        assert_eq!(beside.ok().stdout, "beside\n");
+        assert!(!bomb.is_finished(), "it was asked while the bomb ran");
+        let done = bomb.join().expect("it is waited for");
+        assert_eq!(done.code(), 124, "{:?}", done.status);
+    });
     let fine = ratoon.run(["exec", vm, "--", "echo", "fine"]);
     assert_eq!(fine.ok().stdout, "fine\n");
     assert_eq!(running_in(&ratoon, vm, "bomb"), 0);
