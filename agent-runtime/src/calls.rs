@@ -150,15 +150,25 @@ impl Server {
             Call::Wake(params) => {
                 let awake = self.identity.wake(&params)?;
                 self.spawner.set_child(self.identity.child());
+                let thaw = params
+                    .thaw
+                    .then(|| system::Thaw::ready(self.identity.switch()));
+                let thaw = match thaw.transpose() {
+                    Ok(thaw) => thaw,
+                    Err(error) => {
+                        // It is not awake before its processes are.
+                        self.identity.wait_on();
+                        return Err(error);
+                    }
+                };
+                // Processes want the processor as soon as they are told something or go on: the client is not to
+                // wait for them.
+                self.sessions.reply_now(at, &awake);
                 self.contexts.reseed();
-                if params.thaw
-                    && let Err(error) = system::thaw_at_once(self.identity.switch())
-                {
-                    // It is not awake before its processes are.
+                if let Some(Err(error)) = thaw.map(system::Thaw::go) {
+                    eprintln!("ratoon-runtime: it is not awake: {}", error.message);
                     self.identity.wait_on();
-                    return Err(error);
                 }
-                self.sessions.reply(at, &awake);
             }
             Call::Whoami => {
                 let awake = self.identity.whoami();

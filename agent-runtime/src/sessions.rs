@@ -420,6 +420,18 @@ impl Sessions {
         self.with(at, |session| session.reply(at.call, value));
     }
 
+    /// As [`Sessions::reply`]; what the socket takes of it is sent at once.
+    pub fn reply_now<T: Serialize>(&mut self, at: CallRef, value: &T) {
+        self.reply(at, value);
+        if let Some(client) = self.clients.get_mut(&at.session)
+            && let Some(socket) = &mut client.socket
+        {
+            client.session.hurry();
+            // A lost connection is noticed when it is polled.
+            let _ = socket.flush(&mut client.session, Instant::now());
+        }
+    }
+
     /// See [`Session::fail`].
     pub fn fail(&mut self, at: CallRef, error: &ErrorReply) {
         self.with(at, |session| session.fail(at.call, error));

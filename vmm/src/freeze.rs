@@ -18,12 +18,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use ratoon_devices::virtio::mmio::MmioTransport;
 use ratoon_vmm_api::{
-    FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta, Outcome, VmState,
+    FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer, FrozenMeta, HostClass, Outcome, VmState,
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -33,6 +33,7 @@ use crate::machine::{Machine, Refused};
 use crate::memory::{self, Layer, MemoryError};
 use crate::pager::PagerError;
 use crate::state::{DeviceState, MachineState, StateError, VcpuState};
+use crate::stats::wait_until_asleep;
 
 /// So many files go with one message (the kernel's SCM_MAX_FD, less the two of the state).
 const MAX_LAYERS: usize = 251;
@@ -124,6 +125,10 @@ impl Machine {
         self.prepare_disks(request)?;
         // No lock is held meanwhile: the guest runs until it is at rest, and so may a merge.
         let wanted = is_wanted(&socket);
+        if wanted && *lock(&self.state) == VmState::Running {
+            // What it still does now would be done again by each child.
+            wait_until_asleep(&self.vcpu_stats, self.patience());
+        }
         let mut layers = lock(&self.layers);
         let frozen = match wanted {
             true => self.freeze_now(request, msrs, ahead, &mut layers),
@@ -153,6 +158,14 @@ impl Machine {
             source,
         })?;
         Ok(FreezeReply { pause_ns })
+    }
+
+    /// How long a guest at rest may take until it sleeps: the way of its runtime from the last answer to the next wait.
+    fn patience(&self) -> Duration {
+        match self.class {
+            HostClass::Emulated => Duration::from_millis(40),
+            HostClass::Hardware => Duration::from_millis(1),
+        }
     }
 
     /// The pause and its end; the state, and how long it took in nanoseconds.

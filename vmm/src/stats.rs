@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use ratoon_vmm_api::VcpuStats;
 use vmm_sys_util::ioctl::ioctl;
@@ -22,6 +23,12 @@ const DESC_LEN: usize = 16;
 /// More statistics, or longer names, than any kernel has: what a wrong header is refused by.
 const MAX_DESCRIPTORS: usize = 1024;
 const MAX_NAME_LEN: usize = 256;
+
+/// 1 while a vCPU has halted and nothing has woken it.
+const BLOCKING: &str = "blocking";
+/// A guest may sleep for a moment in the middle of its work: so many looks one after the other have to find it asleep.
+const LOOKS: u32 = 3;
+const LOOK_EVERY: Duration = Duration::from_micros(150);
 
 /// A reader of the counters of one VM or vCPU; its layout is read once.
 #[derive(Debug)]
@@ -47,6 +54,14 @@ impl StatsReader {
         Ok(Self { file, counters })
     }
 
+    /// One counter now, if it is there.
+    fn value(&self, name: &str) -> Option<u64> {
+        let (_, offset) = self.counters.iter().find(|(counter, _)| counter == name)?;
+        let mut value = [0; 8];
+        self.file.read_exact_at(&mut value, *offset).ok()?;
+        Some(u64::from_le_bytes(value))
+    }
+
     /// The counters now, by name. Histograms give their first bucket only.
     ///
     /// # Errors
@@ -59,6 +74,21 @@ impl StatsReader {
             stats.insert(name.clone(), u64::from_le_bytes(value));
         }
         Ok(stats)
+    }
+}
+
+/// Waits until all vCPUs sleep, as a guest does that has nothing to do, or until `patience` is over. Without such a
+/// counter it waits for nothing.
+pub(crate) fn wait_until_asleep(vcpus: &[StatsReader], patience: Duration) {
+    let end = Instant::now() + patience;
+    let mut asleep = 0;
+    while asleep < LOOKS && Instant::now() < end {
+        let mut counters = vcpus.iter().map(|vcpu| vcpu.value(BLOCKING));
+        match counters.all(|counter| counter.is_none_or(|value| value != 0)) {
+            true => asleep += 1,
+            false => asleep = 0,
+        }
+        std::thread::sleep(LOOK_EVERY);
     }
 }
 

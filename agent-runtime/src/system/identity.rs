@@ -5,9 +5,9 @@
 //! ```
 //!
 //! The steps of a wake: entropy, time, thaw of file systems (the next ones write to `/`), hostname,
-//! machine-id, a child's TCP connections, network, files of `/run/ratoon`; interpreters get new random
-//! numbers; processes go on last, here with `thaw` in the parameters and else by a call of its own. All
-//! parameters are checked before the first. What `expect_wake` could open ahead makes them cheap: see
+//! machine-id, a child's TCP connections, network, files of `/run/ratoon`; the answer; interpreters get new
+//! random numbers; processes go on last, here with `thaw` in the parameters and else by a call of its own.
+//! All parameters are checked before the first. What `expect_wake` could open ahead makes them cheap: see
 //! `prepared.rs`. The token is gone from here and from its file when `expect_wake` answers, so that no
 //! generation has one that is in use. How it fails: the message names the step; those before it are
 //! done, and a second wake does them again.

@@ -43,7 +43,7 @@ pub use metrics::metrics;
 pub use network::set_network;
 pub use ports::ports;
 pub use quiet::{
-    are_file_systems_frozen, are_processes_frozen, freeze, programs_wait, sync, thaw, thaw_at_once,
+    Thaw, are_file_systems_frozen, are_processes_frozen, freeze, programs_wait, sync, thaw,
 };
 pub use settings::{add_entropy, name_files, set_hostname, set_time};
 

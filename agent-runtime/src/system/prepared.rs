@@ -10,7 +10,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, open};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, open};
 use rustix::io::Errno;
 
 use super::{files, identity, quiet, settings};
@@ -40,6 +40,8 @@ impl Slot {
         // One byte more than there is: a file that grows is somebody's, and not prepared.
         let mut text = vec![0; len + 1];
         let read = rustix::io::pread(&file, &mut text, 0).ok()?;
+        // A new file in memory has no page yet. Elsewhere the write itself makes room.
+        let _ = rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 1);
         text.truncate(read);
         (read == len).then_some(Self { file, text })
     }
@@ -127,11 +129,11 @@ pub(super) struct Prepared {
     pub(super) switch: Option<OwnedFd>,
     /// Files of `/run/ratoon`.
     pub(super) directory: Option<Directory>,
-    /// Files of `/etc`, which is on the disk.
+    /// Files of `/etc`: in memory (see `etc.rs`), unless that failed at boot.
     pub(super) etc: Etc,
 }
 
-/// Files of `/etc`. Open ones would keep a disk from becoming read-only, so these are closed soon.
+/// Files of `/etc`. Where they are on the disk, open ones would keep it from becoming read-only, so they are closed soon.
 #[derive(Debug, Default)]
 pub(super) struct Etc {
     pub(super) machine_id: Option<Slot>,

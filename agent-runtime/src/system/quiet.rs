@@ -121,28 +121,45 @@ pub(super) fn thaw_for_wake() -> Result<(), ErrorReply> {
     thaw_root()
 }
 
-/// The switch of [`thaw_at_once`], opened ahead.
+/// The switch of [`Thaw`], opened ahead.
 pub(super) fn open_switch() -> Result<OwnedFd, ErrorReply> {
     open_file(Path::new(BASE), "cgroup.freeze", OFlags::WRONLY)
 }
 
-/// Lets processes go on, without a thread: the last step of a `wake`. `switch` is from `expect_wake`.
-///
-/// # Errors
-/// `busy` while a freeze or thaw is under way; the system's reason.
-pub fn thaw_at_once(switch: Option<BorrowedFd<'_>>) -> Result<(), ErrorReply> {
-    let _guard = alone()?;
-    if !are_processes_frozen() {
-        return Ok(());
+/// The last step of a `wake`, all but done: processes go on, without a thread.
+#[derive(Debug)]
+pub struct Thaw<'s> {
+    switch: Option<BorrowedFd<'s>>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl<'s> Thaw<'s> {
+    /// `switch` is from `expect_wake`.
+    ///
+    /// # Errors
+    /// `busy` while a freeze or thaw is under way.
+    pub fn ready(switch: Option<BorrowedFd<'s>>) -> Result<Self, ErrorReply> {
+        let _alone = alone()?;
+        Ok(Self { switch, _alone })
     }
-    match switch {
-        Some(switch) => {
-            rustix::io::write(switch, b"0").map_err(|error| failed("cgroup.freeze", error))?;
+
+    /// Lets them go on, if they do not.
+    ///
+    /// # Errors
+    /// The system's reason.
+    pub fn go(self) -> Result<(), ErrorReply> {
+        if !are_processes_frozen() {
+            return Ok(());
         }
-        None => go_on(Path::new(BASE))?,
+        match self.switch {
+            Some(switch) => {
+                rustix::io::write(switch, b"0").map_err(|error| failed("cgroup.freeze", error))?;
+            }
+            None => go_on(Path::new(BASE))?,
+        }
+        PROCESSES.store(false, Ordering::SeqCst);
+        Ok(())
     }
-    PROCESSES.store(false, Ordering::SeqCst);
-    Ok(())
 }
 
 /// Nobody else freezes or thaws; never waits.
@@ -347,6 +364,6 @@ mod tests {
     #[test]
     fn a_wake_with_nothing_frozen_has_nothing_to_thaw() {
         assert_eq!(thaw_for_wake(), Ok(()));
-        assert_eq!(thaw_at_once(None), Ok(()));
+        assert_eq!(Thaw::ready(None).and_then(Thaw::go), Ok(()));
     }
 }
