@@ -104,7 +104,15 @@ impl Engine {
         };
         let parent = parent.map(|it| it.id.as_str());
         let name = self.store().succeed(&child.dir, parent, replaces)?;
-        end_all(self.store(), &vms)?;
+        if let Err(error) = end_all(self.store(), &vms) {
+            // This process may live on: the next command is to do the rest all the same.
+            let _ = self.store().update(&child.dir, |record| {
+                if let Some(replaces) = &mut record.replaces {
+                    replaces.by = None;
+                }
+            });
+            return Err(error.into());
+        }
         if let Some(name) = &name {
             call_it(&child.dir, &hostname(Some(name), &id), GUEST_TIMEOUT);
         }

@@ -99,7 +99,7 @@ pub(crate) fn fan_out<E: Each>(
     let mut missing = count;
     while missing > 0 {
         let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) || is_readable(cancel) {
+        if left.is_some_and(|left| left.is_zero()) || cancel.is_some_and(is_readable) {
             break;
         }
         match inbox.recv_timeout(left.unwrap_or(LOOK).min(LOOK)) {
@@ -118,10 +118,8 @@ pub(crate) fn fan_out<E: Each>(
     Ok(results)
 }
 
-fn is_readable(fd: Option<BorrowedFd<'_>>) -> bool {
-    let Some(fd) = fd else {
-        return false;
-    };
+/// Whether there is something to read, or an end.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
@@ -138,7 +136,9 @@ impl<E: Each> Work<E> {
         {
             let report = match step {
                 Step::Start(index) => match self.each.start(index, self.enough.as_fd()) {
-                    Ok(item) if self.one_by_one => self.finish(index, item),
+                    Ok(item) if self.one_by_one && !self.over.load(Ordering::Acquire) => {
+                        self.finish(index, item)
+                    }
                     Ok(item) => {
                         self.queue().started.push_back((index, item));
                         continue;

@@ -18,7 +18,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ratoon_vmm_api::NetConfig;
+use ratoon_vmm_api::{FrozenDisk, NetConfig};
 
 use self::children::{Children, Source, Stored, hold, start_from};
 pub use self::error::{ChildError, ForkError};
@@ -253,10 +253,11 @@ impl Engine {
                     what: "a thread to make children's records",
                     source,
                 })?;
-            freeze::freeze_and(dir, client, &id, |generation, before| {
+            // A VM that has gone meanwhile has no use for it.
+            let note = |disks: &[FrozenDisk]| drop(self.went_on(dir, disks));
+            freeze::freeze_and(dir, client, &id, note, |generation, before| {
                 let pause = generation.pause;
                 let stopped = generation.asked.saturating_duration_since(begun);
-                let disks = generation.disks.clone();
                 let mut children = joined(preparing)?;
                 // Others may have been at work on it before it was ours alone.
                 let now = dir.read_record()?;
@@ -265,19 +266,7 @@ impl Engine {
                 }
                 children.go_on_from(start_from(dir, &now, &id, generation), &before);
                 drop(before);
-                let children = std::thread::scope(|scope| {
-                    let went_on = || {
-                        // As its wake: it would take a processor from those who start.
-                        std::thread::sleep(freeze::HEAD_START);
-                        // A VM that has gone meanwhile has no use for it.
-                        drop(self.went_on(dir, &disks));
-                    };
-                    let beside = std::thread::Builder::new().spawn_scoped(scope, went_on);
-                    if beside.is_err() {
-                        went_on();
-                    }
-                    self.start_all(children, spec, begun, cancel)
-                })?;
+                let children = self.start_all(children, spec, begun, cancel)?;
                 Ok::<_, ForkError>((pause, stopped, children))
             })?
         })?;

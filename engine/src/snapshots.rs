@@ -23,6 +23,7 @@ use ratoon_snapshot::{
 use ratoon_vmm_api::{FrozenDisk, GenerationConfig, NetConfig};
 
 use crate::engine::{Engine, StartError, Started, absolute, image_command};
+use crate::fan_out::is_readable;
 use crate::image::{self, Image};
 use crate::lineage::{self, Base, Layered, ROOT};
 use crate::pager::{self, PagerError};
@@ -243,12 +244,12 @@ impl Engine {
             path: dir.path().to_owned(),
             source,
         })?;
-        // Nobody else freezes it or puts it back before the record says where it goes on.
-        let frozen = freeze::freeze_and(dir, client, &freeze::machine_id()?, |generation, _| {
-            let record = self.went_on(dir, &generation.disks)?;
-            Ok::<_, StoreError>((generation, record))
-        })?;
-        let (generation, record) = frozen.map_err(LaunchError::from)?;
+        let mut record = None;
+        let note = |disks: &[FrozenDisk]| record = Some(self.went_on(dir, disks));
+        let id = freeze::machine_id()?;
+        let generation = freeze::freeze_and(dir, client, &id, note, |generation, _| generation)?;
+        let record = record.unwrap_or_else(|| self.went_on(dir, &generation.disks));
+        let record = record.map_err(LaunchError::from)?;
         let pause = generation.pause;
         let (memory_layers, disk_layers) = generation.depth(ROOT);
         let taken = Ancestor {
@@ -317,7 +318,8 @@ impl Engine {
         let (image, plan) = self.plan_restore(store, snapshot, spec)?;
         let plan = self.with_pager(store, snapshot, plan)?;
         working_set::read_ahead(snapshot);
-        let turn = WAKES.take();
+        let enough = || cancel.is_some_and(is_readable);
+        let turn = WAKES.take(enough).ok_or(LaunchError::Cancelled)?;
         let mut vm = launch(self.store(), &plan, cancel)?;
         if let Some(shells) = self.shells() {
             shells.refill();

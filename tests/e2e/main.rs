@@ -107,8 +107,12 @@ fn main() {
     let soak = |trial: Trial| trial.with_ignored_flag(kvm.is_err() || !soaks);
     trials.splice(..0, soak::trials().into_iter().map(soak));
     let conclusion = libtest_mimic::run(&arguments, trials);
-    shared::end();
+    // It may find that something is left, and says so; the rest is cleaned up all the same.
+    let ended = std::panic::catch_unwind(shared::end);
     ratoon_tests::cache::end();
     times::tell();
+    if let Err(panic) = ended {
+        std::panic::resume_unwind(panic);
+    }
     conclusion.exit();
 }

@@ -29,7 +29,7 @@ const WARM_UP: &str = "cd /usr/bin; \
     python3 -c 'import errno, hashlib, json, random, secrets, signal, socket, uuid'";
 
 static OWN: OnceLock<TempDir> = OnceLock::new();
-static PYTHON: OnceLock<()> = OnceLock::new();
+static PYTHON: OnceLock<Result<(), String>> = OnceLock::new();
 
 /// The user's cache of kernels and images.
 pub fn users() -> PathBuf {
@@ -64,11 +64,19 @@ pub fn with_python() {
     if std::env::var_os(SHARED).is_some() {
         return;
     }
-    PYTHON.get_or_init(|| {
+    let made = PYTHON.get_or_init(|| {
         let args = ["image", "warm", "debian", "--memory", "256M"];
         let args = args.iter().chain(&["--exec", WARM_UP]);
-        Ratoon::new().run(args).ok();
+        let done = Ratoon::new().run(args);
+        // Tried once: the others need not wait for the same.
+        match done.status.success() {
+            true => Ok(()),
+            false => Err(format!("{done:?}")),
+        }
     });
+    if let Err(why) = made {
+        panic!("there is no generation with Python: {why}");
+    }
 }
 
 /// Another one like it, without any warm generation.

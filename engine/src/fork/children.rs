@@ -204,7 +204,8 @@ impl Children {
         if let Some(child) = &mut waking.child {
             child.message.clone_from(&self.message);
         }
-        let turn = WAKES.take();
+        // The fork's own deadline and cancel are its caller's to watch.
+        let turn = WAKES.take(|| false);
         freeze::wake(&mut client, &waking)?;
         drop(turn);
         vm.awake().map_err(LaunchError::from)?;

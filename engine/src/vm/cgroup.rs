@@ -121,12 +121,18 @@ pub fn family(
     };
     make(&above)?;
     let family = above.join(generation);
-    make(&family)?;
+    make_family(&family, limits)?;
+    Ok(Some(family))
+}
+
+fn make_family(family: &Path, limits: Limits) -> Result<(), GroupError> {
+    family.parent().map_or(Ok(()), make)?;
+    make(family)?;
     if let Some(bytes) = limits.tree {
-        let path = family.join(files(&family).limit);
+        let path = family.join(files(family).limit);
         write(&path, &bytes.to_string())?;
     }
-    Ok(Some(family))
+    Ok(())
 }
 
 impl Group {
@@ -144,6 +150,8 @@ impl Group {
     /// # Errors
     /// [`GroupError`].
     pub fn take_in(&self, pid: u32) -> Result<(), GroupError> {
+        // A family that waited long for its first VM may have been swept.
+        make_family(&self.family, self.limits)?;
         make(&self.own)?;
         if let Some(bytes) = self.limits.child {
             let path = self.own.join(files(&self.own).limit);

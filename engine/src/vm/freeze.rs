@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use ratoon_client::RuntimeError;
 use ratoon_protocol::{Awake, Call, FreezeParams, NetworkSet, Wake};
+use ratoon_vmm_api::FrozenDisk;
 
 use super::control::ControlError;
 use super::record::{Record, VmDir};
@@ -28,7 +29,7 @@ use crate::runtime::RuntimeClient;
 /// How long the guest may take to stop or wake its processes.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the frozen VM waits with its wake, at most, for what is started first.
-pub(crate) const HEAD_START: Duration = Duration::from_millis(10);
+const HEAD_START: Duration = Duration::from_millis(10);
 
 /// Why a VM could not be frozen, or a child not woken.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +83,7 @@ pub fn freeze(
     client: &mut RuntimeClient,
     generation: &str,
 ) -> Result<Generation, FreezeError> {
-    freeze_and(dir, client, generation, |frozen, _| frozen)
+    freeze_and(dir, client, generation, |_| {}, |frozen, _| frozen)
 }
 
 /// The frozen VM is woken when all of these are dropped, or 10 ms after the freeze: its guest would take a
@@ -92,7 +93,8 @@ pub struct Before {
     _wake: mpsc::Sender<()>,
 }
 
-/// As [`freeze`]; what is to be done with the generation begins before the VM is woken.
+/// As [`freeze`]; what is to be done with the generation begins before the VM is woken. `note` is told with which disks
+/// the VM goes on, while nobody else can freeze it or put it back.
 ///
 /// # Errors
 /// [`FreezeError`]; the VM goes on, unless it is that which failed.
@@ -100,6 +102,7 @@ pub fn freeze_and<T>(
     dir: &VmDir,
     client: &mut RuntimeClient,
     generation: &str,
+    note: impl FnOnce(&[FrozenDisk]) + Send,
     then: impl FnOnce(Generation, Before) -> T,
 ) -> Result<T, FreezeError> {
     // Nobody else until the wake.
@@ -131,11 +134,16 @@ pub fn freeze_and<T>(
         .and_then(|()| taking.go());
     let (before, wait) = mpsc::channel();
     let before = Before { _wake: before };
-    let mut standstill = Some(standstill);
+    let disks = frozen.as_ref().ok().map(|frozen| frozen.disks.clone());
+    let mut once = Some((standstill, note));
     let mut go_on = || {
         // Whether it was frozen or not, it goes on as itself.
         let woken = wake(client, &Waking::itself(dir, generation));
-        if let (Ok(_), Some(standstill)) = (&woken, standstill.take()) {
+        let (standstill, note) = once.take().unzip();
+        if let (Some(note), Some(disks)) = (note, &disks) {
+            note(disks);
+        }
+        if let (Ok(_), Some(standstill)) = (&woken, standstill) {
             standstill.over();
         }
         woken

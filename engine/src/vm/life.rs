@@ -302,7 +302,10 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
         store.remove(&entry.dir)?;
     }
     for entry in left.committed {
-        crate::commit::mend(store, &entry)?;
+        // Who cannot be ended now is no reason to refuse all commands.
+        if let Err(error) = crate::commit::mend(store, &entry) {
+            tracing::warn!(%error, "a commit cannot be finished yet");
+        }
     }
     super::cgroup::sweep(store.root());
     Ok(())

@@ -23,7 +23,7 @@ use crate::runtime::{RuntimeClient, RuntimeError};
 /// How often a wait looks whether the other process has finished.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long a runtime may go on with what it was told by the process that was killed.
-const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(40);
 /// How often it is asked meanwhile.
 const ASK: Duration = Duration::from_millis(100);
 /// How long [`mend_idle`] may take for one VM.

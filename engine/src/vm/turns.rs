@@ -5,9 +5,12 @@
 //! (docs/host-without-vt.md).
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// So many at a time for each processor: one of them may wait for its disk.
 const EACH: usize = 2;
+/// How often who waits looks whether his caller has had enough.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// So many guests are busy at a time.
 pub(crate) fn at_once() -> usize {
@@ -36,19 +39,22 @@ impl Turns {
         }
     }
 
-    /// Waits for one.
-    pub(crate) fn take(&self) -> Turn<'_> {
-        self.take_of(at_once())
+    /// Waits for one. `None`: the caller has had `enough`.
+    pub(crate) fn take(&self, enough: impl Fn() -> bool) -> Option<Turn<'_>> {
+        self.take_of(at_once(), enough)
     }
 
-    fn take_of(&self, most: usize) -> Turn<'_> {
+    fn take_of(&self, most: usize, enough: impl Fn() -> bool) -> Option<Turn<'_>> {
         let mut taken = self.taken();
         while *taken >= most {
-            let freed = self.freed.wait(taken);
-            taken = freed.unwrap_or_else(PoisonError::into_inner);
+            if enough() {
+                return None;
+            }
+            let freed = self.freed.wait_timeout(taken, LOOK);
+            (taken, _) = freed.unwrap_or_else(PoisonError::into_inner);
         }
         *taken += 1;
-        Turn(self)
+        Some(Turn(self))
     }
 
     fn taken(&self) -> MutexGuard<'_, usize> {
@@ -80,7 +86,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..16 {
                 scope.spawn(|| {
-                    let _turn = turns.take_of(3);
+                    let _turn = turns.take_of(3, || false);
                     most.fetch_max(at_once.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     std::thread::yield_now();
                     at_once.fetch_sub(1, Ordering::SeqCst);
@@ -89,6 +95,10 @@ mod tests {
             }
         });
         assert!(most.into_inner() <= 3);
+        let turn = turns.take_of(1, || false);
+        assert!(turns.take_of(1, || true).is_none(), "it was waited for");
+        drop(turn);
+        assert!(turns.take_of(1, || true).is_some());
         assert_eq!(done.into_inner(), 16);
     }
 }

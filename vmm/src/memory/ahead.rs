@@ -5,8 +5,8 @@
 //! again.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use ratoon_vmm_api::Run;
@@ -76,10 +76,28 @@ pub fn ahead(memory: &GuestMemoryMmap) -> Result<Ahead, MemoryError> {
 /// A run of memory at `address` into the file. The kernel reads it: what the guest writes meanwhile tears a page at most,
 /// which is copied again.
 fn copy(file: &File, address: usize, run: Run) -> Result<(), MemoryError> {
-    // SAFETY: the run is mapped guest memory. Nothing here reads the bytes, only the kernel does.
-    let bytes = unsafe { std::slice::from_raw_parts(address as *const u8, run.len as usize) };
-    file.write_all_at(bytes, run.offset)
-        .map_err(failed("copy what was written"))
+    let mut done = 0;
+    while done < run.len {
+        let from = (address as u64 + done) as *const libc::c_void;
+        let (len, at) = (
+            (run.len - done) as usize,
+            (run.offset + done) as libc::off_t,
+        );
+        // SAFETY: the run is mapped guest memory, which only the kernel reads here: a reference into it could not be had,
+        // as the guest may write it.
+        let written = unsafe { libc::pwrite(file.as_raw_fd(), from, len, at) };
+        match written {
+            0 => return Err(failed("copy what was written")(ErrorKind::WriteZero.into())),
+            1.. => done += written as u64,
+            _ => {
+                let error = std::io::Error::last_os_error();
+                if error.kind() != ErrorKind::Interrupted {
+                    return Err(failed("copy what was written")(error));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Mapping {
@@ -125,10 +143,13 @@ impl Ahead {
     /// When there is no memory for what had not been copied.
     pub(super) fn complete(&self, address: usize, run: Run) -> Result<(), MemoryError> {
         let address_of = |part: &Run| address + (part.offset - run.offset) as usize;
-        for part in minus(&[run], &self.copied) {
+        // There may be many thousands, and this is in the pause.
+        let before = |it: &Run| it.offset + it.len <= run.offset;
+        let near = &self.copied[self.copied.partition_point(before)..];
+        for part in minus(&[run], near) {
             copy(&self.file, address_of(&part), part)?;
         }
-        for part in both(&[run], &self.copied) {
+        for part in both(&[run], near) {
             let len = part.len as usize;
             // SAFETY: the part is mapped guest memory that nobody writes now, and mapped here too, from a file that
             // nobody else has; the one is not the other.
@@ -172,6 +193,8 @@ impl Ahead {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::{Bytes, GuestAddress};
 
     use super::super::freeze::{again, first};
