@@ -121,7 +121,8 @@ pub struct Task {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
-    /// Hold at the next turn boundary.
+    /// Hold at the next turn boundary. One that is held already says [`AgentEvent::Held`] again: who asks may be
+    /// another than who was told.
     Hold,
     /// Go on.
     Go(Box<Go>),
