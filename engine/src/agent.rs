@@ -208,6 +208,12 @@ impl Runs {
         }
     }
 
+    /// Removes a run that came to nothing.
+    pub fn forget(&self, id: &str) {
+        // What stays is a folder without a record, which nobody lists.
+        let _ = std::fs::remove_dir_all(self.folder(id));
+    }
+
     /// A run's folder.
     pub fn folder(&self, id: &str) -> PathBuf {
         self.0.join(id)

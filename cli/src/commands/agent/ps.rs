@@ -64,10 +64,15 @@ fn told(engine: &Engine, run: Run) -> Told {
 }
 
 /// What a branch does, or how it ended.
-fn state(branch: &Branch, machines: &BTreeMap<String, Status>) -> String {
+fn state(run: &Run, branch: &Branch, machines: &BTreeMap<String, Status>) -> String {
+    let was_forked = run
+        .branches
+        .iter()
+        .any(|it| it.parent.as_ref() == Some(&branch.name));
     match (branch.ending, machines.get(&branch.name)) {
         (Some(ending), _) => show::word(ending).to_owned(),
         (None, Some(status)) => status.to_string(),
+        (None, None) if was_forked => "forked".into(),
         (None, None) => "gone".into(),
     }
 }
@@ -82,7 +87,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     }
     let row = |told: &Told| {
         let states = told.run.branches.iter();
-        let states: Vec<_> = states.map(|branch| state(branch, &told.machines)).collect();
+        let states: Vec<_> = states
+            .map(|branch| state(&told.run, branch, &told.machines))
+            .collect();
         let mut prompt: String = show::clean(&told.run.prompt).chars().take(40).collect();
         if prompt.len() < told.run.prompt.len() {
             prompt.push('…');
@@ -136,7 +143,7 @@ fn below(
             steer.truncate(end);
             steer.push('…');
         }
-        let mut status = state(branch, &told.machines);
+        let mut status = state(&told.run, branch, &told.machines);
         if branch.kept {
             status.push_str(", kept");
         }

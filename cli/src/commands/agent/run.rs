@@ -168,8 +168,12 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     File::open(program).map_err(|error| work::missing_program(program, &error))?;
     let stop = Stop::listen()?;
     engine.bridge().ensure(&config, &keys)?;
-    let begun = begin(engine, args, (&config, &keys), &chosen, &stop);
+    let id = engine.runs().begin()?;
+    let profile = profile(args.profile, chosen.wire);
+    let run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    let begun = begin(engine, args, (&config, &keys), &chosen, &stop, run);
     if begun.is_err() {
+        engine.runs().forget(&id);
         // The machine is gone: it may have been the last.
         engine.bridge().sweep();
     }
@@ -184,11 +188,9 @@ fn begin(
     bridge: (&BridgeConfig, &Keys),
     chosen: &Chosen,
     stop: &Stop,
+    mut run: Run,
 ) -> Result<Begun, Failure> {
     let runs = engine.runs();
-    let profile = profile(args.profile, chosen.wire);
-    let id = runs.begin()?;
-    let mut run = Run::new(id, args.task.clone(), args.model.clone(), profile);
     run.config.clone_from(&bridge.0.path);
     run.records.clone_from(&bridge.0.records);
     let base = base(engine, &run.id, args.dir.as_deref())?;
