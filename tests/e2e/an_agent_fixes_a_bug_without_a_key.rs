@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ratoon_scripted_model::{Script, Server, Turn};
@@ -315,7 +315,40 @@ fn the_key_is_in_no_file_and_in_no_machine() {
         Turn::tool("bash", json!({"command": look})).at(0),
         Turn::text("Nothing here.").at(1),
     ]);
-    let done = scene.done(&["--keep", "--json"]).ok();
+    // By descriptor this time.
+    let config = scene.read("bridge.json");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["providers"][0]["key"] = json!({"fd": 3});
+    fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
+    let run = scene.run(&["--keep", "--json"]);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "exec 3< \"$0\"; exec \"$@\""])
+        .arg(scene.path("key"))
+        .arg(run.get_program())
+        .args(run.get_args())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    for (name, value) in run.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let done = finish(command.spawn().expect("a shell")).ok();
+    let processes = scene.ratoon.processes();
+    assert!(
+        processes.len() >= 2,
+        "the bridge and the machine: {processes:?}"
+    );
+    for pid in processes {
+        let open = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        let open = open
+            .flatten()
+            .filter_map(|fd| fs::read_link(fd.path()).ok());
+        let open: Vec<_> = open.collect();
+        assert!(!open.contains(&scene.path("key")), "{pid} has {open:?}");
+    }
     // A snapshot of it: its memory, its disk.
     scene.ratoon.run(["snapshot", "box", "after"]).ok();
     for text in [&done.stdout, &done.stderr] {

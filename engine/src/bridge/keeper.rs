@@ -40,7 +40,7 @@ impl Keeper {
             let mut failed = false;
             while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
                 if bridge.running().is_none() {
-                    match bridge.ensure(&config, &keys) {
+                    match bridge.ensure_any(&config, &keys) {
                         Ok(()) => tell("the bridge had ended, and was started again".into()),
                         // Told once; it is tried again.
                         Err(error) if !failed => {

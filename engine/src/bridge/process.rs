@@ -34,6 +34,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(10);
 /// How long it may take to answer. Removing a VM waits for its calls' ends.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long, for a command that is about something else, or while a VM stands still.
+pub(super) const BRIEF: Duration = Duration::from_secs(3);
 /// How long it may take to end when it is told to.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// One without a VM for so long after its start was started by a command that was killed then.
@@ -84,6 +86,18 @@ impl Bridge {
     /// The process, if it runs.
     pub fn running(&self) -> Option<Running> {
         running(&self.folder)
+    }
+
+    /// Makes sure that one runs: the one that is there, whatever its configuration, or one with this.
+    ///
+    /// # Errors
+    /// [`BridgeError`].
+    pub fn ensure_any(&self, config: &BridgeConfig, keys: &Keys) -> Result<(), BridgeError> {
+        let _lock = self.lock()?;
+        match self.running() {
+            Some(_) => Ok(()),
+            None => self.ensure_locked(config, keys),
+        }
     }
 
     /// Makes sure that it runs with this configuration.
@@ -331,7 +345,7 @@ pub(crate) fn sweep(folder: &Path, store: &Store, if_idle: bool) {
         // A VM that lives needs another bridge: the next `ratoon agent` command starts it.
         return;
     }
-    let Ok(mut client) = Client::connect(&folder.join("control.sock"), CALL_TIMEOUT) else {
+    let Ok(mut client) = Client::connect(&folder.join("control.sock"), BRIEF) else {
         return;
     };
     let Ok(mut left) = vms_of(&mut client) else {

@@ -18,7 +18,7 @@ use ratoon_bridge_api::control::{
 use ratoon_protocol::{BRIDGE_PORT, Call, FileRemove, FileWrite, Transferred};
 use serde::{Deserialize, Serialize};
 
-use super::process::{CALL_TIMEOUT, strange, sweep};
+use super::process::{BRIEF, CALL_TIMEOUT, strange, sweep};
 use super::{BridgeError, io, write_json};
 use crate::runtime::{CallIo, RuntimeClient, RuntimeError};
 use crate::vm::record::VmDir;
@@ -162,7 +162,7 @@ pub fn write_token(client: &mut RuntimeClient, token: &Token) -> Result<(), Runt
 /// no models, or there is no bridge (who starts another one gives it a token).
 pub(crate) fn token_for(dir: &VmDir) -> Option<String> {
     let vm = AgentVm::read(dir)?;
-    let minted = Client::connect(&vm.control, CALL_TIMEOUT)
+    let minted = Client::connect(&vm.control, BRIEF)
         .map_err(BridgeError::from)
         .and_then(|mut client| mint(&mut client, &dir.id(), true));
     match minted {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ratoon_engine::Engine;
 use ratoon_engine::bridge::Keeper;
-use ratoon_protocol::{Go, Order};
+use ratoon_protocol::{AgentEvent, Go, Order};
 
 use super::finish::{Finish, Watch};
 use super::session::{Agent, Heard};
@@ -26,7 +26,7 @@ pub struct Args {
     /// Which branch, when several run.
     #[arg(long)]
     branch: Option<String>,
-    /// Let it go on, if it is held.
+    /// Let it go on, if it is held; with --steer also if it is not, from the next turn boundary.
     #[arg(long)]
     go: bool,
     /// With --go: words to it before its next step.
@@ -57,16 +57,21 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         )));
     };
     let bridge = engine.bridge();
-    bridge.ensure(&config, &keys)?;
+    bridge.ensure_any(&config, &keys)?;
     bridge.renew_token(&entry.dir)?;
     let stop = Stop::listen()?;
     let mut client = guest::connect(&entry)?;
     let mut agent = Agent::of(pid)?;
-    if args.go {
-        agent.orders.say(&Order::Go(Box::new(Go {
+    let orders = agent.orders.clone();
+    let mut go = args.go.then(|| {
+        Order::Go(Box::new(Go {
             steer: args.steer.clone(),
             ..Go::default()
-        })))?;
+        }))
+    });
+    if go.is_some() {
+        // It says then that it is held, whoever has heard so before.
+        orders.say(&Order::Hold)?;
     }
     stop.agent(agent.orders.clone(), client.controller());
     let keeper = Keeper::start(
@@ -78,8 +83,16 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     )?;
     let mut watch = Watch::new(args.json);
     let left = agent.attach(&mut client, &mut |heard| {
-        if let Heard::Event(event) = heard {
-            watch.event(event);
+        let Heard::Event(event) = heard else {
+            return true;
+        };
+        match (event, go.take()) {
+            // It cannot fail while we have the other end.
+            (AgentEvent::Held { .. }, Some(go)) => drop(orders.say(&go)),
+            (event, still) => {
+                go = still;
+                watch.event(event);
+            }
         }
         true
     });

@@ -29,6 +29,7 @@ use super::outcome::{Outcome, best, code, tell_all};
 use super::score::score;
 use super::session::{Agent, Heard, Left};
 use super::show::{self, Show};
+use super::steer;
 use super::stop::{Stop, Stopped};
 use super::work::Work;
 use crate::failure::Failure;
@@ -37,9 +38,6 @@ use crate::{guest, units};
 
 /// The most children: each has a machine, a thread and a connection here.
 const MOST: u32 = 64;
-/// Between what is said to one child and to the next.
-const SEPARATOR: &str = "---";
-
 /// Fork an agent between two of its steps: children that go on from the same machine and conversation.
 ///
 /// Each has a branch of the run, a share of what is left of the budget, a seed of its own, and words to it if
@@ -114,12 +112,12 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         (None, Some(_)) => Keep::Best,
         (None, None) => Keep::All,
     };
-    let steers = steers(args)?;
+    let steers = steer::steers(args.steer.as_deref(), args.count as usize)?;
     let run = super::find(engine, &args.run)?;
     let (config, keys) = super::config_of(&run)?;
     let (branch, entry) = super::live_branch(engine, &run, args.branch.as_deref())?;
     let bridge = engine.bridge();
-    bridge.ensure(&config, &keys)?;
+    bridge.ensure_any(&config, &keys)?;
     let note = AgentVm::read(&entry.dir).ok_or_else(|| {
         Failure::new(format!(
             "machine {} is not known to the bridge",
@@ -139,12 +137,21 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         })),
         ..ForkSpec::new(args.count)
     };
+    // Before there are any: a name that the bridge has heard once is not to be given again.
+    let new = names.iter().zip(&steers).map(|(name, steer)| Branch {
+        name: name.clone(),
+        parent: Some(branch.name.clone()),
+        steer: steer.clone(),
+        ..Branch::default()
+    });
+    engine
+        .runs()
+        .update(&run.id, |run| run.branches.extend(new))?;
     let spinner = Spinner::start(format!("forking {}", branch.name));
     let forked = engine.fork(&entry.dir, &spec, Some(stop.cancel()))?;
     drop(spinner);
     let mut outcomes = Vec::new();
     let mut children = Vec::new();
-    let mut new = Vec::new();
     for ((name, steer), vm) in names.iter().zip(steers).zip(forked.children) {
         let mut outcome = Outcome {
             branch: name.clone(),
@@ -160,13 +167,6 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         match begun {
             Ok((dir, agent, client)) => {
                 outcome.vm = Some(dir.id());
-                new.push(Branch {
-                    name: name.clone(),
-                    parent: Some(branch.name.clone()),
-                    vm: dir.id(),
-                    steer: steer.clone(),
-                    ..Branch::default()
-                });
                 children.push(Child {
                     branch: name.clone(),
                     steer,
@@ -179,9 +179,13 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         }
         outcomes.push(outcome);
     }
-    engine
-        .runs()
-        .update(&run.id, |run| run.branches.extend(new))?;
+    engine.runs().update(&run.id, |run| {
+        for child in &children {
+            if let Some(branch) = run.branch_mut(&child.branch) {
+                branch.vm = child.dir.id();
+            }
+        }
+    })?;
     let mut dirs: Vec<VmDir> = children.iter().map(|child| child.dir.clone()).collect();
     dirs.push(entry.dir.clone());
     let tell = |text| eprintln!("note: {text}");
@@ -235,43 +239,6 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         work.deliver((engine, &run), args.patch.as_deref(), args.apply, true)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// What is said to each child.
-fn steers(args: &Args) -> Result<Vec<Option<String>>, Failure> {
-    let count = args.count as usize;
-    let Some(path) = &args.steer else {
-        return Ok(vec![None; count]);
-    };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| Failure::new(format!("reading {}: {error}", path.display())).code(2))?;
-    sections(&text, count).map_err(|found| {
-        Failure::new(format!(
-            "{} has {found} sections for {count} children: give one for each, or one for all",
-            path.display()
-        ))
-        .code(2)
-    })
-}
-
-/// The sections of a text, one for each; how many there are if that is not so.
-fn sections(text: &str, count: usize) -> Result<Vec<Option<String>>, usize> {
-    let mut all = vec![String::new()];
-    for line in text.lines() {
-        match all.last_mut() {
-            Some(last) if line.trim_end() != SEPARATOR => {
-                last.push_str(line);
-                last.push('\n');
-            }
-            _ => all.push(String::new()),
-        }
-    }
-    let words = |text: &String| Some(text.trim().to_owned()).filter(|text| !text.is_empty());
-    match all.as_slice() {
-        [one] => Ok(vec![words(one); count]),
-        all if all.len() == count => Ok(all.iter().map(words).collect()),
-        all => Err(all.len()),
-    }
 }
 
 /// Takes the agent over and waits until it holds.
@@ -463,18 +430,6 @@ mod tests {
     use ratoon_bridge_api::amount::Amount;
 
     use super::*;
-
-    #[test]
-    fn steering_is_for_each_or_for_all() {
-        let all = sections("be bold\n", 3).unwrap();
-        assert_eq!(all, vec![Some("be bold".to_owned()); 3]);
-        let each = sections("one\n---\n\n---\nthree\nlines\n", 3).unwrap();
-        assert_eq!(
-            each,
-            [Some("one".into()), None, Some("three\nlines".into())]
-        );
-        assert_eq!(sections("one\n---\ntwo", 3), Err(2));
-    }
 
     #[test]
     fn children_share_what_is_left() {

@@ -13,6 +13,7 @@ mod run;
 mod score;
 mod session;
 mod show;
+mod steer;
 mod stop;
 mod tree;
 mod work;
