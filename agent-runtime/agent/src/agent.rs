@@ -239,7 +239,7 @@ impl Agent {
                 format!("the limit of {steps} steps is reached"),
             ));
         }
-        if clock::now() >= self.until() {
+        if self.left().is_zero() {
             return Err(self.time());
         }
         Ok(())
@@ -291,14 +291,20 @@ impl Agent {
         });
     }
 
-    /// When the run's time is over, if nothing holds it.
-    fn until(&self) -> Moment {
+    /// What the run has left of its time.
+    fn left(&self) -> Duration {
         let limits = &self.task.limits;
-        let now = clock::now();
-        let wall = Duration::from_millis(limits.wall_ms)
-            .saturating_sub(now.saturating_sub(self.started).saturating_sub(self.held));
+        let gone = clock::now()
+            .saturating_sub(self.started)
+            .saturating_sub(self.held);
+        let wall = Duration::from_millis(limits.wall_ms).saturating_sub(gone);
         let working = Duration::from_millis(limits.working_ms).saturating_sub(self.working);
-        now.saturating_add(wall.min(working))
+        wall.min(working)
+    }
+
+    /// When its time is over.
+    fn until(&self) -> Moment {
+        clock::now().saturating_add(self.left())
     }
 
     fn time(&self) -> Ended {
@@ -492,7 +498,7 @@ impl Agent {
             };
             return Some((ending, finish.summary));
         }
-        (clock::now() >= self.until()).then(|| self.time())
+        self.left().is_zero().then(|| self.time())
     }
 
     /// Gives each call a result without running it.

@@ -200,7 +200,7 @@ fn each_limit_has_its_ending() {
     };
     let done = host.whole(&limited(&host, limits));
     assert_eq!(done.ending, Ending::Time);
-    assert!(done.steps <= 3);
+    assert!(done.steps <= 3, "{done:#?}");
 
     let host = Host::start([
         bash("echo a; sleep 100"),
@@ -260,9 +260,11 @@ fn an_endless_answer_ends_with_the_runs_time() {
         wall_ms: 1000,
         ..AgentLimits::default()
     };
+    let mut task = limited(&host, limits);
+    task.wire = Wire::Chat;
     let began = Instant::now();
-    let done = host.whole(&limited(&host, limits));
-    assert_eq!(done.ending, Ending::Time);
+    let done = host.whole(&task);
+    assert_eq!(done.ending, Ending::Time, "{}", done.text);
     assert!(began.elapsed() < Duration::from_secs(10));
 }
 
