@@ -259,7 +259,8 @@ impl Agent {
                     self.go(*go);
                     return Ok(());
                 }
-                Some(Order::Hold) => {}
+                // Another client of the host's may not have seen the first one.
+                Some(Order::Hold) => self.events.say(&AgentEvent::Held { step }),
                 Some(Order::Cancel) => return Err(cancelled()),
                 None if self.stop.is_set() => return Err(cancelled()),
                 None => {

@@ -42,6 +42,8 @@ fn a_run_holds_where_it_is_told_and_goes_on_as_another_branch() {
         let mut run = host.run(&task);
         assert_eq!(run.wait(is_held), AgentEvent::Held { step: 2 });
         run.is_quiet(Duration::from_millis(300));
+        run.order(&Order::Hold);
+        assert_eq!(run.wait(is_held), AgentEvent::Held { step: 2 });
         assert_eq!(host.model.seen().len(), 1, "no call is open");
         run.order(&go(Go {
             branch: Some("main.1".into()),
