@@ -239,7 +239,7 @@ impl Agent {
                 format!("the limit of {steps} steps is reached"),
             ));
         }
-        if clock::now() >= self.until() {
+        if self.left().is_zero() {
             return Err(self.time());
         }
         Ok(())
@@ -259,7 +259,8 @@ impl Agent {
                     self.go(*go);
                     return Ok(());
                 }
-                Some(Order::Hold) => {}
+                // Another client of the host's may not have seen the first one.
+                Some(Order::Hold) => self.events.say(&AgentEvent::Held { step }),
                 Some(Order::Cancel) => return Err(cancelled()),
                 None if self.stop.is_set() => return Err(cancelled()),
                 None => {
@@ -291,14 +292,20 @@ impl Agent {
         });
     }
 
-    /// When the run's time is over, if nothing holds it.
-    fn until(&self) -> Moment {
+    /// What the run has left of its time.
+    fn left(&self) -> Duration {
         let limits = &self.task.limits;
-        let now = clock::now();
-        let wall = Duration::from_millis(limits.wall_ms)
-            .saturating_sub(now.saturating_sub(self.started).saturating_sub(self.held));
+        let gone = clock::now()
+            .saturating_sub(self.started)
+            .saturating_sub(self.held);
+        let wall = Duration::from_millis(limits.wall_ms).saturating_sub(gone);
         let working = Duration::from_millis(limits.working_ms).saturating_sub(self.working);
-        now.saturating_add(wall.min(working))
+        wall.min(working)
+    }
+
+    /// When its time is over.
+    fn until(&self) -> Moment {
+        clock::now().saturating_add(self.left())
     }
 
     fn time(&self) -> Ended {
@@ -492,7 +499,7 @@ impl Agent {
             };
             return Some((ending, finish.summary));
         }
-        (clock::now() >= self.until()).then(|| self.time())
+        self.left().is_zero().then(|| self.time())
     }
 
     /// Gives each call a result without running it.

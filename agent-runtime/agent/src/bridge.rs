@@ -5,7 +5,7 @@
 //! and `RATOON_TOKEN_FILE` another file.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub struct Bridge {
 enum Place {
     Host,
     Unix(PathBuf),
-    Tcp(String),
+    Tcp(SocketAddr),
 }
 
 /// Why nothing more comes or goes.
@@ -64,7 +64,11 @@ impl Bridge {
             Err(_) => Place::Host,
             Ok(text) => match text.split_once(':') {
                 Some(("unix", path)) => Place::Unix(path.into()),
-                Some(("tcp", address)) => Place::Tcp(address.to_owned()),
+                Some(("tcp", address)) => Place::Tcp(
+                    address
+                        .parse()
+                        .map_err(|_| "RATOON_BRIDGE: an address has numbers alone")?,
+                ),
                 _ => return Err("RATOON_BRIDGE is neither unix:PATH nor tcp:ADDRESS".into()),
             },
         };

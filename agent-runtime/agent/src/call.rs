@@ -177,7 +177,7 @@ impl Caller<'_> {
         let since = clock::now();
         let connection = match self.bridge.connect(self.stop) {
             Ok(connection) => connection,
-            Err(error) => return self.not_answered(error.into(), Next::Same),
+            Err(error) => return Self::not_answered(error.into(), until, Next::Same),
         };
         let head = format!(
             "POST {} HTTP/1.1\r\nhost: bridge\r\nconnection: close\r\ncontent-type: application/json\r\n\
@@ -189,7 +189,7 @@ impl Caller<'_> {
         let asked = http::ask(connection, &head, body.as_bytes(), Some(until), self.stop);
         let mut answer = match asked {
             Ok(answer) => answer,
-            Err(error) => return self.not_answered(error, Next::Same),
+            Err(error) => return Self::not_answered(error, until, Next::Same),
         };
         if answer.status != 200 {
             let text = answer.text(MAX_ERROR_BYTES, Some(until), self.stop);
@@ -213,7 +213,7 @@ impl Caller<'_> {
                 Ok(Some(piece)) => piece,
                 Ok(None) => break,
                 Err(_) if reading.is_whole() => break,
-                Err(error) => return self.not_answered(error, Next::Same),
+                Err(error) => return Self::not_answered(error, until, Next::Same),
             };
             first.get_or_insert_with(clock::now);
             bytes += piece.len();
@@ -257,9 +257,12 @@ impl Caller<'_> {
         }
     }
 
-    fn not_answered(&self, error: AnswerError, attempt: Next) -> Tried {
+    fn not_answered(error: AnswerError, until: Moment, attempt: Next) -> Tried {
         match error {
             AnswerError::Broken(Broken::Stopped) => Tried::Failed(CallError::Stopped),
+            AnswerError::Broken(Broken::Over) if clock::now() >= until => {
+                Tried::Failed(CallError::Over)
+            }
             AnswerError::Malformed(error) => Tried::Failed(CallError::Model(error.to_string())),
             error => Tried::Again {
                 why: match error {
