@@ -46,7 +46,7 @@ pub struct Run {
     pub records: PathBuf,
     /// The directory that was uploaded, if one was.
     pub directory: Option<PathBuf>,
-    /// What its content was then (see [`Run::folder`] for the content itself).
+    /// What its content was then (the content itself is [`Runs::base`]).
     pub digest: Option<String>,
     /// The loop's process in the guest; the same in all children.
     pub pid: Option<i32>,

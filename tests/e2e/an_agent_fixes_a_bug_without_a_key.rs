@@ -90,7 +90,7 @@ impl Scene {
     }
 
     /// Nothing of ours is left, and the model has nothing to complain of.
-    fn is_over(self) {
+    fn over(self) {
         assert_eq!(self.model.violations(), [""; 0]);
         self.ratoon.nothing_is_left();
     }
@@ -173,7 +173,7 @@ fn a_bug_is_fixed_and_the_patch_is_all_that_comes_back() {
     fs::write(&record, text.replacen("\"calls\":400", "\"calls\":900", 1)).expect("a file");
     let spoilt = scene.ratoon.run(["audit", "verify", run]);
     assert_eq!(spoilt.code(), 1, "{spoilt:?}");
-    scene.is_over();
+    scene.over();
 }
 
 fn the_best_of_two_children_takes_its_parents_place() {
@@ -240,7 +240,7 @@ fn the_best_of_two_children_takes_its_parents_place() {
         verified.contains("3 kept heads; all as written"),
         "{verified}"
     );
-    scene.is_over();
+    scene.over();
 }
 
 /// The process of the bridge.
@@ -266,7 +266,7 @@ fn a_bridge_that_dies_is_started_again_and_the_agent_goes_on() {
     assert_eq!(log.matches("complete (200)").count(), 3, "{log}");
     assert_eq!(log.matches("works on it").count(), 2, "{log}");
     scene.ratoon.run(["audit", "verify", run.trim()]).ok();
-    scene.is_over();
+    scene.over();
 }
 
 fn wait_for(scene: &Scene, run: &str, words: &str) {
@@ -298,7 +298,7 @@ fn a_cancelled_agent_ends_and_leaves_nothing() {
     let done = finish(child);
     assert_eq!(done.code(), 130, "{done:?}");
     assert!(done.stdout.contains("\"ending\":\"cancelled\""), "{done:?}");
-    scene.is_over();
+    scene.over();
 }
 
 fn interrupt(child: &Child) {
@@ -359,7 +359,7 @@ fn the_key_is_in_no_file_and_in_no_machine() {
     assert!(searched > 1 << 20, "only {searched} bytes were searched");
     scene.ratoon.run(["rm", "-f", "box"]).ok();
     scene.ratoon.run(["snapshots", "rm", "after"]).ok();
-    scene.is_over();
+    scene.over();
 }
 
 /// Looks for the key in every file of a folder, plain and in base64 and hexadecimal; gives how much there is.

@@ -146,7 +146,7 @@ impl Finish<'_> {
                     )),
                 );
             }
-            (Left::Ended | Left::Left, None) => {
+            (Left::Ended | Left::Running, None) => {
                 return Err(Failure::new("the agent was left without an end"));
             }
         };

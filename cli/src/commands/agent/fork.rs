@@ -271,7 +271,7 @@ fn held(entry: &Entry, run: &Run, stop: &Stop) -> Result<Agent, Failure> {
         return Err(Failure::silent(stopped.code()));
     }
     match (left, end) {
-        (Ok(Left::Left), _) if holds => Ok(agent),
+        (Ok(Left::Running), _) if holds => Ok(agent),
         (_, Some(end)) => Err(Failure::new(format!(
             "the agent of run {} has ended ({}): there is nothing to fork",
             run.id,
@@ -383,7 +383,7 @@ fn try_work(
         return Err(Failure::new(match left {
             Left::Died(why) => format!("the agent's program failed: {why}"),
             Left::TakenOver => "another command has taken it over".into(),
-            Left::Ended | Left::Left => "it was left".into(),
+            Left::Ended | Left::Running => "it was left".into(),
         }));
     };
     outcome.ending = Some(end.ending);

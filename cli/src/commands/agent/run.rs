@@ -359,7 +359,7 @@ fn work_on(
             Err(error) => guest::failure(error, "the agent does not start in the VM"),
         });
     }
-    if args.detach && stop.stopped().is_none() && matches!(left, Ok(Left::Left)) {
+    if args.detach && stop.stopped().is_none() && matches!(left, Ok(Left::Running)) {
         output::line(&run.id)?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -68,7 +68,7 @@ pub enum Left {
     /// It ended without: its last errors, in its own words.
     Died(String),
     /// The caller left, or was told to by [`Controller::cancel`].
-    Left,
+    Running,
     /// Another command has it now.
     TakenOver,
 }
@@ -198,7 +198,7 @@ impl Agent {
                     "it ended with {code}; its last words: {words}"
                 )))
             }
-            Err(RuntimeError::Cancelled) => Ok(Left::Left),
+            Err(RuntimeError::Cancelled) => Ok(Left::Running),
             Err(RuntimeError::Call(error)) if error.code == ErrorCode::TakenOver => {
                 Ok(Left::TakenOver)
             }
