@@ -50,12 +50,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let run = super::find(engine, &args.run)?;
     let (config, keys) = super::config_of(&run)?;
     let (branch, entry) = super::live_branch(engine, &run, args.branch.as_deref())?;
-    let Some(pid) = run.pid else {
-        return Err(Failure::new(format!(
-            "the agent of run {} never started",
-            run.id
-        )));
-    };
+    let pid = super::at_work(&run, &branch)?;
     let bridge = engine.bridge();
     bridge.ensure_any(&config, &keys)?;
     bridge.renew_token(&entry.dir)?;
@@ -82,6 +77,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         |text| eprintln!("note: {text}"),
     )?;
     let mut watch = Watch::new(args.json);
+    watch.hints = !args.go;
     let left = agent.attach(&mut client, &mut |heard| {
         let Heard::Event(event) = heard else {
             return true;

@@ -54,6 +54,8 @@ impl Ended {
 pub struct Watch {
     show: Show,
     json: bool,
+    /// Whether to say, once, what can be done with one that is held.
+    pub hints: bool,
     /// How it ended, when it has.
     pub ended: Option<Ended>,
 }
@@ -64,6 +66,7 @@ impl Watch {
         Self {
             show: Show::default(),
             json,
+            hints: true,
             ended: None,
         }
     }
@@ -78,7 +81,8 @@ impl Watch {
             true => drop(serde_json::to_string(event).map(|line| output::line(&line))),
             false => self.show.event(event),
         }
-        if matches!(event, AgentEvent::Held { .. }) && !self.json {
+        if matches!(event, AgentEvent::Held { .. }) && !self.json && std::mem::take(&mut self.hints)
+        {
             self.show.note(
                 "it waits: `ratoon agent fork` forks it, `ratoon agent attach --go` lets it go on; ^C ends it",
             );

@@ -9,8 +9,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::BranchUsage;
@@ -38,6 +39,11 @@ use crate::{guest, units};
 
 /// The most children: each has a machine, a thread and a connection here.
 const MOST: u32 = 64;
+/// An agent that said that it is held, and nothing more for so long, is held.
+const SETTLED: Duration = Duration::from_secs(1);
+/// How often it is looked whether it is.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// Fork an agent between two of its steps: children that go on from the same machine and conversation.
 ///
 /// Each has a branch of the run, a share of what is left of the budget, a seed of its own, and words to it if
@@ -116,6 +122,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let run = super::find(engine, &args.run)?;
     let (config, keys) = super::config_of(&run)?;
     let (branch, entry) = super::live_branch(engine, &run, args.branch.as_deref())?;
+    let pid = super::at_work(&run, &branch)?;
     let bridge = engine.bridge();
     bridge.ensure_any(&config, &keys)?;
     let note = AgentVm::read(&entry.dir).ok_or_else(|| {
@@ -125,7 +132,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         ))
     })?;
     let stop = Stop::listen()?;
-    let agent = held(&entry, &run, &stop)?;
+    let agent = held(&entry, &run, pid, &stop)?;
     let budget = share(&bridge.usage(&run.id)?, &branch.name, args.count)?;
     let names = run.free_names(&branch.name, args.count as usize);
     let spec = ForkSpec {
@@ -242,29 +249,44 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
 }
 
 /// Takes the agent over and waits until it holds.
-fn held(entry: &Entry, run: &Run, stop: &Stop) -> Result<Agent, Failure> {
-    let Some(pid) = run.pid else {
-        return Err(Failure::new(format!(
-            "the agent of run {} never started",
-            run.id
-        )));
-    };
+fn held(entry: &Entry, run: &Run, pid: i32, stop: &Stop) -> Result<Agent, Failure> {
     let mut client = guest::connect(entry)?;
     let mut agent = Agent::of(pid)?;
     agent.orders.say(&Order::Hold)?;
     stop.agent(agent.orders.clone(), client.controller());
     let mut show = Show::default();
-    let mut holds = false;
     let mut end = None;
-    let left = agent.attach(&mut client, &mut |heard| match heard {
-        Heard::Pid(_) => true,
-        Heard::Event(event) => {
-            show.event(event);
-            end = Ended::of(event).or(end.take());
-            holds = matches!(event, AgentEvent::Held { .. });
-            !holds
-        }
+    // What it said before comes first: it is held when nothing follows.
+    let holds_since = Mutex::new(None::<Instant>);
+    let lock = || holds_since.lock().unwrap_or_else(PoisonError::into_inner);
+    let controller = client.controller();
+    let (over, is_over) = mpsc::channel::<()>();
+    let left = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while let Err(RecvTimeoutError::Timeout) = is_over.recv_timeout(LOOK) {
+                if lock().is_some_and(|since| since.elapsed() >= SETTLED) {
+                    return controller.cancel();
+                }
+            }
+        });
+        let left = agent.attach(&mut client, &mut |heard| {
+            if let Heard::Event(event) = heard {
+                let mut since = lock();
+                let was_held = since.take().is_some();
+                if matches!(event, AgentEvent::Held { .. }) {
+                    *since = Some(Instant::now());
+                }
+                if since.is_none() || !was_held {
+                    show.event(event);
+                }
+                end = Ended::of(event).or(end.take());
+            }
+            true
+        });
+        drop(over);
+        left
     });
+    let holds = lock().is_some();
     drop(client);
     stop.forget_agents();
     if let Some(stopped) = stop.stopped() {

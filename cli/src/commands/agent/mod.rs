@@ -109,6 +109,20 @@ fn live_branch(
     })
 }
 
+/// The process of a branch's agent, if it is at work still.
+fn at_work(run: &Run, branch: &Branch) -> Result<i32, Failure> {
+    if let Some(ending) = branch.ending {
+        let how = show::word(ending);
+        let text = format!("the agent of branch {} has ended: {how}", branch.name);
+        return Err(Failure::new(text).hint(format!(
+            "`ratoon agent diff {} --branch {}` shows what it did",
+            run.id, branch.name
+        )));
+    }
+    run.pid
+        .ok_or_else(|| Failure::new(format!("the agent of run {} never started", run.id)))
+}
+
 /// The configuration that a run was started with, and keys for a bridge that must be started again.
 fn config_of(run: &Run) -> Result<(BridgeConfig, Keys), Failure> {
     let config = BridgeConfig::read(&run.config)?;
