@@ -25,7 +25,7 @@ use crate::stop::{self, Stop};
 use crate::wire::{Delta, Reading, Said, StreamError, path};
 
 /// How often a step is tried in all.
-const MAX_TRIES: u32 = 8;
+const MAX_TRIES: u32 = 12;
 /// How often it is asked again after an answer that broke off: each may have been paid for.
 const MAX_BROKEN: u32 = 2;
 /// How long is waited between tries in all.
@@ -127,9 +127,10 @@ impl Caller<'_> {
             if clock::now() >= until {
                 return Err(CallError::Over);
             }
-            let tried = match self.bridge.token() {
-                Ok(token) => self.try_once(body, step, attempt, &token, until, ids, on),
-                Err(why) => Tried::Token(why),
+            let token = self.bridge.token();
+            let tried = match &token {
+                Ok(token) => self.try_once(body, step, attempt, token, until, ids, on),
+                Err(why) => Tried::Token(why.clone()),
             };
             match tried {
                 Tried::Answered(answered) => return Ok(*answered),
@@ -150,7 +151,9 @@ impl Caller<'_> {
                     tries += 1;
                     broken += u32::from(matches!(next, Next::Broken));
                     attempt += u32::from(!matches!(next, Next::Same));
-                    let pause = pause.unwrap_or_else(|| backoff(tries));
+                    let pause = pause
+                        .unwrap_or_default()
+                        .max(spread(backoff(tries), token.as_deref().unwrap_or("")));
                     paused += pause;
                     if tries >= MAX_TRIES || broken > MAX_BROKEN || paused > MAX_PAUSES {
                         return Err(CallError::Model(why));
@@ -297,8 +300,8 @@ fn refused(answer: &http::Answer, text: &str) -> Tried {
             pause: Some(Duration::from_millis(100)),
             attempt: Next::New,
         },
-        // The provider broke off before the first byte.
-        ("cut", _) => Tried::Again {
+        // The provider broke off, or was too slow, before the first byte.
+        ("cut" | "timed_out", _) => Tried::Again {
             why: message,
             pause,
             attempt: Next::Broken,
@@ -335,6 +338,12 @@ fn backoff(tries: u32) -> Duration {
     Duration::from_millis(500 << tries.saturating_sub(1).min(6)).min(Duration::from_secs(30))
 }
 
+/// A little shorter, by what a machine has of its own: siblings of a fork do not come back all at once.
+fn spread(pause: Duration, token: &str) -> Duration {
+    let sum: u32 = token.bytes().map(u32::from).sum();
+    pause.mul_f64(1.0 - f64::from(sum % 32) / 128.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,5 +361,7 @@ mod tests {
         assert_eq!(backoff(1), Duration::from_millis(500));
         assert_eq!(backoff(2), Duration::from_secs(1));
         assert_eq!(backoff(100), Duration::from_secs(30));
+        let spread = spread(Duration::from_secs(4), "rtn_abc");
+        assert!(spread <= Duration::from_secs(4) && spread > Duration::from_secs(3));
     }
 }

@@ -154,18 +154,21 @@ mod tests {
         let (read, write) = pipe();
         let events = Events::to(write, Arc::new(Stop::new().expect("an eventfd"))).expect("events");
         let text = "x".repeat(100_000);
-        for _ in 0..20 {
-            events.notice(text.clone());
+        for number in 0..20 {
+            events.notice(format!("{number} {text}"));
         }
         let reader = std::thread::spawn(move || {
-            let mut all = String::new();
-            io::Read::read_to_string(&mut std::fs::File::from(read), &mut all).expect("UTF-8");
-            all
+            let lines = io::BufRead::lines(io::BufReader::new(std::fs::File::from(read)));
+            lines
+                .take(20)
+                .map(|line| line.expect("UTF-8"))
+                .collect::<Vec<_>>()
         });
         events.flush();
-        // The writer's end stays open with its thread: the reader is told by the count instead.
-        drop(events);
-        drop(reader);
+        let lines = reader.join().expect("a thread");
+        for (number, line) in lines.iter().enumerate() {
+            assert!(line.contains(&format!("\"{number} xxx")) && line.len() > 100_000);
+        }
     }
 
     #[test]

@@ -155,13 +155,20 @@ fn a_cancel_ends_an_answer() {
             bytes: 40,
             pause_ms: 20,
         });
-        let host = Host::start([slow]);
+        let mut host = Host::start([slow]);
         let mut run = host.run(&host.task(wire, Profile::Anthropic));
         run.wait(|event| matches!(event, AgentEvent::Text { .. }));
         let began = Instant::now();
         run.order(&Order::Cancel);
         assert_eq!(run.end().ending, Ending::Cancelled);
         assert!(began.elapsed() < Duration::from_secs(5));
+        while host.calls_in_flight() > 0 {
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "the call is closed"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

@@ -207,3 +207,22 @@ fn a_bridge_that_is_not_there_is_told() {
     send(&mut stream, request(&hi(false), ""));
     assert_eq!(answer(&mut stream).0, 502);
 }
+
+#[test]
+fn a_client_that_goes_ends_its_call() {
+    let mut host = Host::start([Turn::text(&"word ".repeat(2000)).broken(Fault::Drip {
+        bytes: 20,
+        pause_ms: 20,
+    })]);
+    let proxy = Proxy::start(&host);
+    let mut stream = proxy.connect();
+    send(&mut stream, request(&hi(true), ""));
+    stream.read_exact(&mut [0; 200]).expect("it begins");
+    assert_eq!(host.calls_in_flight(), 1);
+    drop(stream);
+    let ended = (0..250).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        host.calls_in_flight() == 0
+    });
+    assert!(ended, "nobody reads it, and it goes on");
+}

@@ -25,12 +25,12 @@ pub struct Store {
 }
 
 impl Store {
-    /// In `RATOON_AGENT_DIR`, `/run/ratoon-agent`, or the place for temporary files.
+    /// In `RATOON_AGENT_DIR`, `/run/ratoon-agent-output`, or the place for temporary files.
     pub fn open() -> io::Result<Arc<Self>> {
         let places = match std::env::var_os("RATOON_AGENT_DIR") {
             Some(dir) => vec![PathBuf::from(dir)],
             None => vec![
-                PathBuf::from("/run/ratoon-agent"),
+                PathBuf::from("/run/ratoon-agent-output"),
                 std::env::temp_dir().join(format!("ratoon-agent-{}", std::process::id())),
             ],
         };

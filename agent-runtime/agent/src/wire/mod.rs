@@ -1,6 +1,6 @@
 //! What is said to a model and what it says, as each of the three APIs has it.
 //!
-//! A request is built from the [`History`](crate::history::History) alone ([`body`]), so the same history gives the same
+//! A request is built from the [`History`] alone ([`body`]), so the same history gives the same
 //! bytes, and siblings of a fork share the provider's cache. An answer is read event by event ([`Reading`]) and kept as
 //! the provider's own JSON; only what no request may have is mended: arguments that are no JSON, ids that were there
 //! before, fields that the bridge refuses.

@@ -107,6 +107,15 @@ impl Host {
         }
     }
 
+    pub fn calls_in_flight(&mut self) -> usize {
+        match self.control.call(&Request::Status {}) {
+            Ok(Reply::Status {
+                calls_in_flight, ..
+            }) => calls_in_flight,
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn socket(&self) -> PathBuf {
         self.folder.path().join("vm.sock_1025")
     }

@@ -20,8 +20,6 @@ use serde::Serialize;
 
 /// Where the program is in the guest.
 pub const PROGRAM: &str = "/run/ratoon-agent";
-/// Where it keeps outputs that are too long for the model.
-const OUTPUTS: &str = "/run/ratoon-outputs";
 /// What its process is called in lists.
 const TAG: &str = "ratoon-agent";
 /// A longer line is no event, in bytes.
@@ -124,8 +122,6 @@ impl Agent {
         self.orders.say(task).map_err(RuntimeError::Input)?;
         let call = Call::Exec(Box::new(ExecParams {
             argv: vec![PROGRAM.into(), "loop".into()],
-            // The program has the name of its own default.
-            env: vec![("RATOON_AGENT_DIR".into(), OUTPUTS.into())],
             cwd: Some("/".into()),
             stdin: true,
             keep: true,
