@@ -235,6 +235,7 @@ pub fn child() -> Result<Waking> {
             hostname: Some(hostname),
             ..Child::default()
         }),
+        token: None,
     })
 }
 

@@ -88,6 +88,9 @@ pub fn parts(image: &str, peers: &[(String, PathBuf)]) -> Result<Parts> {
             vmm: vmm.clone(),
             runtime: runtime.clone(),
             pager: release_program(bin.join("ratoon-pager"))?,
+            // Nothing here needs them.
+            bridge: bin.join("ratoon-bridge"),
+            agent: bin.join("ratoon-agent"),
         },
         cache: dirs.cache().to_owned(),
         image: image.to_owned(),

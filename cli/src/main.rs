@@ -20,7 +20,7 @@ use ratoon_engine::Engine;
 use ratoon_engine::dirs::Dirs;
 
 use commands::{
-    bench, code, cp, exec, family, fork, forward, image, kill, logs, ps, rm, run, snapshot,
+    agent, bench, code, cp, exec, family, fork, forward, image, kill, logs, ps, rm, run, snapshot,
     snapshots, stop, top,
 };
 use failure::Failure;
@@ -41,6 +41,7 @@ use failure::Failure;
   ratoon ps
   ratoon snapshot web ready && ratoon restore ready --name second
   ratoon fork web -n 8 -- sh -c 'echo I am child $RATOON_CHILD'
+  ratoon agent run --model anthropic/sonnet --dir . 'make the tests pass'
   ratoon stop web && ratoon rm web
 
 Files: ~/.local/state/ratoon (VMs; XDG_STATE_HOME), ~/.cache/ratoon (images, kernel; XDG_CACHE_HOME)
@@ -77,6 +78,10 @@ enum Command {
     Suspend(snapshot::SuspendArgs),
     Snapshots(snapshots::Args),
     Rm(rm::Args),
+    #[command(subcommand)]
+    Agent(agent::Command),
+    #[command(subcommand)]
+    Audit(agent::AuditCommand),
     #[command(subcommand)]
     Image(image::Command),
     Bench(bench::Args),
@@ -124,6 +129,8 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Suspend(args) => snapshot::suspend(&engine, &args),
         Command::Snapshots(args) => snapshots::run(&engine, &args),
         Command::Rm(args) => rm::run(&engine, &args),
+        Command::Agent(command) => agent::run(&engine, command),
+        Command::Audit(command) => agent::audit(&engine, &command),
         Command::Image(command) => image::run(&engine, command),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args, engine.dirs()),

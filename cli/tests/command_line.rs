@@ -178,3 +178,65 @@ fn logs_come_older_file_first_and_byte_for_byte() {
     assert_eq!(output.stdout, b"one\x1b[0m\ntwo\xff\n");
     assert_eq!(output.status.code(), Some(0));
 }
+
+#[test]
+fn an_agent_that_cannot_start_says_what_is_missing_where_and_what_to_do() {
+    let home = Home::new();
+    let start_with = |model: &str, args: &[&str]| {
+        let mut all = vec!["agent", "run", "--model", model];
+        all.extend(args);
+        all.push("do it");
+        let mut command = home.ratoon(&all);
+        let (code, out, err) = run(command.env("RATOON_AGENT", "/none/ratoon-agent"));
+        assert_eq!(out, "");
+        (code, err)
+    };
+    let start = |args: &[&str]| start_with("local/m", args);
+    let (code, err) = start(&[]);
+    let place = home.0.path().join(".config/ratoon/bridge.json");
+    assert_eq!(code, 2);
+    assert!(err.contains(place.to_str().expect("plain")), "{err}");
+    assert!(err.contains("--bridge-config"), "{err}");
+
+    let config = home.0.path().join("bridge.json");
+    let file = config.to_str().expect("plain");
+    let write = |json: &str| std::fs::write(&config, json).expect("a file");
+    write("{");
+    let (code, err) = start(&["--bridge-config", file]);
+    assert!(
+        code == 2 && err.contains("is no bridge configuration"),
+        "{err}"
+    );
+    write(
+        r#"{"records": "/none", "providers": [{"name": "local", "key": "none", "wires": ["chat"],
+            "models": [{"id": "n", "max_output_tokens": 9}]}]}"#,
+    );
+    let (code, err) = start(&["--bridge-config", file]);
+    assert!(code == 2 && err.contains("one of local/n"), "{err}");
+    let money = ["--bridge-config", file, "--max-money", "1"];
+    let (code, err) = start_with("local/n", &money);
+    assert!(code == 2 && err.contains("has no price"), "{err}");
+    // What it needs is looked for before a machine is started.
+    let (code, err) = start_with("local/n", &money[..2]);
+    assert!(code == 125 && err.contains("/none/ratoon-agent"), "{err}");
+
+    for args in [
+        &["agent", "attach", "r1"][..],
+        &["agent", "fork", "r1"],
+        &["agent", "tree", "r1"],
+        &["agent", "log", "r1"],
+        &["agent", "diff", "r1"],
+        &["audit", "verify", "r1"],
+    ] {
+        let (code, out, err) = run(&mut home.ratoon(args));
+        assert_eq!((code, out.as_str()), (125, ""), "{args:?}");
+        assert_eq!(
+            err, "error: no run \"r1\": `ratoon agent ps` lists them\n",
+            "{args:?}"
+        );
+    }
+    let (code, out, _) = run(&mut home.ratoon(&["agent", "bridge", "status"]));
+    assert_eq!((code, out.as_str()), (0, "no bridge runs\n"));
+    let (code, out, _) = run(&mut home.ratoon(&["agent", "ps", "--json"]));
+    assert_eq!((code, out.as_str()), (0, "[]\n"));
+}

@@ -37,6 +37,10 @@ pub struct Programs {
     pub runtime: PathBuf,
     /// What fetches compressed memory.
     pub pager: PathBuf,
+    /// What holds models' keys.
+    pub bridge: PathBuf,
+    /// The agent's loop, for guests.
+    pub agent: PathBuf,
 }
 
 /// A VM to be made from an image.
@@ -129,8 +133,8 @@ pub struct Engine {
 }
 
 impl Programs {
-    /// `RATOON_VMM`, `RATOON_RUNTIME` and `RATOON_PAGER` where they are set, else `ratoon-vmm`,
-    /// `ratoon-runtime` and `ratoon-pager` beside this executable.
+    /// `RATOON_VMM`, `RATOON_RUNTIME`, `RATOON_PAGER`, `RATOON_BRIDGE` and `RATOON_AGENT` where they are set, else
+    /// `ratoon-vmm` and so on beside this executable.
     pub fn beside_this_executable() -> Self {
         let beside = std::env::current_exe()
             .ok()
@@ -145,6 +149,8 @@ impl Programs {
             vmm: find("RATOON_VMM", "ratoon-vmm"),
             runtime: find("RATOON_RUNTIME", "ratoon-runtime"),
             pager: find("RATOON_PAGER", "ratoon-pager"),
+            bridge: find("RATOON_BRIDGE", "ratoon-bridge"),
+            agent: find("RATOON_AGENT", "ratoon-agent"),
         }
     }
 }
@@ -170,6 +176,7 @@ impl Engine {
         let engine = Self::new(dirs, Programs::beside_this_executable());
         life::sweep(&engine.store)?;
         crate::pager::sweep(&engine.dirs.pagers());
+        crate::bridge::sweep(&engine.dirs.state().join("bridge"), &engine.store, false);
         Ok(engine)
     }
 

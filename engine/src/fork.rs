@@ -23,6 +23,7 @@ use ratoon_vmm_api::{FrozenDisk, NetConfig};
 use self::children::{Children, Source, Stored, hold, start_from};
 pub use self::error::{ChildError, ForkError};
 use crate::admission;
+use crate::bridge::AgentFork;
 use crate::cpu;
 use crate::engine::{Engine, absolute};
 use crate::fan_out::fan_out;
@@ -71,6 +72,8 @@ pub struct ForkSpec {
     pub limits: Limits,
     /// What is written into each child's record.
     pub labels: BTreeMap<String, String>,
+    /// They may call models, each on a branch of its own. Without it they may not.
+    pub agent: Option<Arc<AgentFork>>,
 }
 
 impl ForkSpec {
@@ -366,6 +369,7 @@ impl Engine {
             dirs,
             generation: generation.to_owned(),
             message: spec.message.clone(),
+            agent: spec.agent.clone(),
             snapshot: source.snapshot,
             _layers: source.layers,
             before: Mutex::default(),
@@ -454,6 +458,8 @@ mod tests {
             vmm: "/none".into(),
             runtime: "/none".into(),
             pager: "/none".into(),
+            bridge: "/none".into(),
+            agent: "/none".into(),
         };
         let engine = Engine::new(Dirs::new(temp.path().join("s"), temp.path()), programs);
         let made = engine.store().create(Some("box"), |dir| {

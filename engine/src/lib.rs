@@ -26,6 +26,8 @@
 //! ```
 
 mod admission;
+pub mod agent;
+pub mod bridge;
 pub mod commit;
 mod cpu;
 pub mod diff;

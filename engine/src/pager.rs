@@ -90,7 +90,8 @@ fn call(path: &Path, patience: Duration) -> std::io::Result<Option<OwnedFd>> {
     }
 }
 
-fn lock(folder: &Path, patience: Duration) -> std::io::Result<File> {
+/// Takes the lock on a folder, which is made if it is not there.
+pub(crate) fn lock(folder: &Path, patience: Duration) -> std::io::Result<File> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -103,7 +104,7 @@ fn lock(folder: &Path, patience: Duration) -> std::io::Result<File> {
             Err(Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(LOOK),
             Err(Errno::WOULDBLOCK) => {
                 return Err(hangs(
-                    "another process has held the folder of pagers",
+                    "another process has held the folder of helpers",
                     patience,
                 ));
             }

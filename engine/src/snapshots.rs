@@ -470,7 +470,9 @@ fn was_changed(then: &str, now: &str) -> bool {
 /// Tells a restored VM who it is.
 pub(crate) fn wake(vm: &mut Vm, generation: String) -> Result<(), SnapshotError> {
     let mut client = vm.runtime()?;
-    let waking = Waking::child(vm.record(), &generation);
+    let mut waking = Waking::child(vm.record(), &generation);
+    // One that goes back in place may have called models; a new one does not yet.
+    waking.token = crate::bridge::token_for(vm.dir());
     freeze::wake(&mut client, &waking)?;
     vm.awake().map_err(LaunchError::from)?;
     vm.keep_runtime(client);

@@ -82,6 +82,7 @@ fn the_example_of_branches_finds_its_answer() {
         vmm: program("ratoon-vmm"),
         runtime: program("ratoon-runtime"),
         pager: program("ratoon-pager"),
+        ..Programs::beside_this_executable()
     };
     let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
     let engine = Engine::new(dirs, programs);

@@ -83,6 +83,7 @@ fn whenever_in_a_merge_a_machine_is_killed_its_relatives_and_snapshots_are_whole
         vmm: program("ratoon-vmm"),
         runtime: program("ratoon-runtime"),
         pager: program("ratoon-pager"),
+        ..Programs::beside_this_executable()
     };
     let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
     let engine = Engine::new(dirs, programs);

@@ -23,6 +23,7 @@ mod a_snapshot_goes_on_where_it_was;
 mod a_snapshot_holds_only_what_is_new;
 mod a_snapshot_travels_as_one_file;
 mod a_warm_image_starts_where_its_warm_up_ended;
+mod an_agent_fixes_a_bug_without_a_key;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
 mod bad_input_is_refused_by_name;
@@ -80,6 +81,7 @@ fn main() {
         a_snapshot_holds_only_what_is_new::trials(),
         a_snapshot_travels_as_one_file::trials(),
         a_warm_image_starts_where_its_warm_up_ended::trials(),
+        an_agent_fixes_a_bug_without_a_key::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
         commands_run_in_a_running_machine::trials(),

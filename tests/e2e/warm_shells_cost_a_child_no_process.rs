@@ -47,6 +47,7 @@ fn engine(ratoon: &Ratoon, shells: usize) -> Engine {
         vmm: program("ratoon-vmm"),
         runtime: program("ratoon-runtime"),
         pager: program("ratoon-pager"),
+        ..Programs::beside_this_executable()
     };
     let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
     let engine = Engine::new(dirs, programs).with_shells([(CLASS, shells)].into());

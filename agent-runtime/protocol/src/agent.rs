@@ -121,7 +121,7 @@ pub struct Task {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
-    /// Hold at the next turn boundary.
+    /// Hold at the next turn boundary. A run that is held already says [`AgentEvent::Held`] again.
     Hold,
     /// Go on.
     Go(Box<Go>),
@@ -175,7 +175,7 @@ pub enum AgentEvent {
     },
     /// The model calls a tool.
     ToolCall {
-        /// The call's id, as the model gave it.
+        /// The call's id: as the model gave it, or, if that was there before, one that was not.
         id: String,
         /// The tool.
         tool: String,

@@ -15,7 +15,7 @@
 //! How it fails: an [`ErrorReply`] with the path and the system's reason.
 
 mod archive;
-mod glob;
+pub mod glob;
 mod transfer;
 mod tree;
 mod watch;

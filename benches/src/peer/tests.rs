@@ -28,7 +28,9 @@ fn parts(dir: &Path) -> Parts {
         programs: Programs {
             vmm: program.clone(),
             runtime: program.clone(),
-            pager: program,
+            pager: program.clone(),
+            bridge: program.clone(),
+            agent: program,
         },
         cache: dir.to_owned(),
         image: "none".into(),

@@ -139,6 +139,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             tree: args.tree_limit.map(|mib| mib << 20),
         },
         labels: args.labels.iter().cloned().collect::<BTreeMap<_, _>>(),
+        agent: None,
     };
     let spinner = Spinner::start(format!("forking {}", args.vm));
     let cancel = Some(interrupts.cancel());

@@ -1,5 +1,6 @@
 //! One module a command, and what several share.
 
+pub mod agent;
 pub mod bench;
 pub mod code;
 pub mod cp;

@@ -16,6 +16,8 @@ pub(super) fn check(dirs: &Dirs) -> Vec<Finding> {
         program("ratoon-vmm", "RATOON_VMM", &programs.vmm),
         program("ratoon-runtime", "RATOON_RUNTIME", &programs.runtime),
         program("ratoon-pager", "RATOON_PAGER", &programs.pager),
+        for_agents("ratoon-bridge", "RATOON_BRIDGE", &programs.bridge),
+        for_agents("ratoon-agent", "RATOON_AGENT", &programs.agent),
         kernel(&engine.kernel(None)),
         image(dirs),
         tools(),
@@ -29,6 +31,19 @@ fn program(check: &'static str, variable: &str, path: &Path) -> Finding {
         Finding::fail(
             check,
             format!("{} is not there", path.display()),
+            format!("`cargo build --release`, or set {variable} to where it is"),
+        )
+    }
+}
+
+/// What `ratoon agent` needs, and nothing else does.
+fn for_agents(check: &'static str, variable: &str, path: &Path) -> Finding {
+    if path.is_file() {
+        Finding::ok(check, path.display().to_string())
+    } else {
+        Finding::warn(
+            check,
+            format!("{} is not there: `ratoon agent` needs it", path.display()),
             format!("`cargo build --release`, or set {variable} to where it is"),
         )
     }

@@ -11,6 +11,7 @@ use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{ChildError, END_PATIENCE, ForkSpec};
+use crate::bridge::AgentFork;
 use crate::engine::Engine;
 use crate::fan_out::Each;
 use crate::lineage::ROOT;
@@ -132,6 +133,7 @@ pub(super) struct Children {
     pub(super) begun: Vec<AtomicBool>,
     pub(super) generation: String,
     pub(super) message: Option<String>,
+    pub(super) agent: Option<Arc<AgentFork>>,
     pub(super) snapshot: Option<Stored>,
     pub(super) _layers: Option<File>,
     /// One for each: the VM that was forked is woken when they have been started.
@@ -203,6 +205,11 @@ impl Children {
         let mut waking = Waking::child(vm.record(), &self.generation);
         if let Some(child) = &mut waking.child {
             child.message.clone_from(&self.message);
+        }
+        if let Some(agent) = &self.agent {
+            // Its bridge listens before anything in it runs.
+            let index = waking.index.unwrap_or_default();
+            waking.token = Some(agent.introduce(vm.dir(), index)?);
         }
         // The fork's own deadline and cancel are its caller's to watch.
         let turn = WAKES.take(|| false);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::MAX_CHILDREN;
 use crate::admission::Refused;
+use crate::bridge::BridgeError;
 use crate::engine::StartError;
 use crate::image;
 use crate::runtime::RuntimeError;
@@ -94,6 +95,9 @@ pub enum ChildError {
     /// It could not be told who it is: it has been ended.
     #[error(transparent)]
     Wake(#[from] FreezeError),
+    /// The bridge does not take it.
+    #[error(transparent)]
+    Bridge(#[from] BridgeError),
     /// Its pager.
     #[error(transparent)]
     Snapshot(#[from] Box<SnapshotError>),

@@ -128,6 +128,7 @@ pub fn freeze_and<T>(
         }
         return Err(guest("it cannot stop its processes")(error));
     }
+    crate::bridge::forget_token_of(dir, client);
     let expected = client.call::<()>(&Call::ExpectWake, "expected its wake", GUEST_TIMEOUT);
     let frozen = expected
         .map_err(guest("it cannot wait for its wake"))
@@ -168,7 +169,7 @@ pub fn freeze_and<T>(
 }
 
 /// Who a VM is from now on.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Waking {
     /// Its id.
     pub id: String,
@@ -178,6 +179,8 @@ pub struct Waking {
     pub index: Option<u32>,
     /// It is another machine than the one that was frozen.
     pub child: Option<Child>,
+    /// What it calls models with, if it does.
+    pub token: Option<String>,
 }
 
 /// What a child has of its own; its clock is set too.
@@ -206,6 +209,18 @@ impl Child {
     }
 }
 
+impl std::fmt::Debug for Waking {
+    /// Without the token.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Waking")
+            .field("id", &self.id)
+            .field("generation", &self.generation)
+            .field("index", &self.index)
+            .field("child", &self.child)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Waking {
     /// A VM of this id.
     pub fn of(id: String, generation: &str) -> Self {
@@ -220,6 +235,7 @@ impl Waking {
     pub(super) fn itself(dir: &VmDir, generation: &str) -> Self {
         Self {
             index: dir.read_record().ok().and_then(|record| record.index()),
+            token: crate::bridge::token_for(dir),
             ..Self::of(dir.id(), generation)
         }
     }
@@ -246,6 +262,7 @@ pub fn wake(client: &mut RuntimeClient, waking: &Waking) -> Result<Awake, Freeze
         id: waking.id.clone(),
         entropy: hex(&entropy),
         index: waking.index,
+        token: waking.token.clone(),
         thaw: true,
         ..Wake::default()
     };

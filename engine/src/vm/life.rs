@@ -286,6 +286,7 @@ pub fn remove(store: &Store, entry: &Entry, force: bool) -> Result<(), LifeError
             });
         }
     }
+    crate::bridge::forget(store, &entry.dir);
     store.remove(&entry.dir)?;
     Ok(())
 }

@@ -253,6 +253,11 @@ impl VmDir {
         self.0.join("standstill")
     }
 
+    /// There when the VM may call models. See [`crate::bridge`].
+    pub fn agent_note(&self) -> PathBuf {
+        self.0.join("agent.json")
+    }
+
     /// There while the VM is put back to a snapshot; holds the record from before. See [`crate::rollback`].
     pub fn rollback_note(&self) -> PathBuf {
         self.0.join("rollback.json")

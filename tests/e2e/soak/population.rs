@@ -111,6 +111,7 @@ impl Population {
             vmm: program("ratoon-vmm"),
             runtime: program("ratoon-runtime"),
             pager: program("ratoon-pager"),
+            ..Programs::beside_this_executable()
         };
         let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
         let shells = [((1, 256), 1)].into();

@@ -1,0 +1,418 @@
+//! `ratoon agent`: a model works on a directory in a machine that has neither keys nor a network, and what it did comes
+//! back as a patch. The model is a script; bridge, machine and the loop in it are real.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ratoon_scripted_model::{Script, Server, Turn};
+use ratoon_tests::{Done, PATIENCE, Ratoon, finish, program};
+use serde_json::{Value, json};
+
+crate::promises![
+    a_bug_is_fixed_and_the_patch_is_all_that_comes_back,
+    the_best_of_two_children_takes_its_parents_place,
+    a_bridge_that_dies_is_started_again_and_the_agent_goes_on,
+    a_cancelled_agent_ends_and_leaves_nothing,
+    the_key_is_in_no_file_and_in_no_machine,
+];
+
+/// The host's key, which nobody but the bridge and the model's server may ever have.
+const KEY: &str = "sk-ant-the/Hosts+own_key-0123456789";
+/// How long an event may be waited for.
+const SOON: Duration = PATIENCE;
+
+/// A model, a bridge's configuration, a directory with a bug in it, and Ratoon.
+struct Scene {
+    ratoon: Ratoon,
+    model: Server,
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(turns: impl IntoIterator<Item = Turn>) -> Self {
+        let ratoon = Ratoon::warm();
+        let model = Server::start(Script::new(turns).with_key(KEY)).expect("a scripted model");
+        let folder = tempfile::tempdir().expect("a folder");
+        let scene = Self {
+            ratoon,
+            model,
+            folder,
+        };
+        fs::write(scene.path("key"), format!("{KEY}\n")).expect("a file");
+        let price = json!({"input": 3_000_000, "output": 15_000_000});
+        let config = json!({
+            "records": scene.path("runs"),
+            "providers": [{
+                "name": "scripted", "base_url": scene.model.url(),
+                "key": {"command": ["cat", scene.path("key")]}, "wires": ["messages"],
+                "models": [{"id": "m", "max_output_tokens": 1000, "price": price}],
+            }],
+        });
+        fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
+        let work = scene.path("work");
+        fs::create_dir_all(work.join(".git")).expect("a folder");
+        fs::write(work.join(".git/config"), "[core]\n").expect("a file");
+        fs::write(work.join("calc.py"), "def add(a, b):\n    return a - b\n").expect("a file");
+        let test = "from calc import add\nassert add(2, 3) == 5, add(2, 3)\nprint('ok')\n";
+        fs::write(work.join("test_calc.py"), test).expect("a file");
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `ratoon agent run` on the directory.
+    fn run(&self, args: &[&str]) -> Command {
+        let mut command = self
+            .ratoon
+            .command(["agent", "run", "--model", "scripted/m"]);
+        command
+            .args(["--memory", "256M", "--name", "box"])
+            .arg("--bridge-config")
+            .arg(self.path("bridge.json"))
+            .arg("--dir")
+            .arg(self.path("work"))
+            .args(args)
+            .arg("make the test pass")
+            .env("RATOON_AGENT", program("ratoon-agent"));
+        command
+    }
+
+    fn done(&self, args: &[&str]) -> Done {
+        finish(self.run(args).spawn().expect("ratoon can be started"))
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).expect("it is there")
+    }
+
+    /// Nothing of ours is left, and the model has nothing to complain of.
+    fn over(self) {
+        assert_eq!(self.model.violations(), [""; 0]);
+        self.ratoon.nothing_is_left();
+    }
+}
+
+/// Looks, fixes, says that it is done.
+fn fixes() -> Vec<Turn> {
+    vec![
+        Turn::tool(
+            "bash",
+            json!({"command": "python3 test_calc.py; cat calc.py"}),
+        )
+        .at(0),
+        fix().at(1),
+        Turn::text("The test passes.").at(2),
+    ]
+}
+
+fn fix() -> Turn {
+    Turn::tool(
+        "str_replace_based_edit_tool",
+        json!({"command": "str_replace", "path": "/work/calc.py", "old_str": "a - b", "new_str": "a + b"}),
+    )
+}
+
+const PATCH: &str = "diff --git a/calc.py b/calc.py\n--- a/calc.py\n+++ b/calc.py\n@@ -1,2 +1,2 @@\n \
+    def add(a, b):\n-    return a - b\n+    return a + b\n";
+
+fn a_bug_is_fixed_and_the_patch_is_all_that_comes_back() {
+    let scene = Scene::new(fixes());
+    let patch = scene.path("fix.patch");
+    let done = scene
+        .done(&[
+            "--apply",
+            "--patch",
+            patch.to_str().expect("plain"),
+            "--json",
+        ])
+        .ok();
+    // Python has left its cache there, which is no part of the work.
+    assert_eq!(scene.read("fix.patch"), PATCH);
+    assert_eq!(
+        scene.read("work/calc.py"),
+        "def add(a, b):\n    return a + b\n"
+    );
+    assert!(!scene.path("work/__pycache__").exists());
+    let lines: Vec<Value> = done
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let event = |name: &str| lines.iter().filter(|it| it["event"] == name).count();
+    assert_eq!(
+        (event("tool_call"), event("tool_result"), event("ended")),
+        (2, 2, 1)
+    );
+    let last = lines.last().expect("a result");
+    assert_eq!(
+        (&last["ending"], &last["steps"]),
+        (&json!("finished"), &json!(3)),
+        "{last}"
+    );
+    assert_eq!(last["patch"], PATCH);
+
+    let run = last["run"].as_str().expect("an id");
+    let verified = scene.ratoon.run(["audit", "verify", run]).ok().stdout;
+    assert!(
+        verified.contains("1 kept heads; all as written"),
+        "{verified}"
+    );
+    let log = scene.ratoon.run(["agent", "log", run]).ok().stdout;
+    assert_eq!(log.matches("complete (200)").count(), 3, "{log}");
+    let listed = scene.ratoon.run(["agent", "ps"]).ok().stdout;
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+    assert!(scene.ratoon.run(["agent", "diff", run]).ok().stdout == PATCH);
+
+    // A record that was touched is not what was written.
+    let record = scene.path("runs").join(run).join("main.jsonl");
+    let text = fs::read_to_string(&record).expect("a record");
+    fs::write(&record, text.replacen("\"calls\":400", "\"calls\":900", 1)).expect("a file");
+    let spoilt = scene.ratoon.run(["audit", "verify", run]);
+    assert_eq!(spoilt.code(), 1, "{spoilt:?}");
+    scene.over();
+}
+
+fn the_best_of_two_children_takes_its_parents_place() {
+    let wild = "sed -i 's/a - b/5/' calc.py; touch wild";
+    let scene = Scene::new([
+        Turn::tool("bash", json!({"command": "cat calc.py"})).at(0),
+        Turn::tool("bash", json!({"command": wild}))
+            .at(1)
+            .when("be wild"),
+        fix().at(1).when("be careful"),
+        Turn::text("Done.").at(2).repeated(),
+    ]);
+    let run = scene.done(&["-d", "--hold-before", "2"]).ok().stdout;
+    fs::write(scene.path("steer"), "be wild\n---\nbe careful\n").expect("a file");
+    let path = |name: &str| scene.path(name).to_str().expect("plain").to_owned();
+    // Files that are there cost a point; Python's own cache does not count.
+    let scorer = "python3 test_calc.py && ls | grep -vc __pycache__ | sed 's/^/score -/'";
+    let (steer, patch) = (path("steer"), path("best.patch"));
+    let args = [
+        "agent", "fork", "box", "-n", "2", "--json", "--steer", &steer, "--score", scorer,
+    ];
+    let forked = scene
+        .ratoon
+        .run(args.iter().chain(&["--patch", &patch]))
+        .ok();
+    let told: Value = serde_json::from_str(&forked.stdout).expect("JSON");
+    let children = told["children"].as_array().expect("children");
+    let of = |name: &str| {
+        children
+            .iter()
+            .map(|it| it[name].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of("branch"), ["main.0", "main.1"], "{told}");
+    assert_eq!(of("ending"), ["finished", "finished"], "{told}");
+    assert_eq!(of("score"), [-3.0, -2.0], "{told}");
+    assert_eq!(of("kept"), [false, true], "{told}");
+    assert_eq!(scene.read("best.patch"), PATCH);
+
+    // The best has its parent's name; the loser has left its patch.
+    let listed = scene.ratoon.run(["ps", "-a", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed}");
+    assert_eq!(
+        (&listed[0]["name"], &listed[0]["id"]),
+        (&json!("box"), &children[1]["vm"])
+    );
+    let loser = ["agent", "diff", run.trim(), "--branch", "main.0"];
+    let loser = scene.ratoon.run(loser).ok().stdout;
+    assert!(
+        loser.contains("+    return 5") && loser.contains("new file mode"),
+        "{loser}"
+    );
+    let tree = scene.ratoon.run(["agent", "tree", run.trim()]).ok().stdout;
+    assert!(tree.contains("finished, kept"), "{tree}");
+
+    scene.ratoon.run(["rm", "-f", "box"]).ok();
+    let verified = scene
+        .ratoon
+        .run(["audit", "verify", run.trim()])
+        .ok()
+        .stdout;
+    assert!(
+        verified.contains("3 kept heads; all as written"),
+        "{verified}"
+    );
+    scene.over();
+}
+
+/// The process of the bridge.
+fn bridge(ratoon: &Ratoon) -> i32 {
+    let status = ratoon.run(["agent", "bridge", "status", "--json"]).ok();
+    let status: Value = serde_json::from_str(&status.stdout).expect("JSON");
+    let pid = status["running"]["process"]["pid"].as_i64();
+    i32::try_from(pid.expect("it runs")).expect("a pid")
+}
+
+fn a_bridge_that_dies_is_started_again_and_the_agent_goes_on() {
+    let scene = Scene::new(fixes());
+    let run = scene.done(&["-d", "--hold-before", "2"]).ok().stdout;
+    wait_for(&scene, run.trim(), "complete (200)");
+    let first = bridge(&scene.ratoon);
+    let pid = rustix::process::Pid::from_raw(first).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is ours");
+    let args = ["agent", "attach", run.trim(), "--go"];
+    let done = scene.ratoon.run(args).ok();
+    assert_eq!(done.stdout, PATCH, "{}", done.stderr);
+    // What was spent before is not forgotten: one record, which goes on.
+    let log = scene.ratoon.run(["agent", "log", run.trim()]).ok().stdout;
+    assert_eq!(log.matches("complete (200)").count(), 3, "{log}");
+    assert_eq!(log.matches("works on it").count(), 2, "{log}");
+    scene.ratoon.run(["audit", "verify", run.trim()]).ok();
+    scene.over();
+}
+
+fn wait_for(scene: &Scene, run: &str, words: &str) {
+    let end = Instant::now() + SOON;
+    while !scene
+        .ratoon
+        .run(["agent", "log", run])
+        .stdout
+        .contains(words)
+    {
+        assert!(Instant::now() < end, "{words:?} did not come");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn a_cancelled_agent_ends_and_leaves_nothing() {
+    let waits = "echo begun; sleep 1000";
+    let scene = Scene::new([Turn::tool("bash", json!({"command": waits})).at(0)]);
+    let child = scene
+        .run(&["--json"])
+        .spawn()
+        .expect("ratoon can be started");
+    let end = Instant::now() + SOON;
+    while scene.model.seen().is_empty() {
+        assert!(Instant::now() < end, "the model is not called");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    interrupt(&child);
+    let done = finish(child);
+    assert_eq!(done.code(), 130, "{done:?}");
+    assert!(done.stdout.contains("\"ending\":\"cancelled\""), "{done:?}");
+    scene.over();
+}
+
+fn interrupt(child: &Child) {
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    let sent = rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::INT);
+    sent.expect("it is ours");
+}
+
+fn the_key_is_in_no_file_and_in_no_machine() {
+    let look = "cat /proc/*/environ /proc/*/cmdline /run/ratoon/* 2> /dev/null | tr '\\0' ' '; env";
+    let scene = Scene::new([
+        Turn::tool("bash", json!({"command": look})).at(0),
+        Turn::text("Nothing here.").at(1),
+    ]);
+    // By descriptor this time.
+    let config = scene.read("bridge.json");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["providers"][0]["key"] = json!({"fd": 3});
+    fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
+    let run = scene.run(&["--keep", "--json"]);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "exec 3< \"$0\"; exec \"$@\""])
+        .arg(scene.path("key"))
+        .arg(run.get_program())
+        .args(run.get_args())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    for (name, value) in run.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let done = finish(command.spawn().expect("a shell")).ok();
+    let processes = scene.ratoon.processes();
+    assert!(
+        processes.len() >= 2,
+        "the bridge and the machine: {processes:?}"
+    );
+    for pid in processes {
+        let open = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        let open = open
+            .flatten()
+            .filter_map(|fd| fs::read_link(fd.path()).ok());
+        let open: Vec<_> = open.collect();
+        assert!(!open.contains(&scene.path("key")), "{pid} has {open:?}");
+    }
+    // A snapshot of it: its memory, its disk.
+    scene.ratoon.run(["snapshot", "box", "after"]).ok();
+    for text in [&done.stdout, &done.stderr] {
+        assert!(!text.contains(KEY), "{text}");
+    }
+    let folders = [scene.ratoon.state_dir().to_owned(), scene.path("runs")];
+    let searched: u64 = folders.iter().map(|folder| search(folder)).sum();
+    assert!(searched > 1 << 20, "only {searched} bytes were searched");
+    scene.ratoon.run(["rm", "-f", "box"]).ok();
+    scene.ratoon.run(["snapshots", "rm", "after"]).ok();
+    scene.over();
+}
+
+/// Looks for the key in every file of a folder, plain and in base64 and hexadecimal; gives how much there is.
+fn search(folder: &Path) -> u64 {
+    use std::io::Read;
+    let hex: String = KEY.bytes().map(|byte| format!("{byte:02x}")).collect();
+    // As `base64` writes it.
+    let base64 = "c2stYW50LXRoZS9Ib3N0cytvd25fa2V5LTAxMjM0NTY3OD";
+    let forms = [KEY.as_bytes(), hex.as_bytes(), base64.as_bytes()];
+    let longest = forms.map(<[u8]>::len).into_iter().max().unwrap_or(0);
+    let mut searched = 0;
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let entry = entry.expect("an entry");
+        let kind = entry.file_type().expect("a kind");
+        if kind.is_dir() {
+            searched += search(&entry.path());
+        }
+        if !kind.is_file() {
+            continue;
+        }
+        let mut file = fs::File::open(entry.path()).expect("a file");
+        let mut piece = vec![0; 4 << 20];
+        let mut kept = 0;
+        loop {
+            let read = file.read(&mut piece[kept..]).expect("it can be read");
+            if read == 0 {
+                break;
+            }
+            searched += read as u64;
+            let len = kept + read;
+            // Most of a machine's memory is nothing.
+            if piece[..len].iter().any(|byte| *byte != 0) {
+                for form in forms {
+                    let found = find(&piece[..len], form);
+                    assert!(!found, "the key is in {}", entry.path().display());
+                }
+            }
+            kept = longest.min(len);
+            piece.copy_within(len - kept..len, 0);
+        }
+    }
+    searched
+}
+
+fn find(bytes: &[u8], wanted: &[u8]) -> bool {
+    let first = wanted[0];
+    let mut at = 0;
+    while let Some(next) = bytes[at..].iter().position(|byte| *byte == first) {
+        at += next;
+        if bytes[at..].starts_with(wanted) {
+            return true;
+        }
+        at += 1;
+    }
+    false
+}
