@@ -374,6 +374,8 @@ impl Vm {
         };
         if let Err(error) = self.run.append(&self.branch, entry) {
             tracing::error!(vm = self.id, "the record cannot be written: {error}");
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            refusals.1 += 1;
         }
     }
 }

@@ -107,6 +107,22 @@ fn a_breach_is_told_with_its_place() {
 }
 
 #[test]
+fn a_guests_own_words_are_quoted_shortly() {
+    let long = "x".repeat(1 << 20);
+    let told = rebuilt(
+        messages::MESSAGES,
+        &format!(r#"{{"messages":[],"{long}":1}}"#),
+    )
+    .unwrap_err();
+    assert_eq!(
+        told,
+        format!("the field {:?} is none that may be sent", &long[..64])
+    );
+    let told = check(format!(r#"{{"{long}":1,"{long}":1}}"#).as_bytes()).unwrap_err();
+    assert!(told.to_string().len() < 200, "{told}");
+}
+
+#[test]
 fn tools_of_the_providers_are_left_out_of_the_list() {
     let tools = r#"{"messages":[],"tools":[{"type":"web_search_20250305","name":"w","max_uses":9},{"name":"f","input_schema":{}},{"type":"code_execution_20250825","name":"c"}]}"#;
     let raw = check(tools.as_bytes()).expect("JSON");
