@@ -48,7 +48,7 @@ pub struct Provider {
     /// A file with the certificates to trust in place of the system's.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
-    /// What it calls the output limit of a chat, when a guest gives none.
+    /// What it calls the output limit of a chat.
     #[serde(default)]
     pub chat_limit: ChatLimit,
 }

@@ -83,7 +83,6 @@ pub struct Request {
     pub input_tokens_at_most: u64,
     /// The same for the same request, whatever its limit becomes.
     pub digest: blake3::Hash,
-    max_field: &'static str,
     body: Vec<u8>,
 }
 
@@ -117,11 +116,6 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
     }
     let limits = ["max_tokens", "max_completion_tokens", "max_output_tokens"];
     let mut max_output = None;
-    let mut max_field = match wire {
-        Wire::Messages | Wire::CountTokens => "max_tokens",
-        Wire::Chat => "",
-        Wire::Responses => "max_output_tokens",
-    };
     for name in limits {
         let Some(limit) = own_number(&owned, name)? else {
             continue;
@@ -132,7 +126,6 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
         if limit == 0 {
             return Err(breach(name, "must be at least 1"));
         }
-        max_field = name;
     }
     let usage_wanted = usage_wanted(&owned)?;
     let text_bytes = rebuild.body.len() - rebuild.base64_bytes;
@@ -157,14 +150,14 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
         withheld: rebuild.withheld,
         input_tokens_at_most: input_tokens_at_most as u64,
         digest: hasher.finalize(),
-        max_field,
         body: rebuild.body,
     })
 }
 
 impl Request {
     /// The body for the provider: with its name of the model, and with the output that there may be.
-    /// `chat_limit` is what the provider calls that limit in a chat, when the guest gave none.
+    /// `chat_limit` is what the provider calls that limit in a chat, whatever the guest called it: a
+    /// name that the provider does not know would be no limit.
     #[must_use]
     pub fn finish(&mut self, model: &str, max_output: u64, chat_limit: &'static str) -> Vec<u8> {
         let mut rebuild = Rebuild {
@@ -176,14 +169,12 @@ impl Request {
         rebuild.key("model", first);
         rebuild.string(model);
         if self.wire != Wire::CountTokens {
-            rebuild.key(
-                if self.max_field.is_empty() {
-                    chat_limit
-                } else {
-                    self.max_field
-                },
-                first,
-            );
+            let limit = match self.wire {
+                Wire::Messages | Wire::CountTokens => "max_tokens",
+                Wire::Chat => chat_limit,
+                Wire::Responses => "max_output_tokens",
+            };
+            rebuild.key(limit, first);
             rebuild
                 .body
                 .extend_from_slice(max_output.to_string().as_bytes());

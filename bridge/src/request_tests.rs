@@ -4,8 +4,12 @@ use super::*;
 use serde_json::{Value, json};
 
 fn finished(wire: Wire, body: Value) -> Value {
+    finished_for(wire, body, "max_completion_tokens")
+}
+
+fn finished_for(wire: Wire, body: Value, chat_limit: &'static str) -> Value {
     let mut request = parse(wire, body.to_string().as_bytes()).expect("allowed");
-    let bytes = request.finish("up", 5, "max_completion_tokens");
+    let bytes = request.finish("up", 5, chat_limit);
     serde_json::from_slice(&bytes).expect("JSON")
 }
 
@@ -36,20 +40,22 @@ fn model_and_limit_are_the_hosts() {
         sent,
         json!({"model": "up", "max_tokens": 5, "stream": true, "messages": messages})
     );
-    for (given, name) in [
-        (json!({}), "max_completion_tokens"),
-        (json!({"max_tokens": 9}), "max_tokens"),
-        (json!({"max_completion_tokens": 9}), "max_completion_tokens"),
+    for given in [
+        json!({}),
+        json!({"max_tokens": 9}),
+        json!({"max_completion_tokens": 9}),
     ] {
         let mut body = json!({"model": "m", "messages": messages, "n": 1, "stream": true});
         for (name, value) in given.as_object().expect("an object") {
             body[name] = value.clone();
         }
-        assert_eq!(
-            finished(Wire::Chat, body),
-            json!({"model": "up", name: 5, "messages": messages, "stream": true,
-                   "stream_options": {"include_usage": true}})
-        );
+        for name in ["max_tokens", "max_completion_tokens"] {
+            assert_eq!(
+                finished_for(Wire::Chat, body.clone(), name),
+                json!({"model": "up", name: 5, "messages": messages, "stream": true,
+                       "stream_options": {"include_usage": true}})
+            );
+        }
     }
     let sent = finished(
         Wire::Responses,

@@ -91,7 +91,7 @@ fn children_draw_on_their_parents_budget() {
     let b = host.vm("b", "b", Some("main"), Limits::default());
     // Five tokens an answer; what is asked for is clamped to what is left.
     assert_eq!(a.ask(CHAT, &body(CHAT, false)).status, 200);
-    assert_eq!(model.seen()[0].body["max_tokens"], 20);
+    assert_eq!(model.seen()[0].body["max_completion_tokens"], 20);
     assert_eq!(a.ask(CHAT, &body(CHAT, false)).code(), "budget");
     let mut all = 1;
     while b.ask(CHAT, &body(CHAT, true)).status == 200 {
@@ -129,7 +129,7 @@ fn money_is_limited_and_needs_a_price() {
     asked["model"] = "m".into();
     asked["max_tokens"] = json!(1000);
     assert_eq!(guest.ask(CHAT, &asked).status, 200);
-    let sent = model.seen()[0].body["max_tokens"]
+    let sent = model.seen()[0].body["max_completion_tokens"]
         .as_u64()
         .expect("a limit");
     assert!(
