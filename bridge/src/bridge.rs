@@ -265,7 +265,10 @@ impl Bridge {
 
     async fn remove(&self, id: &str) -> Result<Reply, TellError> {
         let vm = self.vm(id)?;
-        vm.gone.send_replace(true);
+        {
+            let _no_call_begins = vm.run.state();
+            vm.gone.send_replace(true);
+        }
         *vm.tokens.lock().unwrap_or_else(PoisonError::into_inner) = Tokens::default();
         socket::unlink(&vm.socket);
         let all = self.config.limits.vm_calls;

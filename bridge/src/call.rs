@@ -141,6 +141,10 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
     let digest = Hash(request.digest.to_hex().to_string());
     let (call, body) = {
         let mut state = vm.run.state();
+        // Under the lock: what has begun before the VM went is ended with it, and nothing after.
+        if *vm.gone.borrow() {
+            return Err(Refusal::new(Code::Removed, "this machine is being removed"));
+        }
         if let Some(step) = &step
             && let Some(stored) = state.step(&vm.branch, step)
         {

@@ -169,17 +169,8 @@ async fn asked(
     }
     let headers = request.headers();
     let token = only(headers, token::HEADER)?.map_or(&b""[..], HeaderValue::as_bytes);
-    let live = vm
-        .tokens
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .accept(token, Instant::now());
-    if !live {
-        return Err(Refusal::new(
-            Code::Token,
-            format!("{} is missing, unknown here or expired", token::HEADER),
-        ));
-    }
+    live(vm, token)?;
+    let token = token.to_vec();
     if only(headers, "content-encoding")?.is_some_and(|encoding| encoding != "identity") {
         return Err(Refusal::new(
             Code::Rule,
@@ -247,6 +238,8 @@ async fn asked(
     let since = Instant::now();
     let request = request::parse(wire, &bytes)
         .map_err(|breach| Refusal::new(Code::Rule, breach.to_string()))?;
+    // It may have been revoked while the body came.
+    live(vm, &token)?;
     Ok(Asked {
         request,
         step,
@@ -255,6 +248,18 @@ async fn asked(
         memory: held,
         since,
     })
+}
+
+/// Refuses a token that is none of the VM's, or no longer.
+fn live(vm: &Vm, token: &[u8]) -> Result<(), Refusal> {
+    let tokens = vm.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+    if tokens.accept(token, Instant::now()) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Code::Token,
+        format!("{} is missing, unknown here or expired", token::HEADER),
+    ))
 }
 
 /// A header that may be there once.

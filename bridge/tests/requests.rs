@@ -170,6 +170,34 @@ fn a_token_is_good_for_its_vm_until_it_is_revoked() {
 }
 
 #[test]
+fn a_token_that_is_revoked_while_the_body_comes_begins_no_call() {
+    let model = script([]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let token = [("x-ratoon-token", guest.token.as_str())];
+    let bytes = body(CHAT, false).to_string();
+    let (first, rest) = bytes.as_bytes().split_at(10);
+    let mut stream = guest.send_part("POST", CHAT, &token, first, bytes.len());
+    // The head is read when its call has its place.
+    let in_flight = |host: &mut Host| match host.tell(Request::Status {}) {
+        Reply::Status {
+            calls_in_flight, ..
+        } => calls_in_flight,
+        other => panic!("{other:?}"),
+    };
+    while in_flight(&mut host) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    host.mint("vm", true);
+    std::io::Write::write_all(stream.get_mut(), rest).expect("sent");
+    let answer = common::read_answer(stream);
+    assert_eq!((answer.status, answer.code()), (401, "token"));
+    assert!(model.seen().is_empty());
+    assert_eq!(host.spent("main").calls, 0);
+    host.check_record();
+}
+
+#[test]
 fn what_no_rule_allows_reaches_no_provider_and_is_told_in_the_apis_form() {
     let model = script([]);
     let mut host = Host::start(config(&model.url()));

@@ -292,6 +292,18 @@ impl Guest {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> BufReader<UnixStream> {
+        self.send_part(method, path, headers, body, body.len())
+    }
+
+    /// Sends the first part of a request whose body is `len` bytes long.
+    pub fn send_part(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+        len: usize,
+    ) -> BufReader<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket).expect("the VM's socket");
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))
@@ -301,7 +313,7 @@ impl Guest {
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
-        head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
+        head.push_str(&format!("content-length: {len}\r\n\r\n"));
         stream.write_all(head.as_bytes()).expect("sent");
         // It may refuse before it has read all.
         let _ = stream.write_all(body);
