@@ -13,6 +13,7 @@
 use std::io::Read as _;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -39,10 +40,14 @@ const AHEAD: usize = 2;
 const LEAST_OUTPUT: u64 = 16;
 const REPLAY_PIECE: usize = 16 * 1024;
 
-/// An answer's bytes on their way to the guest. An error breaks the connection: the guest sees that
-/// the answer is not whole.
+/// An answer's bytes on their way to the guest. Unless its sender says that it is whole, its end
+/// breaks the connection: a guest never takes a part for all, however the call ended.
 #[derive(Debug)]
-pub struct Outgoing(mpsc::Receiver<Result<Bytes, Broken>>);
+pub struct Outgoing {
+    pieces: mpsc::Receiver<Bytes>,
+    whole: Arc<AtomicBool>,
+    ended: bool,
+}
 
 /// The answer cannot be completed.
 #[derive(Debug, thiserror::Error)]
@@ -57,14 +62,44 @@ impl hyper::body::Body for Outgoing {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        self.0
-            .poll_recv(context)
-            .map(|piece| piece.map(|piece| piece.map(Frame::data)))
+        let Poll::Ready(piece) = self.pieces.poll_recv(context) else {
+            return Poll::Pending;
+        };
+        Poll::Ready(match piece {
+            Some(piece) => Some(Ok(Frame::data(piece))),
+            None if self.ended || self.whole.load(Ordering::Acquire) => None,
+            None => {
+                self.ended = true;
+                Some(Err(Broken))
+            }
+        })
     }
 }
 
 /// The guest's end of a call.
-pub(crate) type ToGuest = mpsc::Sender<Result<Bytes, Broken>>;
+#[derive(Debug)]
+pub(crate) struct ToGuest {
+    pieces: mpsc::Sender<Bytes>,
+    whole: Arc<AtomicBool>,
+}
+
+impl ToGuest {
+    /// Gives a piece; false when the guest has gone.
+    pub(crate) async fn give(&self, piece: Bytes) -> bool {
+        self.pieces.send(piece).await.is_ok()
+    }
+
+    /// Waits until the guest has gone.
+    pub(crate) async fn closed(&self) {
+        self.pieces.closed().await;
+    }
+
+    /// Ends the answer well.
+    pub(crate) fn end(self) {
+        self.whole.store(true, Ordering::Release);
+    }
+}
+
 /// How the answer's head comes back from the call's task.
 pub(crate) type HeadSender = oneshot::Sender<Result<Answer, Refusal>>;
 
@@ -108,8 +143,8 @@ pub(crate) enum After {
     Nothing,
     /// An answer that was not begun.
     Head(HeadSender, Box<Answer>),
-    /// The end of the stream.
-    End(ToGuest),
+    /// The end of the stream, and whether it is a whole one.
+    End(ToGuest, bool),
 }
 
 /// Makes a call; gives the answer when its head is there.
@@ -216,8 +251,8 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
         match after {
             // If it has gone there is nobody to tell.
             After::Head(to_guest, answer) => drop(to_guest.send(Ok(*answer))),
-            After::End(pieces) => drop(pieces),
-            After::Nothing => {}
+            After::End(pieces, true) => pieces.end(),
+            After::End(_, false) | After::Nothing => {}
         }
     });
     head.await
@@ -311,19 +346,16 @@ fn replay(vm: &Arc<Vm>, call: u64, media_type: &str, body: &Body) -> Result<Answ
         vm: vm.id.clone(),
     };
     vm.run.append(&vm.branch, entry).map_err(gone)?;
-    let (sender, receiver) = mpsc::channel(AHEAD);
+    let (to_guest, pieces) = outgoing();
     tokio::spawn(async move {
         loop {
             let mut piece = vec![0; REPLAY_PIECE];
-            let piece = match file.read(&mut piece) {
-                Ok(0) => return,
-                Ok(len) => {
-                    piece.truncate(len);
-                    Ok(Bytes::from(piece))
-                }
-                Err(_) => Err(Broken),
-            };
-            if sender.send(piece).await.is_err() {
+            match file.read(&mut piece) {
+                Ok(0) => return to_guest.end(),
+                Ok(len) => piece.truncate(len),
+                Err(_) => return,
+            }
+            if !to_guest.give(piece.into()).await {
                 return;
             }
         }
@@ -337,7 +369,7 @@ fn replay(vm: &Arc<Vm>, call: u64, media_type: &str, body: &Body) -> Result<Answ
     response
         .headers_mut()
         .insert("x-ratoon-replayed", HeaderValue::from_static("1"));
-    Ok(response.map(|()| Either::Right(Outgoing(receiver))))
+    Ok(response.map(|()| Either::Right(pieces)))
 }
 
 /// A head with our headers.
@@ -364,7 +396,17 @@ pub(crate) fn head(
 /// A stream to the guest.
 pub(crate) fn outgoing() -> (ToGuest, Outgoing) {
     let (sender, receiver) = mpsc::channel(AHEAD);
-    (sender, Outgoing(receiver))
+    let whole = Arc::new(AtomicBool::new(false));
+    let to_guest = ToGuest {
+        pieces: sender,
+        whole: whole.clone(),
+    };
+    let outgoing = Outgoing {
+        pieces: receiver,
+        whole,
+        ended: false,
+    };
+    (to_guest, outgoing)
 }
 
 impl Call {

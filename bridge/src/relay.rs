@@ -13,7 +13,7 @@ use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, RETRY
 use ratoon_bridge_api::record::Ending;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::call::{After, Broken, Call, HeadSender, Outcome, ToGuest, head, outgoing, unrecorded};
+use crate::call::{After, Call, HeadSender, Outcome, ToGuest, head, outgoing, unrecorded};
 use crate::config::HostLimits;
 use crate::mask::Masking;
 use crate::record::Spool;
@@ -313,6 +313,7 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
         spool,
         pieces,
         len: 0,
+        may_end: false,
     };
     let ending = relay.all(body).await;
     let (ending, whole) = relay.last(ending).await;
@@ -322,7 +323,7 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
         Some(_) => ending,
         None => Ending::Cut,
     };
-    outcome.after = After::End(relay.pieces);
+    outcome.after = After::End(relay.pieces, relay.may_end && outcome.body.is_some());
     if whole {
         call.bridge.upstreams[call.provider].give_back(sender).await;
     }
@@ -342,6 +343,8 @@ struct Relay<'a> {
     spool: Spool,
     pieces: ToGuest,
     len: u64,
+    /// The guest has got an end that it can tell from a cut.
+    may_end: bool,
 }
 
 impl Relay<'_> {
@@ -394,10 +397,10 @@ impl Relay<'_> {
             return Err(Ending::Cut);
         }
         let call_s = HostLimits::seconds(self.call.bridge.config.limits.call_s);
-        let giving = self.pieces.send(Ok(piece.into()));
+        let giving = self.pieces.give(piece.into());
         match guarded(self.call, call_s, std::future::pending(), giving).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(gone(self.call)),
+            Ok(true) => Ok(()),
+            Ok(false) => Err(gone(self.call)),
             Err(ending) => Err(ending),
         }
     }
@@ -427,10 +430,8 @@ impl Relay<'_> {
         if ending == Ending::GuestGone || ending == Ending::Removed {
             let _ = self.spool.write(&rest);
         } else {
-            let _ = self.give(rest).await;
-        }
-        if told && !may_follow {
-            let _ = self.pieces.try_send(Err(Broken));
+            let given = self.give(rest).await.is_ok();
+            self.may_end = given && (!told || may_follow);
         }
         (ending, reached_end)
     }

@@ -240,6 +240,33 @@ fn an_answer_that_is_cut_is_no_answer() {
 }
 
 #[test]
+fn a_slow_guest_sees_that_an_answer_is_cut() {
+    // More than socket buffers and waiting pieces hold: the cut comes while all of them are full.
+    let cut = Turn::text(&"word ".repeat(400_000)).broken(Fault::Cut {
+        after_bytes: 1_900_000,
+    });
+    let model = script([cut]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let token = [("x-ratoon-token", guest.token.as_str())];
+    let bytes = body(CHAT, false).to_string();
+    let mut stream = guest.send("POST", CHAT, &token, bytes.as_bytes());
+    read_head(&mut stream);
+    std::thread::sleep(Duration::from_millis(500));
+    let mut len = 0;
+    let whole = loop {
+        match read_chunk(&mut stream) {
+            Some(piece) if piece.is_empty() => break true,
+            Some(piece) => len += piece.len(),
+            None => break false,
+        }
+    };
+    assert!(!whole && len > 500_000, "{whole} {len}");
+    assert_eq!(wait_for_endings(&host, 1), [Ending::Cut]);
+    host.check_record();
+}
+
+#[test]
 fn a_provider_that_is_down_is_named_and_costs_no_token() {
     let mut host = Host::start(config("http://127.0.0.1:9"));
     let guest = host.first();
