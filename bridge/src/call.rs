@@ -26,6 +26,7 @@ use ratoon_bridge_api::record::{Body, Ending, Entry, Hash, Step};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::bridge::{Bridge, Vm};
+use crate::budget::Short;
 use crate::config::{Model, Price};
 use crate::record::{Answered, State};
 use crate::refusal::{Code, Refusal};
@@ -288,7 +289,7 @@ fn reserve(
         };
         return match state.tree.reserve(branch, one) {
             Ok(()) => Ok((0, one)),
-            Err(short) => Err(Refusal::new(Code::Budget, short.to_string())),
+            Err(short) => Err(too_little(&short)),
         };
     }
     if model.price.is_none() && state.tree.counts_money(branch) {
@@ -321,8 +322,17 @@ fn reserve(
     };
     match state.tree.reserve(branch, reserved) {
         Ok(()) => Ok((output, reserved)),
-        Err(short) => Err(Refusal::new(Code::Budget, short.to_string())),
+        Err(short) => Err(too_little(&short)),
     }
+}
+
+fn too_little(short: &Short) -> Refusal {
+    let code = if short.for_now {
+        Code::Busy
+    } else {
+        Code::Budget
+    };
+    Refusal::new(code, short.to_string())
 }
 
 /// At its dearest.

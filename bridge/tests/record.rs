@@ -115,6 +115,33 @@ fn children_draw_on_their_parents_budget() {
 }
 
 #[test]
+fn a_budget_that_others_hold_is_waited_for_and_not_used_up() {
+    let late = Turn::text("one two").broken(Fault::Late { ms: 1500 });
+    let model = script([late, Turn::text("three")]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        output_tokens: Some(60),
+        ..Limits::default()
+    };
+    host.vm("p", "main", None, limits);
+    let a = host.vm("a", "a", Some("main"), Limits::default());
+    let b = host.vm("b", "b", Some("main"), Limits::default());
+    let token = [("x-ratoon-token", a.token.as_str())];
+    let bytes = body(CHAT, false).to_string();
+    let first = a.send("POST", CHAT, &token, bytes.as_bytes());
+    while model.seen().is_empty() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let busy = b.ask(CHAT, &body(CHAT, false));
+    assert_eq!((busy.status, busy.code()), (429, "busy"), "{busy:?}");
+    assert_eq!(busy.header("x-should-retry"), None);
+    assert_eq!(busy.header("retry-after"), Some("1"));
+    assert_eq!(common::read_answer(first).status, 200);
+    assert_eq!(b.ask(CHAT, &body(CHAT, false)).status, 200);
+    host.check_record();
+}
+
+#[test]
 fn money_is_limited_and_needs_a_price() {
     let model = script([Turn::text("a b c d e").repeated()]);
     let mut host = Host::start(config(&model.url()));
