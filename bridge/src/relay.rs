@@ -199,7 +199,8 @@ fn finish_refused(call: &Call, outcome: &mut Outcome, to_guest: HeadSender, refu
 async fn provider_error(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut Outcome) {
     let status = begun.response.status().as_u16();
     outcome.ending = Ending::ProviderError;
-    outcome.free = true;
+    // Refused before any token was made; after another failure it may have been paid for.
+    outcome.free = matches!(status, 400..=499 | 503 | 529);
     match status {
         401 | 403 => {
             let message = format!(

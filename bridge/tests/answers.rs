@@ -176,6 +176,18 @@ fn a_providers_errors_come_in_its_own_form_and_without_our_key() {
 }
 
 #[test]
+fn an_error_costs_no_token_only_if_it_says_that_none_was_made() {
+    for (code, tokens) in [(400, 0), (404, 0), (503, 0), (500, 50), (502, 50)] {
+        let model = script([status(code, None, "no")]);
+        let mut host = Host::start(config(&model.url()));
+        let guest = host.first();
+        let answer = guest.ask(MESSAGES, &body(MESSAGES, true));
+        assert_eq!(answer.status, code);
+        assert_eq!(host.spent("main").output_tokens, tokens, "{code}");
+    }
+}
+
+#[test]
 fn a_key_in_an_answer_is_masked_for_the_guest_and_in_the_record() {
     let turn = Turn::text(&format!("the key is {KEY}, or so"));
     for stream in [false, true] {
