@@ -33,7 +33,6 @@ const ATTEMPT: &str = "x-ratoon-attempt";
 /// Betas that change how a call is answered, and grant nothing.
 const BETAS: &[&str] = &[
     "effort-",
-    "extended-cache-ttl-",
     "fine-grained-tool-streaming-",
     "interleaved-thinking-",
     "output-128k-",

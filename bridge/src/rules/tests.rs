@@ -20,7 +20,7 @@ fn what_is_allowed_keeps_its_bytes() {
         r#"{"type":"tool_use","id":"a","name":"bash","input":{"b": 1.0e0, "a":[ "\u0041" ]}}]},"#,
         r#"{"role":"user","content":[{"type":"tool_result","tool_use_id":"a","content":"ok","is_error":false}]}],"#,
         r#""tools":[{"type":"bash_20250124","name":"bash"},{"name":"f","input_schema":{"type":"object","default":{"url":"http://x"}}}],"#,
-        r#""temperature":0.50,"cache_control":{"type":"ephemeral","ttl":"1h"}}"#
+        r#""temperature":0.50,"cache_control":{"type":"ephemeral","ttl":"5m"}}"#
     );
     assert_eq!(rebuilt(messages::MESSAGES, body).as_deref(), Ok(body));
 }
@@ -32,6 +32,13 @@ fn fields_that_mean_nothing_here_are_left_out() {
     assert_eq!(
         rebuilt(messages::MESSAGES, body).as_deref(),
         Ok(r#"{"messages":[]}"#)
+    );
+    let body = r#"{"input":[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"e"},{"type":"function_call","id":"fc_1","call_id":"a","name":"f","arguments":"{}"}]}"#;
+    assert_eq!(
+        rebuilt(responses::RESPONSES, body).as_deref(),
+        Ok(
+            r#"{"input":[{"type":"reasoning","summary":[],"encrypted_content":"e"},{"type":"function_call","call_id":"a","name":"f","arguments":"{}"}]}"#
+        )
     );
 }
 
@@ -77,6 +84,11 @@ fn a_breach_is_told_with_its_place() {
             chat::CHAT,
             r#"{"messages":[{"role":"user","content":[{"type":"file","file":{"file_id":"f"}}]}]}"#,
             "messages[0].content[0].file.file_id: a file at the provider cannot be used here",
+        ),
+        (
+            messages::MESSAGES,
+            r#"{"messages":[],"cache_control":{"type":"ephemeral","ttl":"1h"}}"#,
+            "cache_control.ttl: is \"1h\"; allowed: 5m",
         ),
         (
             chat::CHAT,
