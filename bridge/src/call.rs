@@ -302,7 +302,7 @@ fn reserve(
         .max_output
         .unwrap_or(model.max_output_tokens)
         .min(model.max_output_tokens);
-    let input = request.input_tokens_at_most;
+    let input = request.input_tokens_at_most(model.max_input_tokens);
     let left = state.tree.left(branch);
     let mut output = wanted.min(left.output_tokens);
     if let Some(price) = model.price

@@ -108,6 +108,10 @@ pub struct Model {
     pub upstream: Option<String>,
     /// The most output tokens of a call.
     pub max_output_tokens: u64,
+    /// The most input tokens that it takes: as many are put aside for a call with images or
+    /// documents, and never more for any. Without it those are estimated.
+    #[serde(default)]
+    pub max_input_tokens: Option<u64>,
     /// Its price; a run whose money is limited can use no model without.
     #[serde(default)]
     pub price: Option<Price>,
@@ -272,10 +276,10 @@ impl Config {
             if provider
                 .models
                 .iter()
-                .any(|model| model.max_output_tokens == 0)
+                .any(|model| model.max_output_tokens == 0 || model.max_input_tokens == Some(0))
             {
                 return Err(format!(
-                    "a model of provider \"{name}\" may make no token: max_output_tokens is 0"
+                    "a model of provider \"{name}\" may make or take no token: max_output_tokens or max_input_tokens is 0"
                 ));
             }
             if let KeySource::Command(argv) = &provider.key

@@ -133,17 +133,21 @@ fn the_same_request_has_the_same_digest_and_another_has_another() {
 }
 
 #[test]
-fn the_input_is_estimated_by_its_text_and_images_are_not_text() {
-    let estimate = |content: Value| {
+fn text_has_no_more_tokens_than_bytes_and_images_count_as_all_that_a_model_takes() {
+    let at_most = |content: Value, most: Option<u64>| {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
         parse(Wire::Messages, body.to_string().as_bytes())
             .expect("allowed")
-            .input_tokens_at_most
+            .input_tokens_at_most(most)
     };
-    let short = estimate(json!("x"));
-    assert_eq!(estimate(json!("x".repeat(2001))), short + 1000);
+    let short = at_most(json!("x"), None);
+    assert!(short > 4096 + 40, "{short}");
+    assert_eq!(at_most(json!("x".repeat(2001)), None), short + 2000);
+    assert_eq!(at_most(json!("x"), Some(4100)), 4100);
+    assert_eq!(at_most(json!("x"), Some(200_000)), short);
     let image = json!([{"type": "image", "source": {
         "type": "base64", "media_type": "image/png", "data": "A".repeat(64_000)}}]);
-    let image = estimate(image);
-    assert!((4000..6000).contains(&image), "{image}");
+    let estimate = at_most(image.clone(), None);
+    assert!((9000..10_000).contains(&estimate), "{estimate}");
+    assert_eq!(at_most(image, Some(200_000)), 200_000);
 }

@@ -144,7 +144,9 @@ fn a_budget_that_others_hold_is_waited_for_and_not_used_up() {
 #[test]
 fn money_is_limited_and_needs_a_price() {
     let model = script([Turn::text("a b c d e").repeated()]);
-    let mut host = Host::start(config(&model.url()));
+    let mut configuration = config(&model.url());
+    configuration["providers"][0]["models"][0]["max_input_tokens"] = json!(50);
+    let mut host = Host::start(configuration);
     let limits = Limits {
         cost_microusd: Some(1000),
         ..Limits::default()
@@ -159,10 +161,7 @@ fn money_is_limited_and_needs_a_price() {
     let sent = model.seen()[0].body["max_completion_tokens"]
         .as_u64()
         .expect("a limit");
-    assert!(
-        (40..66).contains(&sent),
-        "{sent}: what 1000 microdollars buy"
-    );
+    assert_eq!(sent, (1000 - 50 * 3) / 15, "what 1000 microdollars buy");
     assert_eq!(host.spent("main").cost_microusd, 30 + 75);
     host.check_record();
 }
