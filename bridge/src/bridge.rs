@@ -48,6 +48,8 @@ pub struct Vm {
     pub(crate) tokens: Mutex<Tokens>,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) bodies: Arc<Semaphore>,
+    /// One large request at a time is taken apart.
+    pub(crate) parsing: Arc<Semaphore>,
     pub(crate) gone: watch::Sender<bool>,
     rate: Mutex<(Instant, u32)>,
     refusals: Mutex<(u32, u64)>,
@@ -209,6 +211,7 @@ impl Bridge {
             tokens: Mutex::default(),
             calls: Arc::new(Semaphore::new(limits.vm_calls as usize)),
             bodies: Arc::new(Semaphore::new((limits.vm_bodies_bytes / 1024) as usize)),
+            parsing: Arc::new(Semaphore::new(1)),
             gone: watch::Sender::new(false),
             rate: Mutex::new((Instant::now(), limits.vm_requests_a_minute)),
             refusals: Mutex::default(),

@@ -28,6 +28,8 @@ use crate::upstream::Passed;
 
 /// Connections of one VM at once: more than its calls, so that idle ones may stay open.
 const MOST_CONNECTIONS: usize = 64;
+/// Bodies up to this length take less time than another thread's start.
+const PARSED_HERE_BYTES: usize = 32 * 1024;
 const STEP: &str = "x-ratoon-step";
 const ATTEMPT: &str = "x-ratoon-attempt";
 /// Betas that change how a call is answered, and grant nothing.
@@ -235,8 +237,8 @@ async fn asked(
         .await
         .unwrap_or_else(|_| Err(Refusal::new(Code::Slow, "the body came too slowly")))?;
     let since = Instant::now();
-    let request = request::parse(wire, &bytes)
-        .map_err(|breach| Refusal::new(Code::Rule, breach.to_string()))?;
+    let request;
+    (request, held) = parse(vm, wire, bytes, held).await?;
     // It may have been revoked while the body came.
     live(vm, &token)?;
     Ok(Asked {
@@ -247,6 +249,30 @@ async fn asked(
         memory: held,
         since,
     })
+}
+
+/// Takes a body apart: a large one beside this thread, which all VMs share, and one a VM at a time.
+async fn parse(
+    vm: &Vm,
+    wire: Wire,
+    bytes: Vec<u8>,
+    held: Vec<OwnedSemaphorePermit>,
+) -> Result<(request::Request, Vec<OwnedSemaphorePermit>), Refusal> {
+    let told = |breach: crate::rules::Breach| Refusal::new(Code::Rule, breach.to_string());
+    if bytes.len() <= PARSED_HERE_BYTES {
+        return Ok((request::parse(wire, &bytes).map_err(told)?, held));
+    }
+    let ended = || Refusal::new(Code::Removed, "the call was ended");
+    let turn = vm.parsing.clone().acquire_owned().await;
+    let turn = turn.map_err(|_| ended())?;
+    // Memory and turn are held until it is done, also when nobody waits for it any more.
+    let parsing = tokio::task::spawn_blocking(move || {
+        let parsed = request::parse(wire, &bytes);
+        drop((bytes, turn));
+        (parsed, held)
+    });
+    let (parsed, held) = parsing.await.map_err(|_| ended())?;
+    Ok((parsed.map_err(told)?, held))
 }
 
 /// Refuses a token that is none of the VM's, or no longer.

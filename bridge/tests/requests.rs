@@ -336,6 +336,28 @@ fn sizes_numbers_and_rates_are_bounded() {
 }
 
 #[test]
+fn large_requests_are_taken_apart_beside_each_other_and_as_small_ones() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let mut large = body(CHAT, false);
+    large["messages"][0]["content"] = "x".repeat(1 << 20).into();
+    let bytes = large.to_string();
+    let token = [("x-ratoon-token", guest.token.as_str())];
+    let sent: Vec<_> = (0..4)
+        .map(|_| guest.send("POST", CHAT, &token, bytes.as_bytes()))
+        .collect();
+    for stream in sent {
+        assert_eq!(common::read_answer(stream).status, 200);
+    }
+    large["nobody"] = 1.into();
+    let answer = guest.ask(CHAT, &large);
+    assert_eq!((answer.status, answer.code()), (400, "rule"));
+    assert_eq!(model.violations(), Vec::<String>::new());
+    host.check_record();
+}
+
+#[test]
 fn a_vm_that_is_removed_is_served_no_more() {
     let model = script([Turn::text("ok").repeated()]);
     let mut host = Host::start(config(&model.url()));
