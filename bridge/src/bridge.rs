@@ -34,6 +34,7 @@ pub struct Bridge {
     /// Kibibytes of request bodies.
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) calls: Arc<Semaphore>,
+    pub(crate) connections: Arc<Semaphore>,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
     runs: Mutex<HashMap<String, Weak<Run>>>,
 }
@@ -121,6 +122,9 @@ impl Bridge {
                 (config.limits.all_bodies_bytes / 1024) as usize,
             )),
             calls: Arc::new(Semaphore::new(config.limits.all_calls as usize)),
+            connections: Arc::new(Semaphore::new(socket::most_connections(
+                config.limits.all_connections,
+            ))),
             config,
             vms: Mutex::default(),
             runs: Mutex::default(),

@@ -23,11 +23,11 @@ use hyper::body::{Bytes, Frame};
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use ratoon_bridge_api::amount::Amount;
 use ratoon_bridge_api::record::{Body, Ending, Entry, Hash, Step};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use crate::bridge::{Bridge, Vm};
 use crate::budget::Short;
-use crate::config::{Model, Price};
+use crate::config::{HostLimits, Model, Price};
 use crate::record::{Answered, State};
 use crate::refusal::{Code, Refusal};
 use crate::relay;
@@ -192,7 +192,8 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
                 Answered::Never => Err(again("ended without a whole answer")),
                 Answered::Whole { media_type, body } => {
                     drop(state);
-                    replay(vm, stored.call, &media_type, &body)
+                    let stored = (stored.call, media_type, body);
+                    replay(bridge, vm, stored, places)
                 }
             };
         }
@@ -344,30 +345,43 @@ fn cost(price: &Price, input: u64, output: u64) -> u64 {
     .of(input, 0, 0, output)
 }
 
-/// Gives a stored answer again.
-fn replay(vm: &Arc<Vm>, call: u64, media_type: &str, body: &Body) -> Result<Answer, Refusal> {
+/// Gives a stored answer again. It keeps its places as a call does, and no longer than one.
+fn replay(
+    bridge: &Bridge,
+    vm: &Arc<Vm>,
+    (call, media_type, body): (u64, String, Body),
+    places: [OwnedSemaphorePermit; 2],
+) -> Result<Answer, Refusal> {
     let gone = |error: std::io::Error| {
         tracing::error!(vm = vm.id, "a stored answer cannot be given: {error}");
         unrecorded()
     };
-    let mut file = vm.run.open_body(body).map_err(gone)?;
+    let mut file = vm.run.open_body(&body).map_err(gone)?;
     let entry = Entry::Replay {
         call,
         vm: vm.id.clone(),
     };
     vm.run.append(&vm.branch, entry).map_err(gone)?;
     let (to_guest, pieces) = outgoing();
+    let most = HostLimits::seconds(bridge.config.limits.call_s);
     tokio::spawn(async move {
-        loop {
-            let mut piece = vec![0; REPLAY_PIECE];
-            match file.read(&mut piece) {
-                Ok(0) => return to_guest.end(),
-                Ok(len) => piece.truncate(len),
-                Err(_) => return,
+        let giving = async {
+            loop {
+                let mut piece = vec![0; REPLAY_PIECE];
+                match file.read(&mut piece) {
+                    Ok(0) => return true,
+                    Ok(len) => piece.truncate(len),
+                    Err(_) => return false,
+                }
+                if !to_guest.give(piece.into()).await {
+                    return false;
+                }
             }
-            if !to_guest.give(piece.into()).await {
-                return;
-            }
+        };
+        let given = tokio::time::timeout(most, giving).await;
+        drop(places);
+        if given == Ok(true) {
+            to_guest.end();
         }
     });
     let media_type = if media_type == relay::EVENTS {

@@ -170,6 +170,9 @@ pub struct HostLimits {
     pub vm_calls: u32,
     /// Calls of all VMs.
     pub all_calls: u32,
+    /// Connections of all VMs at once, idle ones too; never more than half of the descriptors that
+    /// the process may have.
+    pub all_connections: u32,
     /// Requests of one VM in a minute.
     pub vm_requests_a_minute: u32,
     /// How long a request may take to come in, in seconds.
@@ -197,6 +200,7 @@ impl Default for HostLimits {
             answer_bytes: 64 << 20,
             vm_calls: 8,
             all_calls: 256,
+            all_connections: 4096,
             vm_requests_a_minute: 600,
             request_s: 30,
             connect_s: 10,
@@ -291,8 +295,17 @@ impl Config {
             }
         }
         let limits = &self.limits;
-        if limits.attempts == 0 || limits.vm_calls == 0 || limits.all_calls == 0 {
-            return Err("limits: attempts, vm_calls and all_calls are at least 1".into());
+        if [
+            limits.attempts,
+            limits.vm_calls,
+            limits.all_calls,
+            limits.all_connections,
+        ]
+        .contains(&0)
+        {
+            return Err(
+                "limits: attempts, vm_calls, all_calls and all_connections are at least 1".into(),
+            );
         }
         if limits.body_bytes > limits.vm_bodies_bytes
             || limits.vm_bodies_bytes > limits.all_bodies_bytes

@@ -69,7 +69,11 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
             tracing::warn!(vm = vm.id, "a connection of another user was refused");
             continue;
         }
-        let Ok(permit) = connections.clone().try_acquire_owned() else {
+        let Ok(of_vm) = connections.clone().try_acquire_owned() else {
+            continue;
+        };
+        let Ok(of_all) = bridge.connections.clone().try_acquire_owned() else {
+            tracing::warn!(vm = vm.id, "too many connections: one was refused");
             continue;
         };
         let (bridge, vm) = (bridge.clone(), vm.clone());
@@ -80,7 +84,7 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
                 () = connection => {}
                 _ = gone.wait_for(|gone| *gone) => {}
             }
-            drop(permit);
+            drop((of_vm, of_all));
         });
     }
 }

@@ -212,6 +212,11 @@ fn the_process_hides_its_memory() {
         let key = common::KEY.as_bytes();
         assert!(!bytes.windows(key.len()).any(|part| part == key), "{name}");
     }
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let files: Vec<&str> = files.expect("a limit").split_whitespace().collect();
+    assert_eq!(files[3], files[4], "as many descriptors as it may have");
     // The files of a process that is not dumpable are root's.
     let owner = std::os::unix::fs::MetadataExt::uid(
         &std::fs::metadata(format!("{proc}/mem")).expect("a file"),

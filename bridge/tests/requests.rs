@@ -358,6 +358,26 @@ fn large_requests_are_taken_apart_beside_each_other_and_as_small_ones() {
 }
 
 #[test]
+fn connections_of_all_machines_are_bounded() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut config = config(&model.url());
+    config["limits"] = json!({"all_connections": 3});
+    let mut host = Host::start(config);
+    let (a, b) = (host.first(), host.vm("b", "side", Some("main"), calls(5)));
+    let connect = || std::os::unix::net::UnixStream::connect(&a.socket).expect("a socket");
+    let idle = [connect(), connect(), connect()];
+    // These are accepted by another listener, in its own time.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let mut refused = std::os::unix::net::UnixStream::connect(&b.socket).expect("a socket");
+    let mut nothing = [0];
+    let read = std::io::Read::read(&mut refused, &mut nothing).expect("closed");
+    assert_eq!(read, 0);
+    drop(idle);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert_eq!(b.ask(CHAT, &body(CHAT, false)).status, 200);
+}
+
+#[test]
 fn a_vm_that_is_removed_is_served_no_more() {
     let model = script([Turn::text("ok").repeated()]);
     let mut host = Host::start(config(&model.url()));
