@@ -357,6 +357,11 @@ fn replay(
         unrecorded()
     };
     let mut file = vm.run.open_body(&body).map_err(gone)?;
+    let len = file.metadata().map_err(gone)?.len();
+    if len != body.len {
+        let what = format!("it has {len} bytes, not {}", body.len);
+        return Err(gone(std::io::Error::other(what)));
+    }
     let entry = Entry::Replay {
         call,
         vm: vm.id.clone(),

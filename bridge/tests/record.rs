@@ -42,6 +42,27 @@ fn a_step_is_paid_once() {
 }
 
 #[test]
+fn a_stored_answer_that_was_cut_is_not_given_again() {
+    let model = script([Turn::text("one two three")]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let ask = || guest.step(CHAT, &body(CHAT, false), 1, 0);
+    assert_eq!(ask().status, 200);
+    let Some(Entry::Answer { body, .. }) = host.entries("main").pop() else {
+        panic!("no answer");
+    };
+    let path = host.run_dir().join("bodies").join(&body.hash.0);
+    let file = std::fs::File::options().write(true).open(path);
+    let file = file.expect("a body");
+    file.set_len(body.len - 1).expect("cut");
+    let answer = ask();
+    assert_eq!((answer.status, answer.code()), (503, "record"));
+    let replayed = |entry: &Entry| matches!(entry, Entry::Replay { .. });
+    assert!(!host.entries("main").iter().any(replayed));
+    assert_eq!(model.seen().len(), 1);
+}
+
+#[test]
 fn a_bridge_that_is_killed_in_a_call_counts_all_of_it() {
     let drip = Fault::Drip {
         bytes: 60,
