@@ -192,7 +192,12 @@ impl Bridge {
         }
         let run = self.open_run(&add.run)?;
         // The socket first: a branch that nobody can reach is not begun.
-        let bound = socket::bind(&add.socket)
+        let who = if self.config.peer_uids.is_empty() {
+            socket::For::Owner
+        } else {
+            socket::For::Everyone
+        };
+        let bound = socket::bind(&add.socket, who)
             .map_err(io(format!("cannot listen at {}", add.socket.display())))?;
         let begun = run
             .begin(&add.branch, add.parent.as_deref(), add.budget)

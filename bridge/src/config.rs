@@ -22,7 +22,8 @@ pub struct Config {
     /// What one guest, and all together, may ask of the bridge.
     #[serde(default)]
     pub limits: HostLimits,
-    /// Users besides our own whose processes may connect to a VM's socket: that of a jailed VMM.
+    /// Users besides our own whose processes may connect to a VM's socket: that of a jailed VMM. With
+    /// any, a VM's socket has mode 0666, and each connection's user decides.
     #[serde(default)]
     pub peer_uids: Vec<u32>,
 }

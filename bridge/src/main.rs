@@ -99,7 +99,7 @@ fn read_config(path: &Path) -> Result<Config, Failure> {
 }
 
 async fn run(bridge: std::sync::Arc<Bridge>, path: &Path, lifeline: bool) -> Result<(), Failure> {
-    let listener = socket::bind(path)
+    let listener = socket::bind(path, socket::For::Owner)
         .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
