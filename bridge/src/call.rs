@@ -473,10 +473,7 @@ impl Call {
 
     fn settle(&self, outcome: Outcome) -> After {
         let charged = self.charge(&outcome);
-        let body = outcome.body.unwrap_or_else(|| Body {
-            hash: Hash::of_body(b""),
-            len: 0,
-        });
+        let body = outcome.body.unwrap_or_else(Body::empty);
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let entry = Entry::Answer {
             call: self.number,

@@ -10,7 +10,7 @@ mod spool;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -153,12 +153,6 @@ impl Run {
             }
             Err(fs::TryLockError::Error(source)) => return Err(io_at(&lock_path)(source)),
         }
-        // What a killed bridge was writing.
-        for entry in fs::read_dir(&bodies).map_err(io_at(&bodies))?.flatten() {
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                fs::remove_file(entry.path()).map_err(io_at(&entry.path()))?;
-            }
-        }
         let run = Self {
             dir,
             masker,
@@ -166,6 +160,12 @@ impl Run {
             _lock: lock,
         };
         run.read_back()?;
+        // Requests that a killed bridge was writing, and answers whose call had ended.
+        for entry in fs::read_dir(&bodies).map_err(io_at(&bodies))?.flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                fs::remove_file(entry.path()).map_err(io_at(&entry.path()))?;
+            }
+        }
         Ok(run)
     }
 
@@ -339,7 +339,7 @@ impl Run {
     /// When its file cannot be made.
     pub fn spool(&self, label: &str) -> io::Result<Spool> {
         let bodies = self.dir.join("bodies");
-        let path = bodies.join(format!(".{label}"));
+        let path = self.part(label);
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -347,13 +347,18 @@ impl Run {
             .mode(0o600)
             .open(&path)?;
         Ok(Spool {
-            file: BufWriter::with_capacity(4096, file),
+            file,
             hasher: blake3::Hasher::new(),
             len: 0,
             path,
             bodies,
             done: false,
         })
+    }
+
+    /// The file of a body that is being written.
+    fn part(&self, label: &str) -> PathBuf {
+        self.dir.join("bodies").join(format!(".{label}"))
     }
 
     /// Opens a stored body.
@@ -363,6 +368,11 @@ impl Run {
     pub fn open_body(&self, body: &Body) -> io::Result<File> {
         File::open(ratoon_bridge_api::record::body_file(&self.dir, &body.hash))
     }
+}
+
+/// The label of a call's answer while it is written.
+pub(crate) fn answer_label(branch: &str, call: u64) -> String {
+    format!("{branch}.{call}")
 }
 
 fn answered(ending: Ending, media_type: &str, body: &Body) -> Answered {

@@ -1,6 +1,7 @@
 //! Runs that are opened again, forked, torn and shared.
 
 use super::*;
+use crate::relay;
 use ratoon_bridge_api::audit::{read_branch, verify_run};
 
 fn open(records: &Path) -> Run {
@@ -82,6 +83,10 @@ fn what_was_used_and_answered_is_known_after_a_restart() {
     // The bridge is killed while this one is on its way.
     begin_call(&run, "child", 2);
     drop(run);
+    let bodies = records.path().join("run/bodies");
+    fs::write(bodies.join(".child.2"), b"data: a par").expect("a part of its answer");
+    fs::write(bodies.join(".child.request"), b"{").expect("a part of a request");
+    fs::write(bodies.join(".child.1"), b"{").expect("of a call that has ended");
 
     let run = open(records.path());
     run.begin("child", Some("main"), Limits::default())
@@ -99,6 +104,35 @@ fn what_was_used_and_answered_is_known_after_a_restart() {
         None,
         "a step is of one branch"
     );
+    drop(state);
+    let path = branch_file(&records.path().join("run"), "child");
+    let last = || {
+        let mut read = read_branch(&path).expect("readable");
+        (read.lines.len(), read.lines.pop().expect("a line").0.entry)
+    };
+    let (lines, entry) = last();
+    let Entry::Answer {
+        call: 2,
+        ending: Ending::Cut,
+        media_type,
+        body,
+        charged,
+        ..
+    } = entry
+    else {
+        panic!("{entry:?}");
+    };
+    assert_eq!((media_type.as_str(), charged), (relay::EVENTS, one()));
+    let kept = fs::read(bodies.join(&body.hash.0)).expect("kept");
+    assert_eq!((kept.as_slice(), body.len), (&b"data: a par"[..], 11));
+    let hidden = fs::read_dir(&bodies).expect("a folder").flatten();
+    let hidden = hidden.filter(|entry| entry.file_name().as_encoded_bytes()[0] == b'.');
+    assert_eq!(hidden.count(), 0);
+    drop(run);
+    // Once.
+    let run = open(records.path());
+    assert_eq!(run.state().tree.get("main").expect("there").spent, spent);
+    assert_eq!(last().0, lines);
     verify_run(&records.path().join("run"), &[]).expect("whole");
 }
 

@@ -16,7 +16,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::call::{After, Call, HeadSender, Outcome, ToGuest, head, outgoing, unrecorded};
 use crate::config::HostLimits;
 use crate::mask::Masking;
-use crate::record::Spool;
+use crate::record::{Spool, answer_label};
 use crate::refusal::{Code, Refusal};
 use crate::scan::{Scan, Usage};
 use crate::sse::Events;
@@ -448,6 +448,6 @@ impl Relay<'_> {
 impl Call {
     /// A name for its files while they are written.
     fn label(&self) -> String {
-        format!("{}.{}", self.vm.branch, self.number)
+        answer_label(&self.vm.branch, self.number)
     }
 }

@@ -5,7 +5,7 @@ mod common;
 use common::{CHAT, Host, MESSAGES, RESPONSES, body, calls, config, script};
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::Request;
-use ratoon_bridge_api::record::Entry;
+use ratoon_bridge_api::record::{Ending, Entry};
 use ratoon_scripted_model::{Fault, Turn};
 use serde_json::json;
 
@@ -82,10 +82,24 @@ fn a_bridge_that_is_killed_in_a_call_counts_all_of_it() {
     let bytes = body(MESSAGES, true).to_string();
     let mut stream = guest.send("POST", MESSAGES, &token, bytes.as_bytes());
     common::read_head(&mut stream);
-    common::read_chunk(&mut stream).expect("a piece");
+    let piece = common::read_chunk(&mut stream).expect("a piece");
     let mut host = host.crash_and_restart(configuration);
     let guest = host.first();
     assert_eq!(host.spent("main").output_tokens, 50);
+    let cut = host
+        .entries("main")
+        .into_iter()
+        .find_map(|entry| match entry {
+            Entry::Answer {
+                ending: Ending::Cut,
+                body,
+                ..
+            } => Some(body),
+            _ => None,
+        });
+    let path = host.run_dir().join("bodies").join(cut.expect("cut").hash.0);
+    let kept = std::fs::read(path).expect("what had come");
+    assert!(kept.starts_with(&piece), "the guest had this");
     let again = guest.step(MESSAGES, &body(MESSAGES, true), 7, 0);
     assert_eq!(again.code(), "step", "it may have been paid");
     assert_eq!(

@@ -1,8 +1,9 @@
 //! A body that comes in pieces: a hidden file that gets its name, the hash of its bytes, when it is
-//! whole, and goes when it is not.
+//! whole, and goes when it is not. What a killed bridge leaves of an answer is kept by the next one:
+//! so each piece is in the kernel's hands before a guest has it.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write as _};
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 
 use ratoon_bridge_api::record::{Body, Hash};
@@ -10,7 +11,7 @@ use ratoon_bridge_api::record::{Body, Hash};
 /// A body that is being stored.
 #[derive(Debug)]
 pub struct Spool {
-    pub(super) file: BufWriter<File>,
+    pub(super) file: File,
     pub(super) hasher: blake3::Hasher,
     pub(super) len: u64,
     pub(super) path: PathBuf,
@@ -35,7 +36,6 @@ impl Spool {
     /// # Errors
     /// When it cannot be written; nothing of it is left then.
     pub fn finish(mut self) -> io::Result<Body> {
-        self.file.flush()?;
         let hash = Hash(self.hasher.finalize().to_hex().to_string());
         fs::rename(&self.path, self.bodies.join(&hash.0))?;
         self.done = true;
@@ -49,7 +49,7 @@ impl Spool {
 impl Drop for Spool {
     fn drop(&mut self) {
         if !self.done {
-            // At worst the next bridge removes it.
+            // At worst the next bridge removes it, or keeps it as part of an answer.
             let _ = fs::remove_file(&self.path);
         }
     }
