@@ -242,7 +242,9 @@ impl Bridge {
         if let Some(run) = runs.get(name).and_then(Weak::upgrade) {
             return Ok(run);
         }
-        let run = Arc::new(Run::open(&self.config.records, name, self.masker.clone())?);
+        let most = self.config.limits.run_record_bytes;
+        let run = Run::open(&self.config.records, name, self.masker.clone(), most)?;
+        let run = Arc::new(run);
         runs.insert(name.to_owned(), Arc::downgrade(&run));
         Ok(run)
     }

@@ -225,7 +225,7 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
             Err(error) => {
                 state.tree.settle(&vm.branch, reserved, Amount::default());
                 tracing::error!(vm = vm.id, "the record cannot be written: {error}");
-                return Err(unrecorded());
+                return Err(unrecorded(&error));
             }
         };
         let call = Call {
@@ -261,10 +261,16 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
         .unwrap_or_else(|_| Err(Refusal::new(Code::Removed, "the call was ended")))
 }
 
-pub(crate) fn unrecorded() -> Refusal {
+pub(crate) fn unrecorded(error: &std::io::Error) -> Refusal {
+    let why = match error.kind() {
+        std::io::ErrorKind::QuotaExceeded => {
+            "the record of this run is as large as the host allows"
+        }
+        _ => "the host cannot write the record",
+    };
     Refusal::new(
         Code::Record,
-        "the host cannot write the record, and without it there are no calls",
+        format!("{why}, and without it there are no calls"),
     )
 }
 
@@ -354,7 +360,7 @@ fn replay(
 ) -> Result<Answer, Refusal> {
     let gone = |error: std::io::Error| {
         tracing::error!(vm = vm.id, "a stored answer cannot be given: {error}");
-        unrecorded()
+        unrecorded(&error)
     };
     let mut file = vm.run.open_body(&body).map_err(gone)?;
     let len = file.metadata().map_err(gone)?.len();

@@ -167,6 +167,8 @@ pub struct HostLimits {
     pub all_bodies_bytes: u32,
     /// The largest answer.
     pub answer_bytes: u64,
+    /// All that is recorded of one run: lines and bodies. A run whose record is full makes no calls.
+    pub run_record_bytes: u64,
     /// Calls of one VM that are on their way at once.
     pub vm_calls: u32,
     /// Calls of all VMs.
@@ -199,6 +201,7 @@ impl Default for HostLimits {
             vm_bodies_bytes: 16 << 20,
             all_bodies_bytes: 64 << 20,
             answer_bytes: 64 << 20,
+            run_record_bytes: 1 << 30,
             vm_calls: 8,
             all_calls: 256,
             all_connections: 4096,

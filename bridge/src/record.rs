@@ -6,6 +6,7 @@
 //! goes on, so a killed bridge loses none; a host that loses power may.
 
 mod read_back;
+mod room;
 mod spool;
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,6 +23,7 @@ use ratoon_bridge_api::record::{
     Body, Ending, Entry, FORMAT, Hash, Line, MAX_LINE_BYTES, Parent, Step, branch_file,
 };
 
+use room::Room;
 pub use spool::Spool;
 
 use crate::budget::Tree;
@@ -32,6 +34,7 @@ use crate::mask::Masker;
 pub struct Run {
     dir: PathBuf,
     masker: Arc<Masker>,
+    room: Arc<Room>,
     state: Mutex<State>,
     /// Held as long as the run is open.
     _lock: File,
@@ -121,11 +124,16 @@ pub enum RunError {
 }
 
 impl Run {
-    /// Opens a run, or begins one; reads back what was used.
+    /// Opens a run, or begins one; reads back what was used. Its record may have `most_bytes`.
     ///
     /// # Errors
     /// When its record cannot be used.
-    pub fn open(records: &Path, run: &str, masker: Arc<Masker>) -> Result<Self, RunError> {
+    pub fn open(
+        records: &Path,
+        run: &str,
+        masker: Arc<Masker>,
+        most_bytes: u64,
+    ) -> Result<Self, RunError> {
         let dir = ratoon_bridge_api::record::run_dir(records, run);
         let io_at = |path: &Path| {
             let path = path.to_owned();
@@ -156,6 +164,7 @@ impl Run {
         let run = Self {
             dir,
             masker,
+            room: Arc::new(Room::new(most_bytes)),
             state: Mutex::default(),
             _lock: lock,
         };
@@ -166,6 +175,9 @@ impl Run {
                 fs::remove_file(entry.path()).map_err(io_at(&entry.path()))?;
             }
         }
+        run.room
+            .count([&run.dir, &bodies])
+            .map_err(io_at(&run.dir))?;
         Ok(run)
     }
 
@@ -247,7 +259,7 @@ impl Run {
             parent: above,
             budget,
         };
-        branch.append(&self.masker, entry).map_err(io)?;
+        branch.append(self, entry).map_err(io)?;
         state.tree.add(name, parent, budget);
         state.branches.insert(name.to_owned(), branch);
         Ok(())
@@ -258,7 +270,7 @@ impl Run {
     /// # Errors
     /// When it cannot be written: the branch takes no more then.
     pub fn append(&self, branch: &str, entry: Entry) -> io::Result<()> {
-        self.state().append(&self.masker, branch, entry)
+        self.state().append(self, branch, entry)
     }
 
     /// Adds a call and remembers its step; gives the call's number.
@@ -278,7 +290,7 @@ impl Run {
             Entry::Call { step, digest, .. } => step.clone().map(|step| (step, digest.clone())),
             _ => None,
         };
-        found.append(&self.masker, entry)?;
+        found.append(self, entry)?;
         found.calls += 1;
         if let Some((step, digest)) = step {
             let stored = Stored {
@@ -315,7 +327,7 @@ impl Run {
         let answer = answered(*ending, media_type, body);
         let mut state = self.state();
         state.tree.settle(branch, reserved, *charged);
-        let written = state.append(&self.masker, branch, entry);
+        let written = state.append(self, branch, entry);
         if let Some(stored) = step.and_then(|step| state.branch(branch).ok()?.steps.get_mut(step)) {
             stored.answer = answer;
         }
@@ -348,6 +360,7 @@ impl Run {
             .open(&path)?;
         Ok(Spool {
             file,
+            room: self.room.clone(),
             hasher: blake3::Hasher::new(),
             len: 0,
             path,
@@ -401,8 +414,8 @@ impl State {
             .map_or_else(Hash::zero, |branch| branch.head.clone())
     }
 
-    fn append(&mut self, masker: &Masker, branch: &str, entry: Entry) -> io::Result<()> {
-        self.branch(branch)?.append(masker, entry)
+    fn append(&mut self, run: &Run, branch: &str, entry: Entry) -> io::Result<()> {
+        self.branch(branch)?.append(run, entry)
     }
 
     fn branch(&mut self, name: &str) -> io::Result<&mut Branch> {
@@ -413,7 +426,7 @@ impl State {
 }
 
 impl Branch {
-    fn append(&mut self, masker: &Masker, entry: Entry) -> io::Result<()> {
+    fn append(&mut self, run: &Run, entry: Entry) -> io::Result<()> {
         if self.broken {
             return Err(io::Error::other("an earlier line could not be written"));
         }
@@ -426,10 +439,11 @@ impl Branch {
             time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
             entry,
         };
-        let mut bytes = masker.mask(&serde_json::to_vec(&line)?);
+        let mut bytes = run.masker.mask(&serde_json::to_vec(&line)?);
         if bytes.len() >= MAX_LINE_BYTES {
             return Err(io::Error::other("the line is too long"));
         }
+        run.room.take_line(bytes.len() as u64 + 1, &line.entry)?;
         let head = Hash::of_line(&bytes);
         bytes.push(b'\n');
         self.broken = true;

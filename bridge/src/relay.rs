@@ -288,8 +288,9 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
             Refusal::new(Code::Strange, message),
         );
     }
-    let Ok(spool) = call.vm.run.spool(&call.label()) else {
-        return finish_refused(call, outcome, to_guest, unrecorded());
+    let spool = match call.vm.run.spool(&call.label()) {
+        Ok(spool) => spool,
+        Err(error) => return finish_refused(call, outcome, to_guest, unrecorded(&error)),
     };
     outcome.status = 200;
     outcome.media_type = if events { EVENTS } else { JSON };

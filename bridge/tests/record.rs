@@ -230,6 +230,28 @@ fn without_a_record_there_are_no_calls() {
 }
 
 #[test]
+fn a_run_whose_record_is_full_makes_no_more_calls() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut configuration = config(&model.url());
+    configuration["limits"] = json!({"run_record_bytes": 20_000});
+    let mut host = Host::start(configuration);
+    let guest = host.first();
+    let mut asked = body(CHAT, false);
+    let answer = (0..100)
+        .map(|number| {
+            asked["messages"][0]["content"] = format!("{number}{}", "x".repeat(2000)).into();
+            guest.ask(CHAT, &asked)
+        })
+        .find(|answer| answer.status != 200)
+        .expect("it is full at some time");
+    assert_eq!((answer.status, answer.code()), (503, "record"));
+    assert!(answer.body.contains("as large as the host allows"));
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    assert!((4..9).contains(&host.spent("main").calls));
+    host.check_record();
+}
+
+#[test]
 fn the_process_hides_its_memory() {
     let model = script([]);
     let host = Host::start(config(&model.url()));

@@ -124,7 +124,7 @@ impl Run {
             let entry = Entry::Torn {
                 bytes: read.torn_bytes,
             };
-            branch.append(&self.masker, entry).map_err(io)?;
+            branch.append(self, entry).map_err(io)?;
         }
         // The bridge ended while these were on their way: they count as all that they could be.
         for (call, (_, reserved)) in open {
@@ -141,7 +141,7 @@ impl Run {
                 first_byte_us: 0,
                 total_us: 0,
             };
-            branch.append(&self.masker, entry).map_err(io)?;
+            branch.append(self, entry).map_err(io)?;
             state.tree.settle(name, Amount::default(), reserved);
         }
         state.branches.insert(name.to_owned(), branch);
