@@ -15,8 +15,8 @@ fn a_step_is_paid_once() {
     let configuration = config(&model.url());
     let mut host = Host::start(configuration.clone());
     let guest = host.first();
-    for path in [MESSAGES, RESPONSES] {
-        assert!(guest.step(path, &body(path, true), 1, 0).status != 500);
+    for (path, status) in [(MESSAGES, 200), (RESPONSES, 409)] {
+        assert_eq!(guest.step(path, &body(path, true), 1, 0).status, status);
     }
     let first = guest.step(MESSAGES, &body(MESSAGES, true), 1, 0);
     assert_eq!(first.header("x-ratoon-replayed"), Some("1"));
@@ -38,7 +38,7 @@ fn a_step_is_paid_once() {
     assert_eq!(again.header("content-type"), Some("text/event-stream"));
     assert_eq!(host.spent("main"), spent);
     assert_eq!(model.seen().len(), 2);
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_bridge_that_is_killed_in_a_call_counts_all_of_it() {
         guest.step(MESSAGES, &body(MESSAGES, true), 7, 1).status,
         200
     );
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn children_draw_on_their_parents_budget() {
         panic!("no beginning");
     };
     assert_eq!((above.branch.as_str(), above.seq), ("main", 2));
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn a_budget_that_others_hold_is_waited_for_and_not_used_up() {
     assert_eq!(busy.header("retry-after"), Some("1"));
     assert_eq!(common::read_answer(first).status, 200);
     assert_eq!(b.ask(CHAT, &body(CHAT, false)).status, 200);
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn money_is_limited_and_needs_a_price() {
         .expect("a limit");
     assert_eq!(sent, (1000 - 50 * 3) / 15, "what 1000 microdollars buy");
     assert_eq!(host.spent("main").cost_microusd, 30 + 75);
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -248,35 +248,96 @@ fn a_run_whose_record_is_full_makes_no_more_calls() {
     assert!(answer.body.contains("as large as the host allows"));
     assert_eq!(answer.header("x-should-retry"), Some("false"));
     assert!((4..9).contains(&host.spent("main").calls));
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
 fn the_process_hides_its_memory() {
     let model = script([]);
-    let host = Host::start(config(&model.url()));
+    // Root may read any process: so if this is root, it and the bridge become somebody else.
+    let user = common::is_root().then_some(common::NOBODY);
+    let program = env!("CARGO_BIN_EXE_ratoon-bridge");
+    if let Err(error) = common::as_user(user, || std::fs::File::open(program)) {
+        eprintln!("SKIPPED: user {user:?} cannot read {program}: {error}");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let host = Host::start_as(user, folder, config(&model.url()));
     let proc = format!("/proc/{}", host.pid());
     let limits = std::fs::read_to_string(format!("{proc}/limits")).expect("limits");
-    let core = limits
-        .lines()
-        .find(|line| line.starts_with("Max core file size"));
-    let core: Vec<&str> = core.expect("a limit").split_whitespace().collect();
-    assert_eq!(core[4..6], ["0", "0"]);
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name));
+        let words = line.expect("a limit").split_whitespace();
+        let words: Vec<String> = words.map(str::to_owned).collect();
+        (
+            words[words.len() - 3].clone(),
+            words[words.len() - 2].clone(),
+        )
+    };
+    assert_eq!(limit("Max core file size"), ("0".into(), "0".into()));
+    let (soft, hard) = limit("Max open files");
+    assert_eq!(soft, hard, "as many descriptors as it may have");
     let status = std::fs::read_to_string(format!("{proc}/status")).expect("a status");
     assert!(status.contains("NoNewPrivs:\t1"), "{status}");
-    for name in ["cmdline", "environ"] {
-        let bytes = std::fs::read(format!("{proc}/{name}")).unwrap_or_default();
+    let mut open = vec!["cmdline"];
+    // Nobody else but root reads this.
+    open.extend(user.map(|_| "environ"));
+    for name in open {
+        let bytes = std::fs::read(format!("{proc}/{name}")).expect(name);
         let key = common::KEY.as_bytes();
         assert!(!bytes.windows(key.len()).any(|part| part == key), "{name}");
     }
-    let files = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"));
-    let files: Vec<&str> = files.expect("a limit").split_whitespace().collect();
-    assert_eq!(files[3], files[4], "as many descriptors as it may have");
-    // The files of a process that is not dumpable are root's.
-    let owner = std::os::unix::fs::MetadataExt::uid(
-        &std::fs::metadata(format!("{proc}/mem")).expect("a file"),
-    );
-    assert_eq!(owner, 0);
+    let mem = |pid: u32| {
+        let path = format!("/proc/{pid}/mem");
+        common::as_user(user, || std::fs::File::open(path).map(drop))
+    };
+    let error = mem(host.pid()).expect_err("its memory is hidden");
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    // Another process of the same user is not.
+    let mut command = std::process::Command::new("sleep");
+    if let Some(user) = user {
+        std::os::unix::process::CommandExt::uid(&mut command, user);
+    }
+    let mut other = command.arg("60").spawn().expect("sleep");
+    let read = mem(other.id());
+    other.kill().expect("a process");
+    other.wait().expect("a process");
+    read.expect("this test can fail");
+}
+
+#[test]
+fn a_socket_is_open_to_the_users_who_are_configured_and_to_nobody_else() {
+    if !common::is_root() {
+        eprintln!("SKIPPED: only root can be somebody else");
+        return;
+    }
+    let model = script([Turn::text("ok").repeated()]);
+    let mut configuration = config(&model.url());
+    configuration["peer_uids"] = json!([common::NOBODY]);
+    let mut host = Host::start(configuration);
+    let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(host.folder.path(), all).expect("a folder");
+    let guest = host.first();
+    let asked = body(CHAT, false);
+    let answer = common::as_user(Some(common::NOBODY), || guest.ask(CHAT, &asked));
+    assert_eq!(answer.status, 200);
+    let control = host.folder.path().join("control");
+    for (user, socket, wanted) in [
+        (common::NOBODY - 1, &guest.socket, None),
+        (
+            common::NOBODY,
+            &control,
+            Some(std::io::ErrorKind::PermissionDenied),
+        ),
+    ] {
+        let read = common::as_user(Some(user), || {
+            let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
+            std::io::Read::read(&mut stream, &mut [0])
+        });
+        match wanted {
+            None => assert_eq!(read.expect("closed"), 0),
+            Some(kind) => assert_eq!(read.expect_err("refused").kind(), kind),
+        }
+    }
+    host.check_record(&model);
 }
