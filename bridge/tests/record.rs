@@ -322,22 +322,14 @@ fn a_socket_is_open_to_the_users_who_are_configured_and_to_nobody_else() {
     let answer = common::as_user(Some(common::NOBODY), || guest.ask(CHAT, &asked));
     assert_eq!(answer.status, 200);
     let control = host.folder.path().join("control");
-    for (user, socket, wanted) in [
-        (common::NOBODY - 1, &guest.socket, None),
-        (
-            common::NOBODY,
-            &control,
-            Some(std::io::ErrorKind::PermissionDenied),
-        ),
-    ] {
-        let read = common::as_user(Some(user), || {
-            let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
-            std::io::Read::read(&mut stream, &mut [0])
-        });
-        match wanted {
-            None => assert_eq!(read.expect("closed"), 0),
-            Some(kind) => assert_eq!(read.expect_err("refused").kind(), kind),
-        }
-    }
+    let is_served = |user: u32, socket: &std::path::Path| {
+        common::as_user(Some(user), || common::is_served(socket))
+    };
+    let served = is_served(common::NOBODY, &guest.socket);
+    assert!(served.expect("connected"));
+    let served = is_served(common::NOBODY - 1, &guest.socket);
+    assert!(!served.expect("connected, and not heard"));
+    let error = is_served(common::NOBODY, &control).expect_err("its owner's");
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
     host.check_record(&model);
 }

@@ -359,6 +359,14 @@ impl Guest {
     }
 }
 
+/// Whether anything is answered at a socket, if one can connect: a request without a token.
+pub fn is_served(socket: &Path) -> std::io::Result<bool> {
+    let mut stream = UnixStream::connect(socket)?;
+    // It may be closed already.
+    let _ = stream.write_all(b"POST / HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    Ok(matches!(stream.read(&mut [0]), Ok(1)))
+}
+
 /// Reads a whole answer.
 pub fn read_answer(mut stream: BufReader<UnixStream>) -> Answer {
     let (status, headers) = read_head(&mut stream);
