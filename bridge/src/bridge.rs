@@ -34,6 +34,7 @@ pub struct Bridge {
     /// Kibibytes of request bodies.
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) calls: Arc<Semaphore>,
+    pub(crate) connections: Arc<Semaphore>,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
     runs: Mutex<HashMap<String, Weak<Run>>>,
 }
@@ -48,6 +49,8 @@ pub struct Vm {
     pub(crate) tokens: Mutex<Tokens>,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) bodies: Arc<Semaphore>,
+    /// One large request at a time is taken apart.
+    pub(crate) parsing: Arc<Semaphore>,
     pub(crate) gone: watch::Sender<bool>,
     rate: Mutex<(Instant, u32)>,
     refusals: Mutex<(u32, u64)>,
@@ -119,6 +122,9 @@ impl Bridge {
                 (config.limits.all_bodies_bytes / 1024) as usize,
             )),
             calls: Arc::new(Semaphore::new(config.limits.all_calls as usize)),
+            connections: Arc::new(Semaphore::new(socket::most_connections(
+                config.limits.all_connections,
+            ))),
             config,
             vms: Mutex::default(),
             runs: Mutex::default(),
@@ -186,7 +192,12 @@ impl Bridge {
         }
         let run = self.open_run(&add.run)?;
         // The socket first: a branch that nobody can reach is not begun.
-        let bound = socket::bind(&add.socket)
+        let who = if self.config.peer_uids.is_empty() {
+            socket::For::Owner
+        } else {
+            socket::For::Everyone
+        };
+        let bound = socket::bind(&add.socket, who)
             .map_err(io(format!("cannot listen at {}", add.socket.display())))?;
         let begun = run
             .begin(&add.branch, add.parent.as_deref(), add.budget)
@@ -209,6 +220,7 @@ impl Bridge {
             tokens: Mutex::default(),
             calls: Arc::new(Semaphore::new(limits.vm_calls as usize)),
             bodies: Arc::new(Semaphore::new((limits.vm_bodies_bytes / 1024) as usize)),
+            parsing: Arc::new(Semaphore::new(1)),
             gone: watch::Sender::new(false),
             rate: Mutex::new((Instant::now(), limits.vm_requests_a_minute)),
             refusals: Mutex::default(),
@@ -230,7 +242,9 @@ impl Bridge {
         if let Some(run) = runs.get(name).and_then(Weak::upgrade) {
             return Ok(run);
         }
-        let run = Arc::new(Run::open(&self.config.records, name, self.masker.clone())?);
+        let most = self.config.limits.run_record_bytes;
+        let run = Run::open(&self.config.records, name, self.masker.clone(), most)?;
+        let run = Arc::new(run);
         runs.insert(name.to_owned(), Arc::downgrade(&run));
         Ok(run)
     }
@@ -265,7 +279,10 @@ impl Bridge {
 
     async fn remove(&self, id: &str) -> Result<Reply, TellError> {
         let vm = self.vm(id)?;
-        vm.gone.send_replace(true);
+        {
+            let _no_call_begins = vm.run.state();
+            vm.gone.send_replace(true);
+        }
         *vm.tokens.lock().unwrap_or_else(PoisonError::into_inner) = Tokens::default();
         socket::unlink(&vm.socket);
         let all = self.config.limits.vm_calls;
@@ -374,6 +391,8 @@ impl Vm {
         };
         if let Err(error) = self.run.append(&self.branch, entry) {
             tracing::error!(vm = self.id, "the record cannot be written: {error}");
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            refusals.1 += 1;
         }
     }
 }

@@ -55,6 +55,11 @@ impl Tree {
     /// that is not there can reserve nothing.
     #[must_use]
     pub fn left(&self, branch: &str) -> Amount {
+        self.least_above(branch, |node| node.spent.plus(node.reserved))
+    }
+
+    /// The limits in a branch and all above without what `used` says of each.
+    fn least_above(&self, branch: &str, used: impl Fn(&Node) -> Amount) -> Amount {
         let mut left = if self.0.contains_key(branch) {
             Limits::default().ceiling()
         } else {
@@ -62,7 +67,7 @@ impl Tree {
         };
         let mut next = self.0.get(branch);
         while let Some(node) = next {
-            left = left.least(node.limits.ceiling().minus(node.spent.plus(node.reserved)));
+            left = left.least(node.limits.ceiling().minus(used(node)));
             next = node.parent.as_ref().and_then(|parent| self.0.get(parent));
         }
         left
@@ -87,16 +92,27 @@ impl Tree {
     /// What there is too little of; nothing is put aside then.
     pub fn reserve(&mut self, branch: &str, amount: Amount) -> Result<(), Short> {
         let left = self.left(branch);
-        let rows = [
-            ("calls", amount.calls, left.calls),
-            ("input tokens", amount.input_tokens, left.input_tokens),
-            ("output tokens", amount.output_tokens, left.output_tokens),
-            ("microdollars", amount.cost_microusd, left.cost_microusd),
-        ];
-        for (what, wanted, left) in rows {
-            if wanted > left {
-                return Err(Short { what, wanted, left });
-            }
+        // What may come back: a call that is on its way is one call, whatever becomes of it.
+        let unspent = self.least_above(branch, |node| Amount {
+            calls: node.spent.calls.saturating_add(node.reserved.calls),
+            ..node.spent
+        });
+        let rows = |of: Amount| {
+            [
+                ("calls", amount.calls, of.calls),
+                ("input tokens", amount.input_tokens, of.input_tokens),
+                ("output tokens", amount.output_tokens, of.output_tokens),
+                ("microdollars", amount.cost_microusd, of.cost_microusd),
+            ]
+        };
+        let lacks = |(_, wanted, left): &(&str, u64, u64)| wanted > left;
+        if let Some((what, wanted, left)) = rows(left).into_iter().find(lacks) {
+            return Err(Short {
+                what,
+                wanted,
+                left,
+                for_now: !rows(unspent).iter().any(lacks),
+            });
         }
         self.each_above(branch, |node| node.reserved = node.reserved.plus(amount));
         Ok(())
@@ -121,11 +137,16 @@ impl Tree {
 
 /// There is not enough left.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the budget is used up: a call needs up to {wanted} {what}, and {left} are left")]
+#[error(
+    "the budget is {}: a call needs up to {wanted} {what}, and {left} are left",
+    if *.for_now { "put aside for other calls, which may leave enough" } else { "used up" }
+)]
 pub struct Short {
     what: &'static str,
     wanted: u64,
     left: u64,
+    /// It would be enough if the calls that are on their way used nothing.
+    pub for_now: bool,
 }
 
 #[cfg(test)]
@@ -165,12 +186,35 @@ mod tests {
         let short = tree.reserve("b", tokens(41)).unwrap_err();
         assert_eq!(
             short.to_string(),
-            "the budget is used up: a call needs up to 41 output tokens, and 40 are left"
+            "the budget is put aside for other calls, which may leave enough: a call needs up to 41 output tokens, and 40 are left"
+        );
+        assert!(short.for_now);
+        let short = tree.reserve("b", tokens(101)).unwrap_err();
+        assert_eq!(
+            short.to_string(),
+            "the budget is used up: a call needs up to 101 output tokens, and 40 are left"
         );
         tree.reserve("b", tokens(40)).expect("just enough");
         tree.settle("aa", tokens(60), tokens(10));
         assert_eq!(tree.left("b").output_tokens, 50);
         assert_eq!(tree.get("main").expect("there").spent, tokens(10));
+    }
+
+    #[test]
+    fn what_calls_on_their_way_hold_may_come_back_but_not_their_number() {
+        let mut tree = Tree::default();
+        let limits = Limits {
+            calls: Some(2),
+            ..limit(50)
+        };
+        tree.add("main", None, limits);
+        tree.reserve("main", tokens(40)).expect("enough");
+        assert!(tree.reserve("main", tokens(20)).unwrap_err().for_now);
+        tree.reserve("main", tokens(1)).expect("enough");
+        let short = tree.reserve("main", tokens(1)).unwrap_err();
+        assert!(!short.for_now, "{short}");
+        tree.settle("main", tokens(40), tokens(40));
+        assert!(!tree.reserve("main", tokens(20)).unwrap_err().for_now);
     }
 
     #[test]

@@ -13,6 +13,7 @@
 use std::io::Read as _;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -22,10 +23,11 @@ use hyper::body::{Bytes, Frame};
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use ratoon_bridge_api::amount::Amount;
 use ratoon_bridge_api::record::{Body, Ending, Entry, Hash, Step};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use crate::bridge::{Bridge, Vm};
-use crate::config::{Model, Price};
+use crate::budget::Short;
+use crate::config::{HostLimits, Model, Price};
 use crate::record::{Answered, State};
 use crate::refusal::{Code, Refusal};
 use crate::relay;
@@ -39,10 +41,14 @@ const AHEAD: usize = 2;
 const LEAST_OUTPUT: u64 = 16;
 const REPLAY_PIECE: usize = 16 * 1024;
 
-/// An answer's bytes on their way to the guest. An error breaks the connection: the guest sees that
-/// the answer is not whole.
+/// An answer's bytes on their way to the guest. Unless its sender says that it is whole, its end
+/// breaks the connection: a guest never takes a part for all, however the call ended.
 #[derive(Debug)]
-pub struct Outgoing(mpsc::Receiver<Result<Bytes, Broken>>);
+pub struct Outgoing {
+    pieces: mpsc::Receiver<Bytes>,
+    whole: Arc<AtomicBool>,
+    ended: bool,
+}
 
 /// The answer cannot be completed.
 #[derive(Debug, thiserror::Error)]
@@ -57,14 +63,44 @@ impl hyper::body::Body for Outgoing {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        self.0
-            .poll_recv(context)
-            .map(|piece| piece.map(|piece| piece.map(Frame::data)))
+        let Poll::Ready(piece) = self.pieces.poll_recv(context) else {
+            return Poll::Pending;
+        };
+        Poll::Ready(match piece {
+            Some(piece) => Some(Ok(Frame::data(piece))),
+            None if self.ended || self.whole.load(Ordering::Acquire) => None,
+            None => {
+                self.ended = true;
+                Some(Err(Broken))
+            }
+        })
     }
 }
 
 /// The guest's end of a call.
-pub(crate) type ToGuest = mpsc::Sender<Result<Bytes, Broken>>;
+#[derive(Debug)]
+pub(crate) struct ToGuest {
+    pieces: mpsc::Sender<Bytes>,
+    whole: Arc<AtomicBool>,
+}
+
+impl ToGuest {
+    /// Gives a piece; false when the guest has gone.
+    pub(crate) async fn give(&self, piece: Bytes) -> bool {
+        self.pieces.send(piece).await.is_ok()
+    }
+
+    /// Waits until the guest has gone.
+    pub(crate) async fn closed(&self) {
+        self.pieces.closed().await;
+    }
+
+    /// Ends the answer well.
+    pub(crate) fn end(self) {
+        self.whole.store(true, Ordering::Release);
+    }
+}
+
 /// How the answer's head comes back from the call's task.
 pub(crate) type HeadSender = oneshot::Sender<Result<Answer, Refusal>>;
 
@@ -108,8 +144,8 @@ pub(crate) enum After {
     Nothing,
     /// An answer that was not begun.
     Head(HeadSender, Box<Answer>),
-    /// The end of the stream.
-    End(ToGuest),
+    /// The end of the stream, and whether it is a whole one.
+    End(ToGuest, bool),
 }
 
 /// Makes a call; gives the answer when its head is there.
@@ -141,6 +177,10 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
     let digest = Hash(request.digest.to_hex().to_string());
     let (call, body) = {
         let mut state = vm.run.state();
+        // Under the lock: what has begun before the VM went is ended with it, and nothing after.
+        if *vm.gone.borrow() {
+            return Err(Refusal::new(Code::Removed, "this machine is being removed"));
+        }
         if let Some(step) = &step
             && let Some(stored) = state.step(&vm.branch, step)
         {
@@ -152,7 +192,8 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
                 Answered::Never => Err(again("ended without a whole answer")),
                 Answered::Whole { media_type, body } => {
                     drop(state);
-                    replay(vm, stored.call, &media_type, &body)
+                    let stored = (stored.call, media_type, body);
+                    replay(bridge, vm, stored, places)
                 }
             };
         }
@@ -184,7 +225,7 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
             Err(error) => {
                 state.tree.settle(&vm.branch, reserved, Amount::default());
                 tracing::error!(vm = vm.id, "the record cannot be written: {error}");
-                return Err(unrecorded());
+                return Err(unrecorded(&error));
             }
         };
         let call = Call {
@@ -212,18 +253,24 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
         match after {
             // If it has gone there is nobody to tell.
             After::Head(to_guest, answer) => drop(to_guest.send(Ok(*answer))),
-            After::End(pieces) => drop(pieces),
-            After::Nothing => {}
+            After::End(pieces, true) => pieces.end(),
+            After::End(_, false) | After::Nothing => {}
         }
     });
     head.await
         .unwrap_or_else(|_| Err(Refusal::new(Code::Removed, "the call was ended")))
 }
 
-pub(crate) fn unrecorded() -> Refusal {
+pub(crate) fn unrecorded(error: &std::io::Error) -> Refusal {
+    let why = match error.kind() {
+        std::io::ErrorKind::QuotaExceeded => {
+            "the record of this run is as large as the host allows"
+        }
+        _ => "the host cannot write the record",
+    };
     Refusal::new(
         Code::Record,
-        "the host cannot write the record, and without it there are no calls",
+        format!("{why}, and without it there are no calls"),
     )
 }
 
@@ -249,7 +296,7 @@ fn reserve(
         };
         return match state.tree.reserve(branch, one) {
             Ok(()) => Ok((0, one)),
-            Err(short) => Err(Refusal::new(Code::Budget, short.to_string())),
+            Err(short) => Err(too_little(&short)),
         };
     }
     if model.price.is_none() && state.tree.counts_money(branch) {
@@ -262,7 +309,7 @@ fn reserve(
         .max_output
         .unwrap_or(model.max_output_tokens)
         .min(model.max_output_tokens);
-    let input = request.input_tokens_at_most;
+    let input = request.input_tokens_at_most(model.max_input_tokens);
     let left = state.tree.left(branch);
     let mut output = wanted.min(left.output_tokens);
     if let Some(price) = model.price
@@ -282,8 +329,17 @@ fn reserve(
     };
     match state.tree.reserve(branch, reserved) {
         Ok(()) => Ok((output, reserved)),
-        Err(short) => Err(Refusal::new(Code::Budget, short.to_string())),
+        Err(short) => Err(too_little(&short)),
     }
+}
+
+fn too_little(short: &Short) -> Refusal {
+    let code = if short.for_now {
+        Code::Busy
+    } else {
+        Code::Budget
+    };
+    Refusal::new(code, short.to_string())
 }
 
 /// At its dearest.
@@ -295,33 +351,48 @@ fn cost(price: &Price, input: u64, output: u64) -> u64 {
     .of(input, 0, 0, output)
 }
 
-/// Gives a stored answer again.
-fn replay(vm: &Arc<Vm>, call: u64, media_type: &str, body: &Body) -> Result<Answer, Refusal> {
+/// Gives a stored answer again. It keeps its places as a call does, and no longer than one.
+fn replay(
+    bridge: &Bridge,
+    vm: &Arc<Vm>,
+    (call, media_type, body): (u64, String, Body),
+    places: [OwnedSemaphorePermit; 2],
+) -> Result<Answer, Refusal> {
     let gone = |error: std::io::Error| {
         tracing::error!(vm = vm.id, "a stored answer cannot be given: {error}");
-        unrecorded()
+        unrecorded(&error)
     };
-    let mut file = vm.run.open_body(body).map_err(gone)?;
+    let mut file = vm.run.open_body(&body).map_err(gone)?;
+    let len = file.metadata().map_err(gone)?.len();
+    if len != body.len {
+        let what = format!("it has {len} bytes, not {}", body.len);
+        return Err(gone(std::io::Error::other(what)));
+    }
     let entry = Entry::Replay {
         call,
         vm: vm.id.clone(),
     };
     vm.run.append(&vm.branch, entry).map_err(gone)?;
-    let (sender, receiver) = mpsc::channel(AHEAD);
+    let (to_guest, pieces) = outgoing();
+    let most = HostLimits::seconds(bridge.config.limits.call_s);
     tokio::spawn(async move {
-        loop {
-            let mut piece = vec![0; REPLAY_PIECE];
-            let piece = match file.read(&mut piece) {
-                Ok(0) => return,
-                Ok(len) => {
-                    piece.truncate(len);
-                    Ok(Bytes::from(piece))
+        let giving = async {
+            loop {
+                let mut piece = vec![0; REPLAY_PIECE];
+                match file.read(&mut piece) {
+                    Ok(0) => return true,
+                    Ok(len) => piece.truncate(len),
+                    Err(_) => return false,
                 }
-                Err(_) => Err(Broken),
-            };
-            if sender.send(piece).await.is_err() {
-                return;
+                if !to_guest.give(piece.into()).await {
+                    return false;
+                }
             }
+        };
+        let given = tokio::time::timeout(most, giving).await;
+        drop(places);
+        if given == Ok(true) {
+            to_guest.end();
         }
     });
     let media_type = if media_type == relay::EVENTS {
@@ -333,7 +404,7 @@ fn replay(vm: &Arc<Vm>, call: u64, media_type: &str, body: &Body) -> Result<Answ
     response
         .headers_mut()
         .insert("x-ratoon-replayed", HeaderValue::from_static("1"));
-    Ok(response.map(|()| Either::Right(Outgoing(receiver))))
+    Ok(response.map(|()| Either::Right(pieces)))
 }
 
 /// A head with our headers.
@@ -360,7 +431,17 @@ pub(crate) fn head(
 /// A stream to the guest.
 pub(crate) fn outgoing() -> (ToGuest, Outgoing) {
     let (sender, receiver) = mpsc::channel(AHEAD);
-    (sender, Outgoing(receiver))
+    let whole = Arc::new(AtomicBool::new(false));
+    let to_guest = ToGuest {
+        pieces: sender,
+        whole: whole.clone(),
+    };
+    let outgoing = Outgoing {
+        pieces: receiver,
+        whole,
+        ended: false,
+    };
+    (to_guest, outgoing)
 }
 
 impl Call {
@@ -398,10 +479,7 @@ impl Call {
 
     fn settle(&self, outcome: Outcome) -> After {
         let charged = self.charge(&outcome);
-        let body = outcome.body.unwrap_or_else(|| Body {
-            hash: Hash::of_body(b""),
-            len: 0,
-        });
+        let body = outcome.body.unwrap_or_else(Body::empty);
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let entry = Entry::Answer {
             call: self.number,

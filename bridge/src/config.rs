@@ -22,7 +22,8 @@ pub struct Config {
     /// What one guest, and all together, may ask of the bridge.
     #[serde(default)]
     pub limits: HostLimits,
-    /// Users besides our own whose processes may connect to a VM's socket: that of a jailed VMM.
+    /// Users besides our own whose processes may connect to a VM's socket: that of a jailed VMM. With
+    /// any, a VM's socket has mode 0666, and each connection's user decides.
     #[serde(default)]
     pub peer_uids: Vec<u32>,
 }
@@ -48,7 +49,7 @@ pub struct Provider {
     /// A file with the certificates to trust in place of the system's.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
-    /// What it calls the output limit of a chat, when a guest gives none.
+    /// What it calls the output limit of a chat.
     #[serde(default)]
     pub chat_limit: ChatLimit,
 }
@@ -108,6 +109,10 @@ pub struct Model {
     pub upstream: Option<String>,
     /// The most output tokens of a call.
     pub max_output_tokens: u64,
+    /// The most input tokens that it takes: as many are put aside for a call with images or
+    /// documents, and never more for any. Without it those are estimated.
+    #[serde(default)]
+    pub max_input_tokens: Option<u64>,
     /// Its price; a run whose money is limited can use no model without.
     #[serde(default)]
     pub price: Option<Price>,
@@ -162,10 +167,15 @@ pub struct HostLimits {
     pub all_bodies_bytes: u32,
     /// The largest answer.
     pub answer_bytes: u64,
+    /// All that is recorded of one run: lines and bodies. A run whose record is full makes no calls.
+    pub run_record_bytes: u64,
     /// Calls of one VM that are on their way at once.
     pub vm_calls: u32,
     /// Calls of all VMs.
     pub all_calls: u32,
+    /// Connections of all VMs at once, idle ones too; never more than half of the descriptors that
+    /// the process may have.
+    pub all_connections: u32,
     /// Requests of one VM in a minute.
     pub vm_requests_a_minute: u32,
     /// How long a request may take to come in, in seconds.
@@ -191,8 +201,10 @@ impl Default for HostLimits {
             vm_bodies_bytes: 16 << 20,
             all_bodies_bytes: 64 << 20,
             answer_bytes: 64 << 20,
+            run_record_bytes: 1 << 30,
             vm_calls: 8,
             all_calls: 256,
+            all_connections: 4096,
             vm_requests_a_minute: 600,
             request_s: 30,
             connect_s: 10,
@@ -272,10 +284,10 @@ impl Config {
             if provider
                 .models
                 .iter()
-                .any(|model| model.max_output_tokens == 0)
+                .any(|model| model.max_output_tokens == 0 || model.max_input_tokens == Some(0))
             {
                 return Err(format!(
-                    "a model of provider \"{name}\" may make no token: max_output_tokens is 0"
+                    "a model of provider \"{name}\" may make or take no token: max_output_tokens or max_input_tokens is 0"
                 ));
             }
             if let KeySource::Command(argv) = &provider.key
@@ -287,8 +299,17 @@ impl Config {
             }
         }
         let limits = &self.limits;
-        if limits.attempts == 0 || limits.vm_calls == 0 || limits.all_calls == 0 {
-            return Err("limits: attempts, vm_calls and all_calls are at least 1".into());
+        if [
+            limits.attempts,
+            limits.vm_calls,
+            limits.all_calls,
+            limits.all_connections,
+        ]
+        .contains(&0)
+        {
+            return Err(
+                "limits: attempts, vm_calls, all_calls and all_connections are at least 1".into(),
+            );
         }
         if limits.body_bytes > limits.vm_bodies_bytes
             || limits.vm_bodies_bytes > limits.all_bodies_bytes

@@ -219,7 +219,7 @@ impl<'de> Visitor<'de> for Strict<'_> {
             if keys.contains(&key) {
                 return Err(A::Error::custom(format!(
                     "the key {:?} is there twice",
-                    key.0
+                    crate::rules::shown(&key.0)
                 )));
             }
             keys.insert(key);

@@ -76,6 +76,9 @@ fn serve(config: &Path, control: &Path, lifeline: bool) -> Result<(), Failure> {
         .init();
     key::harden().map_err(|error| format!("this process cannot hide its memory: {error}"))?;
     let config = read_config(config)?;
+    if let Err(error) = socket::raise_descriptors() {
+        tracing::warn!("the limit of open descriptors stays as it is: {error}");
+    }
     // Keys are read while this is the only thread, and before anything else is open.
     let bridge = Bridge::new(config)?;
     key::no_new_privileges()?;
@@ -96,7 +99,7 @@ fn read_config(path: &Path) -> Result<Config, Failure> {
 }
 
 async fn run(bridge: std::sync::Arc<Bridge>, path: &Path, lifeline: bool) -> Result<(), Failure> {
-    let listener = socket::bind(path)
+    let listener = socket::bind(path, socket::For::Owner)
         .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -6,11 +6,12 @@
 //! goes on, so a killed bridge loses none; a host that loses power may.
 
 mod read_back;
+mod room;
 mod spool;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,7 @@ use ratoon_bridge_api::record::{
     Body, Ending, Entry, FORMAT, Hash, Line, MAX_LINE_BYTES, Parent, Step, branch_file,
 };
 
+use room::Room;
 pub use spool::Spool;
 
 use crate::budget::Tree;
@@ -32,6 +34,7 @@ use crate::mask::Masker;
 pub struct Run {
     dir: PathBuf,
     masker: Arc<Masker>,
+    room: Arc<Room>,
     state: Mutex<State>,
     /// Held as long as the run is open.
     _lock: File,
@@ -121,11 +124,16 @@ pub enum RunError {
 }
 
 impl Run {
-    /// Opens a run, or begins one; reads back what was used.
+    /// Opens a run, or begins one; reads back what was used. Its record may have `most_bytes`.
     ///
     /// # Errors
     /// When its record cannot be used.
-    pub fn open(records: &Path, run: &str, masker: Arc<Masker>) -> Result<Self, RunError> {
+    pub fn open(
+        records: &Path,
+        run: &str,
+        masker: Arc<Masker>,
+        most_bytes: u64,
+    ) -> Result<Self, RunError> {
         let dir = ratoon_bridge_api::record::run_dir(records, run);
         let io_at = |path: &Path| {
             let path = path.to_owned();
@@ -153,19 +161,23 @@ impl Run {
             }
             Err(fs::TryLockError::Error(source)) => return Err(io_at(&lock_path)(source)),
         }
-        // What a killed bridge was writing.
+        let run = Self {
+            dir,
+            masker,
+            room: Arc::new(Room::new(most_bytes)),
+            state: Mutex::default(),
+            _lock: lock,
+        };
+        run.read_back()?;
+        // Requests that a killed bridge was writing, and answers whose call had ended.
         for entry in fs::read_dir(&bodies).map_err(io_at(&bodies))?.flatten() {
             if entry.file_name().as_encoded_bytes().starts_with(b".") {
                 fs::remove_file(entry.path()).map_err(io_at(&entry.path()))?;
             }
         }
-        let run = Self {
-            dir,
-            masker,
-            state: Mutex::default(),
-            _lock: lock,
-        };
-        run.read_back()?;
+        run.room
+            .count([&run.dir, &bodies])
+            .map_err(io_at(&run.dir))?;
         Ok(run)
     }
 
@@ -247,7 +259,7 @@ impl Run {
             parent: above,
             budget,
         };
-        branch.append(&self.masker, entry).map_err(io)?;
+        branch.append(self, entry).map_err(io)?;
         state.tree.add(name, parent, budget);
         state.branches.insert(name.to_owned(), branch);
         Ok(())
@@ -258,7 +270,7 @@ impl Run {
     /// # Errors
     /// When it cannot be written: the branch takes no more then.
     pub fn append(&self, branch: &str, entry: Entry) -> io::Result<()> {
-        self.state().append(&self.masker, branch, entry)
+        self.state().append(self, branch, entry)
     }
 
     /// Adds a call and remembers its step; gives the call's number.
@@ -278,7 +290,7 @@ impl Run {
             Entry::Call { step, digest, .. } => step.clone().map(|step| (step, digest.clone())),
             _ => None,
         };
-        found.append(&self.masker, entry)?;
+        found.append(self, entry)?;
         found.calls += 1;
         if let Some((step, digest)) = step {
             let stored = Stored {
@@ -315,7 +327,7 @@ impl Run {
         let answer = answered(*ending, media_type, body);
         let mut state = self.state();
         state.tree.settle(branch, reserved, *charged);
-        let written = state.append(&self.masker, branch, entry);
+        let written = state.append(self, branch, entry);
         if let Some(stored) = step.and_then(|step| state.branch(branch).ok()?.steps.get_mut(step)) {
             stored.answer = answer;
         }
@@ -339,7 +351,7 @@ impl Run {
     /// When its file cannot be made.
     pub fn spool(&self, label: &str) -> io::Result<Spool> {
         let bodies = self.dir.join("bodies");
-        let path = bodies.join(format!(".{label}"));
+        let path = self.part(label);
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -347,13 +359,19 @@ impl Run {
             .mode(0o600)
             .open(&path)?;
         Ok(Spool {
-            file: BufWriter::with_capacity(4096, file),
+            file,
+            room: self.room.clone(),
             hasher: blake3::Hasher::new(),
             len: 0,
             path,
             bodies,
             done: false,
         })
+    }
+
+    /// The file of a body that is being written.
+    fn part(&self, label: &str) -> PathBuf {
+        self.dir.join("bodies").join(format!(".{label}"))
     }
 
     /// Opens a stored body.
@@ -363,6 +381,11 @@ impl Run {
     pub fn open_body(&self, body: &Body) -> io::Result<File> {
         File::open(ratoon_bridge_api::record::body_file(&self.dir, &body.hash))
     }
+}
+
+/// The label of a call's answer while it is written.
+pub(crate) fn answer_label(branch: &str, call: u64) -> String {
+    format!("{branch}.{call}")
 }
 
 fn answered(ending: Ending, media_type: &str, body: &Body) -> Answered {
@@ -391,8 +414,8 @@ impl State {
             .map_or_else(Hash::zero, |branch| branch.head.clone())
     }
 
-    fn append(&mut self, masker: &Masker, branch: &str, entry: Entry) -> io::Result<()> {
-        self.branch(branch)?.append(masker, entry)
+    fn append(&mut self, run: &Run, branch: &str, entry: Entry) -> io::Result<()> {
+        self.branch(branch)?.append(run, entry)
     }
 
     fn branch(&mut self, name: &str) -> io::Result<&mut Branch> {
@@ -403,7 +426,7 @@ impl State {
 }
 
 impl Branch {
-    fn append(&mut self, masker: &Masker, entry: Entry) -> io::Result<()> {
+    fn append(&mut self, run: &Run, entry: Entry) -> io::Result<()> {
         if self.broken {
             return Err(io::Error::other("an earlier line could not be written"));
         }
@@ -416,10 +439,11 @@ impl Branch {
             time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
             entry,
         };
-        let mut bytes = masker.mask(&serde_json::to_vec(&line)?);
+        let mut bytes = run.masker.mask(&serde_json::to_vec(&line)?);
         if bytes.len() >= MAX_LINE_BYTES {
             return Err(io::Error::other("the line is too long"));
         }
+        run.room.take_line(bytes.len() as u64 + 1, &line.entry)?;
         let head = Hash::of_line(&bytes);
         bytes.push(b'\n');
         self.broken = true;

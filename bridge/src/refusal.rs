@@ -104,12 +104,17 @@ pub struct Refusal {
     pub retry_after_s: Option<u32>,
 }
 
+/// The longest message: some of it is a guest's text, and each is recorded.
+const MAX_MESSAGE_BYTES: usize = 1024;
+
 impl Refusal {
-    /// An error.
+    /// An error; a message that is too long is cut.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
         Self {
             code,
-            message: message.into(),
+            message,
             retry_after_s: (code == Code::Busy).then_some(1),
         }
     }
@@ -170,5 +175,18 @@ impl Refusal {
             headers.insert(ALLOW, HeaderValue::from_static("POST"));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_cut_between_two_characters() {
+        let refusal = Refusal::new(Code::Rule, "é".repeat(600) + "x");
+        assert_eq!(refusal.message, "é".repeat(512));
+        let refusal = Refusal::new(Code::Rule, "x".to_owned() + &"é".repeat(600));
+        assert_eq!(refusal.message.len(), 1023);
     }
 }

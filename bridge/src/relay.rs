@@ -13,10 +13,10 @@ use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, RETRY
 use ratoon_bridge_api::record::Ending;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::call::{After, Broken, Call, HeadSender, Outcome, ToGuest, head, outgoing, unrecorded};
+use crate::call::{After, Call, HeadSender, Outcome, ToGuest, head, outgoing, unrecorded};
 use crate::config::HostLimits;
 use crate::mask::Masking;
-use crate::record::Spool;
+use crate::record::{Spool, answer_label};
 use crate::refusal::{Code, Refusal};
 use crate::scan::{Scan, Usage};
 use crate::sse::Events;
@@ -199,7 +199,8 @@ fn finish_refused(call: &Call, outcome: &mut Outcome, to_guest: HeadSender, refu
 async fn provider_error(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut Outcome) {
     let status = begun.response.status().as_u16();
     outcome.ending = Ending::ProviderError;
-    outcome.free = true;
+    // Refused before any token was made; after another failure it may have been paid for.
+    outcome.free = matches!(status, 400..=499 | 503 | 529);
     match status {
         401 | 403 => {
             let message = format!(
@@ -287,8 +288,9 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
             Refusal::new(Code::Strange, message),
         );
     }
-    let Ok(spool) = call.vm.run.spool(&call.label()) else {
-        return finish_refused(call, outcome, to_guest, unrecorded());
+    let spool = match call.vm.run.spool(&call.label()) {
+        Ok(spool) => spool,
+        Err(error) => return finish_refused(call, outcome, to_guest, unrecorded(&error)),
     };
     outcome.status = 200;
     outcome.media_type = if events { EVENTS } else { JSON };
@@ -313,6 +315,7 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
         spool,
         pieces,
         len: 0,
+        may_end: false,
     };
     let ending = relay.all(body).await;
     let (ending, whole) = relay.last(ending).await;
@@ -322,7 +325,7 @@ async fn answer(call: &Call, begun: Begun, to_guest: HeadSender, outcome: &mut O
         Some(_) => ending,
         None => Ending::Cut,
     };
-    outcome.after = After::End(relay.pieces);
+    outcome.after = After::End(relay.pieces, relay.may_end && outcome.body.is_some());
     if whole {
         call.bridge.upstreams[call.provider].give_back(sender).await;
     }
@@ -342,6 +345,8 @@ struct Relay<'a> {
     spool: Spool,
     pieces: ToGuest,
     len: u64,
+    /// The guest has got an end that it can tell from a cut.
+    may_end: bool,
 }
 
 impl Relay<'_> {
@@ -394,10 +399,10 @@ impl Relay<'_> {
             return Err(Ending::Cut);
         }
         let call_s = HostLimits::seconds(self.call.bridge.config.limits.call_s);
-        let giving = self.pieces.send(Ok(piece.into()));
+        let giving = self.pieces.give(piece.into());
         match guarded(self.call, call_s, std::future::pending(), giving).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(gone(self.call)),
+            Ok(true) => Ok(()),
+            Ok(false) => Err(gone(self.call)),
             Err(ending) => Err(ending),
         }
     }
@@ -427,10 +432,8 @@ impl Relay<'_> {
         if ending == Ending::GuestGone || ending == Ending::Removed {
             let _ = self.spool.write(&rest);
         } else {
-            let _ = self.give(rest).await;
-        }
-        if told && !may_follow {
-            let _ = self.pieces.try_send(Err(Broken));
+            let given = self.give(rest).await.is_ok();
+            self.may_end = given && (!told || may_follow);
         }
         (ending, reached_end)
     }
@@ -446,6 +449,6 @@ impl Relay<'_> {
 impl Call {
     /// A name for its files while they are written.
     fn label(&self) -> String {
-        format!("{}.{}", self.vm.branch, self.number)
+        answer_label(&self.vm.branch, self.number)
     }
 }

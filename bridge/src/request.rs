@@ -79,11 +79,14 @@ pub struct Request {
     pub max_output: Option<u64>,
     /// Provider-side tools that were left out.
     pub withheld: Vec<String>,
-    /// More tokens than the input has, by its length.
-    pub input_tokens_at_most: u64,
+    /// Bytes of the body that are not base64.
+    pub text_bytes: u64,
+    /// Images and documents in base64.
+    pub base64_values: u64,
+    /// Their bytes.
+    pub base64_bytes: u64,
     /// The same for the same request, whatever its limit becomes.
     pub digest: blake3::Hash,
-    max_field: &'static str,
     body: Vec<u8>,
 }
 
@@ -117,11 +120,6 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
     }
     let limits = ["max_tokens", "max_completion_tokens", "max_output_tokens"];
     let mut max_output = None;
-    let mut max_field = match wire {
-        Wire::Messages | Wire::CountTokens => "max_tokens",
-        Wire::Chat => "",
-        Wire::Responses => "max_output_tokens",
-    };
     for name in limits {
         let Some(limit) = own_number(&owned, name)? else {
             continue;
@@ -132,14 +130,9 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
         if limit == 0 {
             return Err(breach(name, "must be at least 1"));
         }
-        max_field = name;
     }
     let usage_wanted = usage_wanted(&owned)?;
     let text_bytes = rebuild.body.len() - rebuild.base64_bytes;
-    // A token is hardly ever shorter than two bytes of JSON; an image has a few thousand tokens,
-    // a document some more.
-    let input_tokens_at_most =
-        text_bytes / 2 + rebuild.base64_values * 4000 + rebuild.base64_bytes / 64;
     let mut hasher = blake3::Hasher::new();
     hasher.update(wire.path().as_bytes());
     for part in [model.as_bytes(), &rebuild.body] {
@@ -155,16 +148,37 @@ pub fn parse(wire: Wire, bytes: &[u8]) -> Result<Request, Breach> {
         usage_wanted,
         max_output,
         withheld: rebuild.withheld,
-        input_tokens_at_most: input_tokens_at_most as u64,
+        text_bytes: text_bytes as u64,
+        base64_values: rebuild.base64_values as u64,
+        base64_bytes: rebuild.base64_bytes as u64,
         digest: hasher.finalize(),
-        max_field,
         body: rebuild.body,
     })
 }
 
+/// Tokens that a provider may add to the guest's text: what wraps messages and describes tools.
+const ADDED_TOKENS: u64 = 4096;
+
 impl Request {
+    /// As many tokens as the input may have. `most` is the most that the model takes, if that is
+    /// known.
+    ///
+    /// No token is shorter than a byte, so for text this is an upper bound. How many an image or a
+    /// document has is not in its bytes: with `most` they count as all of it, without it this is an
+    /// estimate of some thousand each.
+    #[must_use]
+    pub fn input_tokens_at_most(&self, most: Option<u64>) -> u64 {
+        let text = self.text_bytes + ADDED_TOKENS;
+        match most {
+            Some(most) if self.base64_values > 0 => most,
+            Some(most) => text.min(most),
+            None => text + self.base64_values * 4000 + self.base64_bytes / 64,
+        }
+    }
+
     /// The body for the provider: with its name of the model, and with the output that there may be.
-    /// `chat_limit` is what the provider calls that limit in a chat, when the guest gave none.
+    /// `chat_limit` is what the provider calls that limit in a chat, whatever the guest called it: a
+    /// name that the provider does not know would be no limit.
     #[must_use]
     pub fn finish(&mut self, model: &str, max_output: u64, chat_limit: &'static str) -> Vec<u8> {
         let mut rebuild = Rebuild {
@@ -176,14 +190,12 @@ impl Request {
         rebuild.key("model", first);
         rebuild.string(model);
         if self.wire != Wire::CountTokens {
-            rebuild.key(
-                if self.max_field.is_empty() {
-                    chat_limit
-                } else {
-                    self.max_field
-                },
-                first,
-            );
+            let limit = match self.wire {
+                Wire::Messages | Wire::CountTokens => "max_tokens",
+                Wire::Chat => chat_limit,
+                Wire::Responses => "max_output_tokens",
+            };
+            rebuild.key(limit, first);
             rebuild
                 .body
                 .extend_from_slice(max_output.to_string().as_bytes());

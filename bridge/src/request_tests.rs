@@ -4,8 +4,12 @@ use super::*;
 use serde_json::{Value, json};
 
 fn finished(wire: Wire, body: Value) -> Value {
+    finished_for(wire, body, "max_completion_tokens")
+}
+
+fn finished_for(wire: Wire, body: Value, chat_limit: &'static str) -> Value {
     let mut request = parse(wire, body.to_string().as_bytes()).expect("allowed");
-    let bytes = request.finish("up", 5, "max_completion_tokens");
+    let bytes = request.finish("up", 5, chat_limit);
     serde_json::from_slice(&bytes).expect("JSON")
 }
 
@@ -36,20 +40,22 @@ fn model_and_limit_are_the_hosts() {
         sent,
         json!({"model": "up", "max_tokens": 5, "stream": true, "messages": messages})
     );
-    for (given, name) in [
-        (json!({}), "max_completion_tokens"),
-        (json!({"max_tokens": 9}), "max_tokens"),
-        (json!({"max_completion_tokens": 9}), "max_completion_tokens"),
+    for given in [
+        json!({}),
+        json!({"max_tokens": 9}),
+        json!({"max_completion_tokens": 9}),
     ] {
         let mut body = json!({"model": "m", "messages": messages, "n": 1, "stream": true});
         for (name, value) in given.as_object().expect("an object") {
             body[name] = value.clone();
         }
-        assert_eq!(
-            finished(Wire::Chat, body),
-            json!({"model": "up", name: 5, "messages": messages, "stream": true,
-                   "stream_options": {"include_usage": true}})
-        );
+        for name in ["max_tokens", "max_completion_tokens"] {
+            assert_eq!(
+                finished_for(Wire::Chat, body.clone(), name),
+                json!({"model": "up", name: 5, "messages": messages, "stream": true,
+                       "stream_options": {"include_usage": true}})
+            );
+        }
     }
     let sent = finished(
         Wire::Responses,
@@ -127,17 +133,21 @@ fn the_same_request_has_the_same_digest_and_another_has_another() {
 }
 
 #[test]
-fn the_input_is_estimated_by_its_text_and_images_are_not_text() {
-    let estimate = |content: Value| {
+fn text_has_no_more_tokens_than_bytes_and_images_count_as_all_that_a_model_takes() {
+    let at_most = |content: Value, most: Option<u64>| {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
         parse(Wire::Messages, body.to_string().as_bytes())
             .expect("allowed")
-            .input_tokens_at_most
+            .input_tokens_at_most(most)
     };
-    let short = estimate(json!("x"));
-    assert_eq!(estimate(json!("x".repeat(2001))), short + 1000);
+    let short = at_most(json!("x"), None);
+    assert!(short > 4096 + 40, "{short}");
+    assert_eq!(at_most(json!("x".repeat(2001)), None), short + 2000);
+    assert_eq!(at_most(json!("x"), Some(4100)), 4100);
+    assert_eq!(at_most(json!("x"), Some(200_000)), short);
     let image = json!([{"type": "image", "source": {
         "type": "base64", "media_type": "image/png", "data": "A".repeat(64_000)}}]);
-    let image = estimate(image);
-    assert!((4000..6000).contains(&image), "{image}");
+    let estimate = at_most(image.clone(), None);
+    assert!((9000..10_000).contains(&estimate), "{estimate}");
+    assert_eq!(at_most(image, Some(200_000)), 200_000);
 }

@@ -28,12 +28,13 @@ use crate::upstream::Passed;
 
 /// Connections of one VM at once: more than its calls, so that idle ones may stay open.
 const MOST_CONNECTIONS: usize = 64;
+/// Bodies up to this length take less time than another thread's start.
+const PARSED_HERE_BYTES: usize = 32 * 1024;
 const STEP: &str = "x-ratoon-step";
 const ATTEMPT: &str = "x-ratoon-attempt";
 /// Betas that change how a call is answered, and grant nothing.
 const BETAS: &[&str] = &[
     "effort-",
-    "extended-cache-ttl-",
     "fine-grained-tool-streaming-",
     "interleaved-thinking-",
     "output-128k-",
@@ -68,7 +69,12 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
             tracing::warn!(vm = vm.id, "a connection of another user was refused");
             continue;
         }
-        let Ok(permit) = connections.clone().try_acquire_owned() else {
+        let Ok(of_vm) = connections.clone().try_acquire_owned() else {
+            continue;
+        };
+        let Ok(of_all) = bridge.connections.clone().try_acquire_owned() else {
+            // A guest may do this as often as it likes: no line in the log for each.
+            tracing::debug!(vm = vm.id, "too many connections: one was refused");
             continue;
         };
         let (bridge, vm) = (bridge.clone(), vm.clone());
@@ -79,7 +85,7 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
                 () = connection => {}
                 _ = gone.wait_for(|gone| *gone) => {}
             }
-            drop(permit);
+            drop((of_vm, of_all));
         });
     }
 }
@@ -169,17 +175,8 @@ async fn asked(
     }
     let headers = request.headers();
     let token = only(headers, token::HEADER)?.map_or(&b""[..], HeaderValue::as_bytes);
-    let live = vm
-        .tokens
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .accept(token, Instant::now());
-    if !live {
-        return Err(Refusal::new(
-            Code::Token,
-            format!("{} is missing, unknown here or expired", token::HEADER),
-        ));
-    }
+    live(vm, token)?;
+    let token = token.to_vec();
     if only(headers, "content-encoding")?.is_some_and(|encoding| encoding != "identity") {
         return Err(Refusal::new(
             Code::Rule,
@@ -226,6 +223,10 @@ async fn asked(
             let before = bytes.len().div_ceil(1024);
             bytes.extend_from_slice(&piece);
             let more = (bytes.len().div_ceil(1024) - before) as u32;
+            // A permit for each frame would be more memory than it counts.
+            if more == 0 {
+                continue;
+            }
             for memory in [&vm.bodies, &bridge.bodies] {
                 held.push(
                     memory
@@ -241,8 +242,10 @@ async fn asked(
         .await
         .unwrap_or_else(|_| Err(Refusal::new(Code::Slow, "the body came too slowly")))?;
     let since = Instant::now();
-    let request = request::parse(wire, &bytes)
-        .map_err(|breach| Refusal::new(Code::Rule, breach.to_string()))?;
+    let request;
+    (request, held) = parse(vm, wire, bytes, held).await?;
+    // It may have been revoked while the body came.
+    live(vm, &token)?;
     Ok(Asked {
         request,
         step,
@@ -251,6 +254,42 @@ async fn asked(
         memory: held,
         since,
     })
+}
+
+/// Takes a body apart: a large one beside this thread, which all VMs share, and one a VM at a time.
+async fn parse(
+    vm: &Vm,
+    wire: Wire,
+    bytes: Vec<u8>,
+    held: Vec<OwnedSemaphorePermit>,
+) -> Result<(request::Request, Vec<OwnedSemaphorePermit>), Refusal> {
+    let told = |breach: crate::rules::Breach| Refusal::new(Code::Rule, breach.to_string());
+    if bytes.len() <= PARSED_HERE_BYTES {
+        return Ok((request::parse(wire, &bytes).map_err(told)?, held));
+    }
+    let ended = || Refusal::new(Code::Removed, "the call was ended");
+    let turn = vm.parsing.clone().acquire_owned().await;
+    let turn = turn.map_err(|_| ended())?;
+    // Memory and turn are held until it is done, also when nobody waits for it any more.
+    let parsing = tokio::task::spawn_blocking(move || {
+        let parsed = request::parse(wire, &bytes);
+        drop((bytes, turn));
+        (parsed, held)
+    });
+    let (parsed, held) = parsing.await.map_err(|_| ended())?;
+    Ok((parsed.map_err(told)?, held))
+}
+
+/// Refuses a token that is none of the VM's, or no longer.
+fn live(vm: &Vm, token: &[u8]) -> Result<(), Refusal> {
+    let tokens = vm.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+    if tokens.accept(token, Instant::now()) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Code::Token,
+        format!("{} is missing, unknown here or expired", token::HEADER),
+    ))
 }
 
 /// A header that may be there once.

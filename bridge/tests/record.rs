@@ -5,7 +5,7 @@ mod common;
 use common::{CHAT, Host, MESSAGES, RESPONSES, body, calls, config, script};
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::Request;
-use ratoon_bridge_api::record::Entry;
+use ratoon_bridge_api::record::{Ending, Entry};
 use ratoon_scripted_model::{Fault, Turn};
 use serde_json::json;
 
@@ -15,8 +15,8 @@ fn a_step_is_paid_once() {
     let configuration = config(&model.url());
     let mut host = Host::start(configuration.clone());
     let guest = host.first();
-    for path in [MESSAGES, RESPONSES] {
-        assert!(guest.step(path, &body(path, true), 1, 0).status != 500);
+    for (path, status) in [(MESSAGES, 200), (RESPONSES, 409)] {
+        assert_eq!(guest.step(path, &body(path, true), 1, 0).status, status);
     }
     let first = guest.step(MESSAGES, &body(MESSAGES, true), 1, 0);
     assert_eq!(first.header("x-ratoon-replayed"), Some("1"));
@@ -38,7 +38,28 @@ fn a_step_is_paid_once() {
     assert_eq!(again.header("content-type"), Some("text/event-stream"));
     assert_eq!(host.spent("main"), spent);
     assert_eq!(model.seen().len(), 2);
-    host.check_record();
+    host.check_record(&model);
+}
+
+#[test]
+fn a_stored_answer_that_was_cut_is_not_given_again() {
+    let model = script([Turn::text("one two three")]);
+    let mut host = Host::start(config(&model.url()));
+    let guest = host.first();
+    let ask = || guest.step(CHAT, &body(CHAT, false), 1, 0);
+    assert_eq!(ask().status, 200);
+    let Some(Entry::Answer { body, .. }) = host.entries("main").pop() else {
+        panic!("no answer");
+    };
+    let path = host.run_dir().join("bodies").join(&body.hash.0);
+    let file = std::fs::File::options().write(true).open(path);
+    let file = file.expect("a body");
+    file.set_len(body.len - 1).expect("cut");
+    let answer = ask();
+    assert_eq!((answer.status, answer.code()), (503, "record"));
+    let replayed = |entry: &Entry| matches!(entry, Entry::Replay { .. });
+    assert!(!host.entries("main").iter().any(replayed));
+    assert_eq!(model.seen().len(), 1);
 }
 
 #[test]
@@ -61,17 +82,31 @@ fn a_bridge_that_is_killed_in_a_call_counts_all_of_it() {
     let bytes = body(MESSAGES, true).to_string();
     let mut stream = guest.send("POST", MESSAGES, &token, bytes.as_bytes());
     common::read_head(&mut stream);
-    common::read_chunk(&mut stream).expect("a piece");
+    let piece = common::read_chunk(&mut stream).expect("a piece");
     let mut host = host.crash_and_restart(configuration);
     let guest = host.first();
     assert_eq!(host.spent("main").output_tokens, 50);
+    let cut = host
+        .entries("main")
+        .into_iter()
+        .find_map(|entry| match entry {
+            Entry::Answer {
+                ending: Ending::Cut,
+                body,
+                ..
+            } => Some(body),
+            _ => None,
+        });
+    let path = host.run_dir().join("bodies").join(cut.expect("cut").hash.0);
+    let kept = std::fs::read(path).expect("what had come");
+    assert!(kept.starts_with(&piece), "the guest had this");
     let again = guest.step(MESSAGES, &body(MESSAGES, true), 7, 0);
     assert_eq!(again.code(), "step", "it may have been paid");
     assert_eq!(
         guest.step(MESSAGES, &body(MESSAGES, true), 7, 1).status,
         200
     );
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -91,7 +126,7 @@ fn children_draw_on_their_parents_budget() {
     let b = host.vm("b", "b", Some("main"), Limits::default());
     // Five tokens an answer; what is asked for is clamped to what is left.
     assert_eq!(a.ask(CHAT, &body(CHAT, false)).status, 200);
-    assert_eq!(model.seen()[0].body["max_tokens"], 20);
+    assert_eq!(model.seen()[0].body["max_completion_tokens"], 20);
     assert_eq!(a.ask(CHAT, &body(CHAT, false)).code(), "budget");
     let mut all = 1;
     while b.ask(CHAT, &body(CHAT, true)).status == 200 {
@@ -111,13 +146,42 @@ fn children_draw_on_their_parents_budget() {
         panic!("no beginning");
     };
     assert_eq!((above.branch.as_str(), above.seq), ("main", 2));
-    host.check_record();
+    host.check_record(&model);
+}
+
+#[test]
+fn a_budget_that_others_hold_is_waited_for_and_not_used_up() {
+    let late = Turn::text("one two").broken(Fault::Late { ms: 1500 });
+    let model = script([late, Turn::text("three")]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        output_tokens: Some(60),
+        ..Limits::default()
+    };
+    host.vm("p", "main", None, limits);
+    let a = host.vm("a", "a", Some("main"), Limits::default());
+    let b = host.vm("b", "b", Some("main"), Limits::default());
+    let token = [("x-ratoon-token", a.token.as_str())];
+    let bytes = body(CHAT, false).to_string();
+    let first = a.send("POST", CHAT, &token, bytes.as_bytes());
+    while model.seen().is_empty() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let busy = b.ask(CHAT, &body(CHAT, false));
+    assert_eq!((busy.status, busy.code()), (429, "busy"), "{busy:?}");
+    assert_eq!(busy.header("x-should-retry"), None);
+    assert_eq!(busy.header("retry-after"), Some("1"));
+    assert_eq!(common::read_answer(first).status, 200);
+    assert_eq!(b.ask(CHAT, &body(CHAT, false)).status, 200);
+    host.check_record(&model);
 }
 
 #[test]
 fn money_is_limited_and_needs_a_price() {
     let model = script([Turn::text("a b c d e").repeated()]);
-    let mut host = Host::start(config(&model.url()));
+    let mut configuration = config(&model.url());
+    configuration["providers"][0]["models"][0]["max_input_tokens"] = json!(50);
+    let mut host = Host::start(configuration);
     let limits = Limits {
         cost_microusd: Some(1000),
         ..Limits::default()
@@ -129,15 +193,12 @@ fn money_is_limited_and_needs_a_price() {
     asked["model"] = "m".into();
     asked["max_tokens"] = json!(1000);
     assert_eq!(guest.ask(CHAT, &asked).status, 200);
-    let sent = model.seen()[0].body["max_tokens"]
+    let sent = model.seen()[0].body["max_completion_tokens"]
         .as_u64()
         .expect("a limit");
-    assert!(
-        (40..66).contains(&sent),
-        "{sent}: what 1000 microdollars buy"
-    );
+    assert_eq!(sent, (1000 - 50 * 3) / 15, "what 1000 microdollars buy");
     assert_eq!(host.spent("main").cost_microusd, 30 + 75);
-    host.check_record();
+    host.check_record(&model);
 }
 
 #[test]
@@ -169,26 +230,106 @@ fn without_a_record_there_are_no_calls() {
 }
 
 #[test]
+fn a_run_whose_record_is_full_makes_no_more_calls() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut configuration = config(&model.url());
+    configuration["limits"] = json!({"run_record_bytes": 20_000});
+    let mut host = Host::start(configuration);
+    let guest = host.first();
+    let mut asked = body(CHAT, false);
+    let answer = (0..100)
+        .map(|number| {
+            asked["messages"][0]["content"] = format!("{number}{}", "x".repeat(2000)).into();
+            guest.ask(CHAT, &asked)
+        })
+        .find(|answer| answer.status != 200)
+        .expect("it is full at some time");
+    assert_eq!((answer.status, answer.code()), (503, "record"));
+    assert!(answer.body.contains("as large as the host allows"));
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    assert!((4..9).contains(&host.spent("main").calls));
+    host.check_record(&model);
+}
+
+#[test]
 fn the_process_hides_its_memory() {
     let model = script([]);
-    let host = Host::start(config(&model.url()));
+    // Root may read any process: so if this is root, it and the bridge become somebody else.
+    let user = common::is_root().then_some(common::NOBODY);
+    let program = env!("CARGO_BIN_EXE_ratoon-bridge");
+    if let Err(error) = common::as_user(user, || std::fs::File::open(program)) {
+        eprintln!("SKIPPED: user {user:?} cannot read {program}: {error}");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let host = Host::start_as(user, folder, config(&model.url()));
     let proc = format!("/proc/{}", host.pid());
     let limits = std::fs::read_to_string(format!("{proc}/limits")).expect("limits");
-    let core = limits
-        .lines()
-        .find(|line| line.starts_with("Max core file size"));
-    let core: Vec<&str> = core.expect("a limit").split_whitespace().collect();
-    assert_eq!(core[4..6], ["0", "0"]);
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name));
+        let words = line.expect("a limit").split_whitespace();
+        let words: Vec<String> = words.map(str::to_owned).collect();
+        (
+            words[words.len() - 3].clone(),
+            words[words.len() - 2].clone(),
+        )
+    };
+    assert_eq!(limit("Max core file size"), ("0".into(), "0".into()));
+    let (soft, hard) = limit("Max open files");
+    assert_eq!(soft, hard, "as many descriptors as it may have");
     let status = std::fs::read_to_string(format!("{proc}/status")).expect("a status");
     assert!(status.contains("NoNewPrivs:\t1"), "{status}");
-    for name in ["cmdline", "environ"] {
-        let bytes = std::fs::read(format!("{proc}/{name}")).unwrap_or_default();
+    let mut open = vec!["cmdline"];
+    // Nobody else but root reads this.
+    open.extend(user.map(|_| "environ"));
+    for name in open {
+        let bytes = std::fs::read(format!("{proc}/{name}")).expect(name);
         let key = common::KEY.as_bytes();
         assert!(!bytes.windows(key.len()).any(|part| part == key), "{name}");
     }
-    // The files of a process that is not dumpable are root's.
-    let owner = std::os::unix::fs::MetadataExt::uid(
-        &std::fs::metadata(format!("{proc}/mem")).expect("a file"),
-    );
-    assert_eq!(owner, 0);
+    let mem = |pid: u32| {
+        let path = format!("/proc/{pid}/mem");
+        common::as_user(user, || std::fs::File::open(path).map(drop))
+    };
+    let error = mem(host.pid()).expect_err("its memory is hidden");
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    // Another process of the same user is not.
+    let mut command = std::process::Command::new("sleep");
+    if let Some(user) = user {
+        std::os::unix::process::CommandExt::uid(&mut command, user);
+    }
+    let mut other = command.arg("60").spawn().expect("sleep");
+    let read = mem(other.id());
+    other.kill().expect("a process");
+    other.wait().expect("a process");
+    read.expect("this test can fail");
+}
+
+#[test]
+fn a_socket_is_open_to_the_users_who_are_configured_and_to_nobody_else() {
+    if !common::is_root() {
+        eprintln!("SKIPPED: only root can be somebody else");
+        return;
+    }
+    let model = script([Turn::text("ok").repeated()]);
+    let mut configuration = config(&model.url());
+    configuration["peer_uids"] = json!([common::NOBODY]);
+    let mut host = Host::start(configuration);
+    let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(host.folder.path(), all).expect("a folder");
+    let guest = host.first();
+    let asked = body(CHAT, false);
+    let answer = common::as_user(Some(common::NOBODY), || guest.ask(CHAT, &asked));
+    assert_eq!(answer.status, 200);
+    let control = host.folder.path().join("control");
+    let is_served = |user: u32, socket: &std::path::Path| {
+        common::as_user(Some(user), || common::is_served(socket))
+    };
+    let served = is_served(common::NOBODY, &guest.socket);
+    assert!(served.expect("connected"));
+    let served = is_served(common::NOBODY - 1, &guest.socket);
+    assert!(!served.expect("connected, and not heard"));
+    let error = is_served(common::NOBODY, &control).expect_err("its owner's");
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    host.check_record(&model);
 }

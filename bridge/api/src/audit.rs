@@ -197,6 +197,7 @@ pub fn verify_run(run_dir: &Path, kept: &[(String, String)]) -> Result<Report, A
         check_beginning(run_dir, name, branch, &branches)?;
         for (line, _) in &branch.lines {
             if let Some(body) = body_of(&line.entry)
+                && *body != Body::empty()
                 && bodies.insert(body.hash.clone())
             {
                 check_body(run_dir, body)?;

@@ -204,6 +204,15 @@ pub enum ClientError {
     /// It refused.
     #[error("the bridge refuses: {0}")]
     Refused(String),
+    /// An earlier call got no whole answer: what comes now would be that one's.
+    #[error(
+        "an earlier call to the bridge at {} got no whole answer: connect anew",
+        .socket.display()
+    )]
+    Broken {
+        /// Where.
+        socket: PathBuf,
+    },
 }
 
 /// The engine's end of the control socket.
@@ -211,6 +220,8 @@ pub enum ClientError {
 pub struct Client {
     socket: PathBuf,
     stream: BufReader<UnixStream>,
+    /// A request is out whose answer has not come, at least not whole.
+    broken: bool,
 }
 
 impl Client {
@@ -232,13 +243,15 @@ impl Client {
         Ok(Self {
             socket: socket.to_owned(),
             stream: BufReader::new(stream),
+            broken: false,
         })
     }
 
     /// Asks, and waits for the answer.
     ///
     /// # Errors
-    /// When the bridge refuses or does not answer.
+    /// When the bridge refuses or does not answer. If no whole answer came, in time and not too long,
+    /// this client is of no more use: each further call is [`ClientError::Broken`].
     pub fn call(&mut self, request: &Request) -> Result<Reply, ClientError> {
         let strange = |source| ClientError::Strange {
             socket: self.socket.clone(),
@@ -248,8 +261,14 @@ impl Client {
             socket: self.socket.clone(),
             source,
         };
+        if self.broken {
+            return Err(ClientError::Broken {
+                socket: self.socket.clone(),
+            });
+        }
         let mut line = serde_json::to_vec(request).map_err(strange)?;
         line.push(b'\n');
+        self.broken = true;
         self.stream.get_mut().write_all(&line).map_err(io)?;
         line.clear();
         self.stream
@@ -257,9 +276,14 @@ impl Client {
             .take(MAX_LINE_BYTES as u64)
             .read_until(b'\n', &mut line)
             .map_err(io)?;
-        if line.is_empty() {
-            return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
+        if line.last() != Some(&b'\n') {
+            let kind = match line.len() {
+                MAX_LINE_BYTES => std::io::ErrorKind::InvalidData,
+                _ => std::io::ErrorKind::UnexpectedEof,
+            };
+            return Err(io(kind.into()));
         }
+        self.broken = false;
         match serde_json::from_slice(&line).map_err(strange)? {
             Reply::Error { message } => Err(ClientError::Refused(message)),
             reply => Ok(reply),
@@ -298,6 +322,45 @@ mod tests {
             expires_in_s: 1,
         };
         assert!(!format!("{reply:?}").contains("secret"));
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_the_next_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("control");
+        let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+        let reply = b"{\"vm_removed\":{\"head\":\"x\"}}\n";
+        let oversized = vec![b' '; MAX_LINE_BYTES + 1];
+        for (says, kind) in [
+            (Vec::new(), std::io::ErrorKind::WouldBlock),
+            (oversized, std::io::ErrorKind::InvalidData),
+            (reply[..9].to_vec(), std::io::ErrorKind::WouldBlock),
+        ] {
+            let mut client = Client::connect(&path, Duration::from_millis(50)).expect("a client");
+            let (mut stream, _) = listener.accept().expect("a connection");
+            // A reader's end of its own, so that an answer which nobody reads blocks nobody.
+            let saying = std::thread::spawn(move || {
+                stream.write_all(&says).expect("said");
+                stream
+            });
+            match client.call(&Request::Status {}) {
+                Err(ClientError::Io { source, .. }) => assert_eq!(source.kind(), kind),
+                other => panic!("{other:?}"),
+            }
+            let mut stream = saying.join().expect("said");
+            stream.write_all(reply).expect("said");
+            let next = client.call(&Request::Status {});
+            assert!(matches!(next, Err(ClientError::Broken { .. })), "{next:?}");
+        }
+        // A refusal is an answer.
+        let mut client = Client::connect(&path, Duration::from_secs(9)).expect("a client");
+        let (mut stream, _) = listener.accept().expect("a connection");
+        stream
+            .write_all(b"{\"error\":{\"message\":\"no\"}}\n{\"vm_removed\":{\"head\":\"x\"}}\n")
+            .expect("said");
+        let refused = client.call(&Request::Status {});
+        assert!(matches!(refused, Err(ClientError::Refused(_))));
+        client.call(&Request::Status {}).expect("an answer");
     }
 
     #[test]

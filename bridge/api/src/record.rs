@@ -112,7 +112,7 @@ pub enum Entry {
         ttl_s: u32,
     },
     /// A call is about to be sent. If no `answer` follows, the bridge ended in between, and all that
-    /// was reserved counts as used.
+    /// was reserved counts as used; the next bridge that opens the run adds such an answer.
     Call {
         /// Its number in this branch.
         call: u64,
@@ -136,7 +136,9 @@ pub enum Entry {
         /// What was put aside of the budget.
         reserved: Amount,
     },
-    /// A call has ended.
+    /// A call has ended. Of a call whose bridge ended before it, this is added when the run is opened
+    /// again: `cut`, with what had come of the answer, all that was reserved as `charged`, and 0 for
+    /// what nobody knows any more.
     Answer {
         /// Its number.
         call: u64,
@@ -219,6 +221,17 @@ pub struct Body {
     pub hash: Hash,
     /// Its length in bytes.
     pub len: u64,
+}
+
+impl Body {
+    /// The body that has no byte. It needs no file.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            hash: Hash::of_body(b""),
+            len: 0,
+        }
+    }
 }
 
 /// How a call ended.

@@ -1,13 +1,16 @@
 //! What the record of a run says when it is opened again: budgets, and what became of each step.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 
 use ratoon_bridge_api::amount::Amount;
 use ratoon_bridge_api::audit::{branch_names, read_branch};
-use ratoon_bridge_api::record::{Entry, Step, branch_file};
+use ratoon_bridge_api::record::{Body, Ending, Entry, Hash, Step, body_file, branch_file};
 
-use super::{Answered, Branch, Run, RunError, State, Stored, answered};
+use super::{Answered, Branch, Run, RunError, State, Stored, answer_label, answered};
+use crate::relay;
 
 impl Run {
     pub(super) fn read_back(&self) -> Result<(), RunError> {
@@ -115,19 +118,60 @@ impl Run {
                 _ => {}
             }
         }
-        // The bridge ended while these were on their way: they count as all that they could be.
-        for (_, reserved) in open.into_values() {
-            state.tree.settle(name, Amount::default(), reserved);
-        }
         if read.torn_bytes > 0 {
             let len = branch.file.metadata().map_err(io)?.len();
             branch.file.set_len(len - read.torn_bytes).map_err(io)?;
             let entry = Entry::Torn {
                 bytes: read.torn_bytes,
             };
-            branch.append(&self.masker, entry).map_err(io)?;
+            branch.append(self, entry).map_err(io)?;
+        }
+        // The bridge ended while these were on their way: they count as all that they could be.
+        for (call, (_, reserved)) in open {
+            let (body, media_type) = self.part_of_answer(name, call)?;
+            let entry = Entry::Answer {
+                call,
+                ending: Ending::Cut,
+                status: 0,
+                media_type: media_type.to_owned(),
+                body,
+                charged: reserved,
+                cached_tokens: 0,
+                attempts: 0,
+                first_byte_us: 0,
+                total_us: 0,
+            };
+            branch.append(self, entry).map_err(io)?;
+            state.tree.settle(name, Amount::default(), reserved);
         }
         state.branches.insert(name.to_owned(), branch);
         Ok(())
+    }
+
+    /// What came of an answer before its bridge ended, by its hash from now on; nothing, as a rule,
+    /// when no byte of it had come.
+    fn part_of_answer(&self, branch: &str, call: u64) -> Result<(Body, &'static str), RunError> {
+        let path = self.part(&answer_label(branch, call));
+        let keep = || {
+            let mut file = match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Ok((Body::empty(), relay::JSON));
+                }
+                opened => opened?,
+            };
+            let mut hasher = blake3::Hasher::new();
+            let len = io::copy(&mut file, &mut hasher)?;
+            let mut first = [0];
+            let read = file.read_at(&mut first, 0)?;
+            let is_json = read == 0 || first == *b"{";
+            let hash = Hash(hasher.finalize().to_hex().to_string());
+            fs::rename(&path, body_file(&self.dir, &hash))?;
+            let media_type = if is_json { relay::JSON } else { relay::EVENTS };
+            Ok((Body { hash, len }, media_type))
+        };
+        keep().map_err(|source| RunError::Io {
+            path: path.clone(),
+            source,
+        })
     }
 }

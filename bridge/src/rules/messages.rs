@@ -183,7 +183,8 @@ const CITATIONS: Shape = Shape::Object(&[keep("enabled", Shape::Bool)]);
 
 const CACHE_CONTROL: Shape = Shape::Object(&[
     need("type", Shape::Is(&["ephemeral"])),
-    keep("ttl", Shape::Is(&["5m", "1h"])),
+    // An hour in the cache has another price, and the configuration knows one.
+    keep("ttl", Shape::Is(&["5m"])),
 ]);
 
 /// Tools that run in the guest: the provider only knows their schema.

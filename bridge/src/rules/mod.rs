@@ -219,7 +219,8 @@ impl Rebuild {
             }
             let Some(field) = table.iter().find(|field| field.name == name) else {
                 return Err(Breach::new(format!(
-                    "the field {name:?} is none that may be sent"
+                    "the field {:?} is none that may be sent",
+                    shown(name)
                 )));
             };
             // SDKs write null for what was not set.

@@ -145,7 +145,8 @@ const ITEM: Shape = Shape::Union(&Union {
     withheld: &[],
 });
 
-const ID: Field = keep("id", Shape::Text);
+// The name of an item that the provider keeps, and it keeps none: calls are joined by `call_id`.
+const ID: Field = drop("id");
 const STATUS: Field = keep("status", Shape::Text);
 const CALL_ID: Field = need("call_id", Shape::Text);
 const OUTPUT: &[Field] = &[

@@ -20,7 +20,7 @@ fn what_is_allowed_keeps_its_bytes() {
         r#"{"type":"tool_use","id":"a","name":"bash","input":{"b": 1.0e0, "a":[ "\u0041" ]}}]},"#,
         r#"{"role":"user","content":[{"type":"tool_result","tool_use_id":"a","content":"ok","is_error":false}]}],"#,
         r#""tools":[{"type":"bash_20250124","name":"bash"},{"name":"f","input_schema":{"type":"object","default":{"url":"http://x"}}}],"#,
-        r#""temperature":0.50,"cache_control":{"type":"ephemeral","ttl":"1h"}}"#
+        r#""temperature":0.50,"cache_control":{"type":"ephemeral","ttl":"5m"}}"#
     );
     assert_eq!(rebuilt(messages::MESSAGES, body).as_deref(), Ok(body));
 }
@@ -32,6 +32,13 @@ fn fields_that_mean_nothing_here_are_left_out() {
     assert_eq!(
         rebuilt(messages::MESSAGES, body).as_deref(),
         Ok(r#"{"messages":[]}"#)
+    );
+    let body = r#"{"input":[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"e"},{"type":"function_call","id":"fc_1","call_id":"a","name":"f","arguments":"{}"}]}"#;
+    assert_eq!(
+        rebuilt(responses::RESPONSES, body).as_deref(),
+        Ok(
+            r#"{"input":[{"type":"reasoning","summary":[],"encrypted_content":"e"},{"type":"function_call","call_id":"a","name":"f","arguments":"{}"}]}"#
+        )
     );
 }
 
@@ -79,6 +86,11 @@ fn a_breach_is_told_with_its_place() {
             "messages[0].content[0].file.file_id: a file at the provider cannot be used here",
         ),
         (
+            messages::MESSAGES,
+            r#"{"messages":[],"cache_control":{"type":"ephemeral","ttl":"1h"}}"#,
+            "cache_control.ttl: is \"1h\"; allowed: 5m",
+        ),
+        (
             chat::CHAT,
             r#"{"messages":[],"modalities":["audio"]}"#,
             "modalities[0]: is \"audio\"; allowed: text",
@@ -104,6 +116,22 @@ fn a_breach_is_told_with_its_place() {
             Err(told)
         );
     }
+}
+
+#[test]
+fn a_guests_own_words_are_quoted_shortly() {
+    let long = "x".repeat(1 << 20);
+    let told = rebuilt(
+        messages::MESSAGES,
+        &format!(r#"{{"messages":[],"{long}":1}}"#),
+    )
+    .unwrap_err();
+    assert_eq!(
+        told,
+        format!("the field {:?} is none that may be sent", &long[..64])
+    );
+    let told = check(format!(r#"{{"{long}":1,"{long}":1}}"#).as_bytes()).unwrap_err();
+    assert!(told.to_string().len() < 200, "{told}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -80,12 +81,22 @@ impl Host {
         Self::start_in(tempfile::tempdir().expect("a folder"), config)
     }
 
-    pub fn start_in(folder: tempfile::TempDir, mut config: Value) -> Self {
+    pub fn start_in(folder: tempfile::TempDir, config: Value) -> Self {
+        Self::start_as(None, folder, config)
+    }
+
+    /// Starts it as another user, who gets the folder.
+    pub fn start_as(user: Option<u32>, folder: tempfile::TempDir, mut config: Value) -> Self {
         let path = |name: &str| folder.path().join(name);
         config["records"] = path("runs").to_str().expect("UTF-8").into();
         std::fs::write(path("config.json"), config.to_string()).expect("a file");
         std::fs::write(path("key"), format!("{KEY}\n")).expect("a file");
-        let process = Command::new("sh")
+        let mut command = Command::new("sh");
+        if let Some(user) = user {
+            std::os::unix::fs::chown(folder.path(), Some(user), None).expect("chown");
+            command.uid(user);
+        }
+        let process = command
             .args([
                 "-c",
                 "exec \"$0\" serve --config \"$1\" --control \"$2\" --lifeline 3<\"$3\"",
@@ -204,8 +215,14 @@ impl Host {
             .collect()
     }
 
+    /// The model saw nothing that is wrong, the record is whole, and no file of the host's has its key.
+    pub fn check_record(&self, model: &Server) {
+        assert_eq!(model.violations(), Vec::<String>::new());
+        self.check_files();
+    }
+
     /// The record is whole, and no file of the host's has its key.
-    pub fn check_record(&self) {
+    pub fn check_files(&self) {
         ratoon_bridge_api::audit::verify_run(&self.run_dir(), &[]).expect("a whole record");
         self.check_no_key();
     }
@@ -233,6 +250,27 @@ impl Drop for Host {
         drop(self.process.stdin.take());
         let _ = self.process.wait();
     }
+}
+
+/// A user who is neither root nor, most likely, anybody.
+pub const NOBODY: u32 = 65_534;
+
+/// Does something as another user, in a thread of its own, if this is root.
+pub fn as_user<T: Send>(user: Option<u32>, what: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            if let Some(user) = user {
+                let user = rustix::process::Uid::from_raw(user);
+                rustix::thread::set_thread_res_uid(user, user, user).expect("root");
+            }
+            what()
+        });
+        thread.join().expect("its result")
+    })
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
 }
 
 pub fn calls(calls: u64) -> Limits {
@@ -292,6 +330,18 @@ impl Guest {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> BufReader<UnixStream> {
+        self.send_part(method, path, headers, body, body.len())
+    }
+
+    /// Sends the first part of a request whose body is `len` bytes long.
+    pub fn send_part(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+        len: usize,
+    ) -> BufReader<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket).expect("the VM's socket");
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))
@@ -301,12 +351,20 @@ impl Guest {
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
-        head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
+        head.push_str(&format!("content-length: {len}\r\n\r\n"));
         stream.write_all(head.as_bytes()).expect("sent");
         // It may refuse before it has read all.
         let _ = stream.write_all(body);
         BufReader::new(stream)
     }
+}
+
+/// Whether anything is answered at a socket, if one can connect: a request without a token.
+pub fn is_served(socket: &Path) -> std::io::Result<bool> {
+    let mut stream = UnixStream::connect(socket)?;
+    // It may be closed already.
+    let _ = stream.write_all(b"POST / HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    Ok(matches!(stream.read(&mut [0]), Ok(1)))
 }
 
 /// Reads a whole answer.
