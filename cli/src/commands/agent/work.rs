@@ -214,8 +214,10 @@ impl Work {
             eprintln!("note: no text, so {what}: {}", names.join(", "));
         }
         match (apply, file) {
-            (true, _) => eprintln!("{count} files changed in {}", told(run)),
-            (false, Some(file)) => eprintln!("{count} files changed; patch in {}", file.display()),
+            (true, _) => eprintln!("{} changed in {}", files(count), told(run)),
+            (false, Some(file)) => {
+                eprintln!("{} changed; patch in {}", files(count), file.display());
+            }
             (false, None) if count == 0 => eprintln!("no file changed"),
             (false, None) => {}
         }
@@ -238,4 +240,11 @@ fn base(engine: &Engine, run: &Run) -> Result<Tree, Failure> {
             path.display()
         ))
     })
+}
+
+fn files(count: usize) -> String {
+    match count {
+        1 => "1 file".to_owned(),
+        count => format!("{count} files"),
+    }
 }
