@@ -259,13 +259,18 @@ pub fn kill(entry: &Entry) -> Result<Stopped, LifeError> {
     }
 }
 
-/// Tells the kernel to kill the processes of all of these, and waits for none: ending them one after the other then
-/// takes as long as the slowest, where many are busy. What cannot be killed is [`remove`]'s to tell.
+/// Kills the processes of all of these, and then waits for them: one after the other would take as long as all of
+/// them together, where many are busy. What cannot be killed is [`remove`]'s to tell.
 pub fn kill_all<'a>(entries: impl IntoIterator<Item = &'a Entry>) {
-    for entry in entries {
-        if let Ok(Some((process, _))) = live_process(entry) {
-            let _ = process.signal(Signal::KILL);
-        }
+    let processes = entries.into_iter().filter_map(|entry| {
+        let (process, _) = live_process(entry).ok()??;
+        process.signal(Signal::KILL).ok()?;
+        Some(process)
+    });
+    let processes: Vec<_> = processes.collect();
+    let deadline = Instant::now() + END_TIMEOUT;
+    for process in processes {
+        let _ = process.wait(deadline.saturating_duration_since(Instant::now()));
     }
 }
 

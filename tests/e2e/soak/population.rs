@@ -106,6 +106,11 @@ impl Population {
         let ratoon = Ratoon::new();
         // Opens what random numbers come from, once for all.
         machine_id().expect("random numbers");
+        // And what the first runtime of tokio opens for signals, where a crate of the workspace wants them.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        drop(runtime.expect("a runtime"));
         let before = Counts::now(&ratoon);
         let programs = Programs {
             vmm: program("ratoon-vmm"),
