@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use ratoon_client::RuntimeError;
-use ratoon_client::blocking::{Client, Controller};
+use ratoon_client::blocking::{CallIo, Client, Controller};
 use ratoon_engine::Engine;
 use ratoon_engine::vm::EndCause;
 use ratoon_engine::vm::life::{self, Status};
@@ -13,7 +13,7 @@ use ratoon_engine::vm::process::ProcessRef;
 use ratoon_engine::vm::record::VmDir;
 use ratoon_engine::vm::standstill;
 use ratoon_engine::vm::store::Entry;
-use ratoon_protocol::{ErrorCode, ErrorReply, Size};
+use ratoon_protocol::{Call, ErrorCode, ErrorReply, Size, Transferred};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
@@ -29,6 +29,24 @@ const FREEZE_PATIENCE: Duration = Duration::from_secs(360);
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take for a call without streams.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Does a call that moves bytes, and says no more than whether it was done.
+pub fn transfer(
+    client: &mut Client,
+    call: &Call,
+    stdin: Option<BorrowedFd<'_>>,
+    stdout: &mut dyn Write,
+) -> Result<(), RuntimeError> {
+    let mut io = CallIo {
+        stdin,
+        stdout,
+        stderr: &mut io::sink(),
+        data: &mut io::sink(),
+        events: &mut |_| {},
+        ended: &mut |_| {},
+    };
+    client.run::<Transferred>(call, &mut io).map(drop)
+}
 
 /// Finds a VM by name, id or prefix.
 pub fn find(engine: &Engine, name: &str) -> Result<Entry, Failure> {

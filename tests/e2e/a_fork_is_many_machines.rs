@@ -4,11 +4,9 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use ratoon_engine::dirs::Dirs;
 use ratoon_engine::vm::record::Ancestor;
 use ratoon_engine::vm::store::Store;
-use ratoon_engine::{Engine, Programs};
-use ratoon_tests::{PATIENCE, Ratoon, cache, finish, program};
+use ratoon_tests::{PATIENCE, Ratoon, finish};
 use serde_json::Value;
 
 use crate::shared;
@@ -78,14 +76,7 @@ mod branches;
 
 fn the_example_of_branches_finds_its_answer() {
     let ratoon = Ratoon::new();
-    let programs = Programs {
-        vmm: program("ratoon-vmm"),
-        runtime: program("ratoon-runtime"),
-        pager: program("ratoon-pager"),
-        ..Programs::beside_this_executable()
-    };
-    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
-    let engine = Engine::new(dirs, programs);
+    let engine = ratoon.engine();
     let answer = branches::solve(&engine).expect("an answer");
     assert_eq!(answer, "842");
     ratoon.nothing_is_left();

@@ -5,10 +5,8 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ratoon_engine::dirs::Dirs;
 use ratoon_engine::fork::ForkSpec;
-use ratoon_engine::{Engine, Programs};
-use ratoon_tests::{PATIENCE, Ratoon, cache, program};
+use ratoon_tests::{PATIENCE, Ratoon};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::a_chain_of_forks_may_be_of_any_length::{check, mark, start};
@@ -79,14 +77,7 @@ fn kill_at(moment: Moment, pid: i32, folder: &Path) {
 
 fn whenever_in_a_merge_a_machine_is_killed_its_relatives_and_snapshots_are_whole() {
     let ratoon = Ratoon::warm();
-    let programs = Programs {
-        vmm: program("ratoon-vmm"),
-        runtime: program("ratoon-runtime"),
-        pager: program("ratoon-pager"),
-        ..Programs::beside_this_executable()
-    };
-    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
-    let engine = Engine::new(dirs, programs);
+    let engine = ratoon.engine();
     let fork = |vm: &str, spec: &ForkSpec| {
         let entry = engine.store().find(vm).expect("its record");
         engine.fork(&entry.dir, spec, None)

@@ -6,13 +6,12 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ratoon_engine::dirs::Dirs;
 use ratoon_engine::fork::ForkSpec;
 use ratoon_engine::runtime::{ExecIo, RuntimeError};
 use ratoon_engine::vm::Vm;
-use ratoon_engine::{Engine, Programs, RunSpec};
+use ratoon_engine::{Engine, RunSpec};
 use ratoon_protocol::ExecParams;
-use ratoon_tests::{PATIENCE, Ratoon, cache, program};
+use ratoon_tests::{PATIENCE, Ratoon, cache};
 use rustix::process::{Pid, Signal, kill_process};
 
 crate::promises![
@@ -43,14 +42,7 @@ pub fn run() {
 }
 
 fn engine(ratoon: &Ratoon, shells: usize) -> Engine {
-    let programs = Programs {
-        vmm: program("ratoon-vmm"),
-        runtime: program("ratoon-runtime"),
-        pager: program("ratoon-pager"),
-        ..Programs::beside_this_executable()
-    };
-    let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
-    let engine = Engine::new(dirs, programs).with_shells([(CLASS, shells)].into());
+    let engine = ratoon.engine().with_shells([(CLASS, shells)].into());
     engine.expect("an engine with shells")
 }
 

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use ratoon_engine::dirs::Dirs;
+use ratoon_engine::{Engine, Programs};
 use tempfile::TempDir;
 
 pub mod cache;
@@ -115,6 +117,21 @@ impl Ratoon {
     /// The directory that XDG_STATE_HOME names.
     pub fn state_dir(&self) -> &Path {
         self.state.path()
+    }
+
+    /// An engine in this process, of this directory, with the programs that the commands are.
+    pub fn engine(&self) -> Engine {
+        let programs = Programs {
+            vmm: program("ratoon-vmm"),
+            runtime: program("ratoon-runtime"),
+            pager: program("ratoon-pager"),
+            bridge: program("ratoon-bridge"),
+            agent: program("ratoon-agent"),
+        };
+        Engine::new(
+            Dirs::new(self.state_dir().join("ratoon"), cache::dir()),
+            programs,
+        )
     }
 
     /// The directory of VM records.

@@ -179,7 +179,7 @@ fn deep(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples) -> Result<(
         go_on()?;
         cell(
             &mut client,
-            "open('/root/deep', 'a').write('deeper'); junk = bytearray(b'y' * 65536)",
+            "open('/srv/deep', 'a').write('deeper'); junk = bytearray(b'y' * 65536)",
         )?;
         let mut family = fork(sandboxes, &vm, &mut client, 1)?;
         let r1 = all_run(&family)? - family.forked.stopped.as_secs_f64() * 1e3;

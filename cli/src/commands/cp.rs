@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ratoon_client::RuntimeError;
-use ratoon_client::blocking::{CallIo, Client};
+use ratoon_client::blocking::Client;
 use ratoon_engine::Engine;
 use ratoon_protocol::{
-    Call, ErrorCode, FileEntry, FileKind, FilePath, FileRead, FileWrite, Transferred, TreePack,
-    TreeUnpack,
+    Call, ErrorCode, FileEntry, FileKind, FilePath, FileRead, FileWrite, TreePack, TreeUnpack,
 };
 
 use crate::failure::Failure;
@@ -233,17 +232,7 @@ fn transfer(
     stdout: &mut dyn Write,
     path: &str,
 ) -> Result<(), Failure> {
-    let mut io = CallIo {
-        stdin,
-        stdout,
-        stderr: &mut io::sink(),
-        data: &mut io::sink(),
-        events: &mut |_| {},
-        ended: &mut |_| {},
-    };
-    let result: Result<Transferred, _> = client.run(call, &mut io);
-    result
-        .map(|_| ())
+    guest::transfer(client, call, stdin, stdout)
         .map_err(|error| guest::failure(error, &format!("{path} in the VM")))
 }
 

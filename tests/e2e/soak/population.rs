@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use ratoon_engine::dirs::Dirs;
+use ratoon_engine::Engine;
 use ratoon_engine::vm::freeze::machine_id;
 use ratoon_engine::vm::life::Status;
-use ratoon_engine::{Engine, Programs};
-use ratoon_tests::{Done, Random, Ratoon, cache, finish, program};
+use ratoon_tests::{Done, Random, Ratoon, finish};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::left::Counts;
@@ -112,15 +111,8 @@ impl Population {
             .build();
         drop(runtime.expect("a runtime"));
         let before = Counts::now(&ratoon);
-        let programs = Programs {
-            vmm: program("ratoon-vmm"),
-            runtime: program("ratoon-runtime"),
-            pager: program("ratoon-pager"),
-            ..Programs::beside_this_executable()
-        };
-        let dirs = Dirs::new(ratoon.state_dir().join("ratoon"), cache::dir());
         let shells = [((1, 256), 1)].into();
-        let engine = Engine::new(dirs, programs).with_shells(shells);
+        let engine = ratoon.engine().with_shells(shells);
         let engine = engine.expect("an engine with a shell");
         let at_rest = Counts::now(&ratoon);
         let mut population = Self {

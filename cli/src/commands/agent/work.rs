@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use ratoon_client::RuntimeError;
-use ratoon_client::blocking::{CallIo, Client};
+use ratoon_client::blocking::Client;
 use ratoon_engine::Engine;
 use ratoon_engine::agent::Run;
-use ratoon_protocol::{Call, FileMkdir, FileRead, FileWrite, Transferred, TreePack, TreeUnpack};
+use ratoon_protocol::{Call, FileMkdir, FileRead, FileWrite, TreePack, TreeUnpack};
 
 use super::patch::{self, Changed, Patch};
 use super::session::PROGRAM;
@@ -23,24 +23,6 @@ pub const DIRECTORY: &str = "/work";
 const PROGRAM_DIGEST: &str = "/run/ratoon-agent.blake3";
 /// A file that holds a digest has no more bytes than this.
 const MAX_DIGEST_LEN: u64 = 128;
-
-/// A call that moves bytes.
-fn transfer(
-    client: &mut Client,
-    call: &Call,
-    stdin: Option<BorrowedFd<'_>>,
-    stdout: &mut dyn Write,
-) -> Result<(), RuntimeError> {
-    let mut io = CallIo {
-        stdin,
-        stdout,
-        stderr: &mut io::sink(),
-        data: &mut io::sink(),
-        events: &mut |_| {},
-        ended: &mut |_| {},
-    };
-    client.run::<Transferred>(call, &mut io).map(drop)
-}
 
 /// Puts a packed directory into the guest.
 pub fn upload(client: &mut Client, base: Option<&File>) -> Result<(), Failure> {
@@ -62,7 +44,7 @@ pub fn upload(client: &mut Client, base: Option<&File>) -> Result<(), Failure> {
         root: None,
         owner: Some("root".into()),
     });
-    transfer(client, &unpack, Some(base.as_fd()), &mut io::sink()).map_err(failed)
+    guest::transfer(client, &unpack, Some(base.as_fd()), &mut io::sink()).map_err(failed)
 }
 
 /// Puts the agent's program into the guest, unless it is there.
@@ -76,7 +58,7 @@ pub fn put_program(client: &mut Client, program: &Path) -> Result<(), Failure> {
         length: Some(MAX_DIGEST_LEN),
         ..FileRead::default()
     });
-    match transfer(client, &read, None, &mut there) {
+    match guest::transfer(client, &read, None, &mut there) {
         Ok(()) if there == digest.as_bytes() => return Ok(()),
         Ok(()) | Err(RuntimeError::Call(_)) => {}
         Err(error) => return Err(failed(error)),
@@ -90,7 +72,7 @@ pub fn put_program(client: &mut Client, program: &Path) -> Result<(), Failure> {
             ..FileWrite::default()
         })
     };
-    transfer(
+    guest::transfer(
         client,
         &write(PROGRAM, 0o755),
         Some(file.as_fd()),
@@ -101,7 +83,7 @@ pub fn put_program(client: &mut Client, program: &Path) -> Result<(), Failure> {
     digest_in.write_all(digest.as_bytes())?;
     drop(digest_in);
     let call = write(PROGRAM_DIGEST, 0o644);
-    transfer(client, &call, Some(pipe.as_fd()), &mut io::sink()).map_err(failed)
+    guest::transfer(client, &call, Some(pipe.as_fd()), &mut io::sink()).map_err(failed)
 }
 
 /// The agent's program cannot be read.
@@ -122,7 +104,7 @@ pub fn download(client: &mut Client) -> Result<Tree, Failure> {
         follow: true,
         name: Some("work".into()),
     });
-    transfer(client, &pack, None, &mut file)
+    guest::transfer(client, &pack, None, &mut file)
         .map_err(|error| guest::failure(error, &format!("{DIRECTORY} in the VM")))?;
     file.rewind()?;
     Ok(Tree::read(file, "work/")?)
