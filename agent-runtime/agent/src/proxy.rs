@@ -162,7 +162,7 @@ fn connection(bridge: &Bridge, client: &TcpStream) -> Result<(), Refused> {
             .forward(&head, &token, &upstream, &stop)
             .is_err()
         {
-            stop.set();
+            // The bridge may have said why it reads no more.
             break;
         }
         // What is wrong with a later request can only be told by the connection's end: an answer may be on its way.
