@@ -71,11 +71,6 @@ pub(crate) fn missing(saved: &Cpu, host: &Cpu) -> Option<String> {
     None
 }
 
-/// Whether guest kernels are emulated here, instruction by instruction (docs/host-without-vt.md).
-pub(crate) fn guest_kernels_are_emulated() -> bool {
-    std::path::Path::new("/sys/module/kvm_pvm").exists()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

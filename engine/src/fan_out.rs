@@ -5,9 +5,8 @@
 //!                                       or somebody has had enough
 //! ```
 //!
-//! All are started before the first is finished, so that none waits for another's guest; or so many at a time are started
-//! and finished, where guests would keep each other from getting on. What is not there in time is dropped by the thread that
-//! works on it: after the deadline nobody waits for that.
+//! All are started before the first is finished, so that none waits for another's guest. What is not there in time is dropped by
+//! the thread that works on it: after the deadline nobody waits for that.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,8 +40,6 @@ pub(crate) trait Each: Send + Sync + 'static {
 struct Work<E: Each> {
     each: E,
     count: usize,
-    /// Whoever starts one finishes it.
-    one_by_one: bool,
     queue: Mutex<Queue<E::Item>>,
     over: AtomicBool,
     enough: OwnedFd,
@@ -58,15 +55,13 @@ pub(crate) type Results<E> = Vec<Option<Result<<E as Each>::Item, <E as Each>::E
 
 type Report<E> = (usize, Result<<E as Each>::Item, <E as Each>::Error>);
 
-/// Does it `count` times, `at_once` at a time from start to finish if that is given. `None`: it was not ready at the deadline, or
-/// when `cancel` became readable.
+/// Does it `count` times. `None`: it was not ready at the deadline, or when `cancel` became readable.
 ///
 /// # Errors
 /// When the system has no pipe or no thread at all.
 pub(crate) fn fan_out<E: Each>(
     count: usize,
     each: E,
-    at_once: Option<usize>,
     deadline: Option<Instant>,
     cancel: Option<BorrowedFd<'_>>,
 ) -> std::io::Result<Results<E>> {
@@ -75,7 +70,6 @@ pub(crate) fn fan_out<E: Each>(
     let work = Arc::new(Work {
         each,
         count,
-        one_by_one: at_once.is_some(),
         queue: Mutex::new(Queue {
             next: 0,
             started: VecDeque::new(),
@@ -85,7 +79,7 @@ pub(crate) fn fan_out<E: Each>(
     });
     let (reports, inbox) = mpsc::channel();
     let mut workers = 0;
-    for _ in 0..count.min(at_once.unwrap_or(MOST_WORKERS)) {
+    for _ in 0..count.min(MOST_WORKERS) {
         let (work, reports) = (work.clone(), reports.clone());
         let thread = std::thread::Builder::new().name("fork".into());
         match thread.spawn(move || work.run(&reports)) {
@@ -136,9 +130,6 @@ impl<E: Each> Work<E> {
         {
             let report = match step {
                 Step::Start(index) => match self.each.start(index, self.enough.as_fd()) {
-                    Ok(item) if self.one_by_one && !self.over.load(Ordering::Acquire) => {
-                        self.finish(index, item)
-                    }
                     Ok(item) => {
                         self.queue().started.push_back((index, item));
                         continue;
@@ -235,7 +226,7 @@ mod tests {
     #[test]
     fn one_that_fails_does_not_keep_the_others() {
         let (alive, each) = tests(None, Some(7));
-        let done = fan_out(100, each, None, None, None).unwrap();
+        let done = fan_out(100, each, None, None).unwrap();
         for (index, result) in done.iter().enumerate() {
             match (index, result) {
                 (7, Some(Err("bad"))) => {}
@@ -252,7 +243,7 @@ mod tests {
     fn one_that_is_late_is_left_behind_and_undone() {
         let (alive, each) = tests(Some(3), None);
         let deadline = Instant::now() + Duration::from_secs(2);
-        let done = fan_out(5, each, None, Some(deadline), None).unwrap();
+        let done = fan_out(5, each, Some(deadline), None).unwrap();
         assert!(done[3].is_none());
         assert_eq!(done.iter().flatten().count(), 4);
         drop(done);
@@ -264,36 +255,33 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_so_many_are_between_start_and_finish() {
-        struct Few(AtomicUsize, Arc<AtomicUsize>);
-        impl Each for Few {
+    fn all_are_started_before_the_first_is_finished() {
+        struct Orderly(AtomicUsize);
+        impl Each for Orderly {
             type Item = ();
-            type Error = ();
-            fn start(&self, _: usize, _: BorrowedFd<'_>) -> Result<(), ()> {
-                let begun = self.0.fetch_add(1, Ordering::SeqCst) + 1;
-                self.1.fetch_max(begun, Ordering::SeqCst);
+            type Error = usize;
+            fn start(&self, _: usize, _: BorrowedFd<'_>) -> Result<(), usize> {
+                self.0.fetch_add(1, Ordering::SeqCst);
                 Ok(())
             }
-            fn finish(&self, _: usize, (): &mut ()) -> Result<(), ()> {
-                std::thread::yield_now();
-                self.0.fetch_sub(1, Ordering::SeqCst);
-                Ok(())
+            fn finish(&self, _: usize, (): &mut ()) -> Result<(), usize> {
+                match self.0.load(Ordering::SeqCst) {
+                    begun if begun > 100 - MOST_WORKERS => Ok(()),
+                    begun => Err(begun),
+                }
             }
         }
-        let most = Arc::new(AtomicUsize::new(0));
-        let few = Few(AtomicUsize::new(0), most.clone());
-        let done = fan_out(50, few, Some(3), None, None).unwrap();
-        assert_eq!(done.into_iter().flatten().flatten().count(), 50);
-        assert!(most.load(Ordering::SeqCst) <= 3);
+        let done = fan_out(100, Orderly(AtomicUsize::new(0)), None, None).unwrap();
+        assert!(done.into_iter().flatten().all(|it| it.is_ok()));
     }
 
     #[test]
     fn nothing_waits_when_the_deadline_has_passed() {
         let (_, each) = tests(None, None);
-        let done = fan_out(3, each, None, Some(Instant::now()), None).unwrap();
+        let done = fan_out(3, each, Some(Instant::now()), None).unwrap();
         assert!(done.iter().all(Option::is_none));
         assert!(
-            fan_out(0, tests(None, None).1, None, None, None)
+            fan_out(0, tests(None, None).1, None, None)
                 .unwrap()
                 .is_empty()
         );

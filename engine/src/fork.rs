@@ -24,7 +24,6 @@ use self::children::{Children, Source, Stored, hold, start_from};
 pub use self::error::{ChildError, ForkError};
 use crate::admission;
 use crate::bridge::AgentFork;
-use crate::cpu;
 use crate::engine::{Engine, absolute};
 use crate::fan_out::fan_out;
 use crate::lineage::ROOT;
@@ -37,7 +36,6 @@ use crate::vm::freeze::{self, Generation};
 use crate::vm::launch::{self, HOSTNAME_WORD, Launch, LaunchError, Machine, Vm};
 use crate::vm::record::{Record, VmDir};
 use crate::vm::shells::Shells;
-use crate::vm::turns;
 
 /// The most children of one fork.
 pub const MAX_CHILDREN: u32 = 10_000;
@@ -93,7 +91,7 @@ pub struct Forked {
     pub generation: String,
     /// How long no vCPU of the VM ran; zero for a stored snapshot.
     pub pause: Duration,
-    /// From the call until all processes of the guest were stopped.
+    /// From the call until all processes of the guest were stopped, and the guest slept.
     pub stopped: Duration,
     /// One for each child that was asked for, by its index. Dropped, a child is ended, unless it is
     /// detached.
@@ -260,7 +258,7 @@ impl Engine {
             let note = |disks: &[FrozenDisk]| drop(self.went_on(dir, disks));
             freeze::freeze_and(dir, client, &id, note, |generation, before| {
                 let pause = generation.pause;
-                let stopped = generation.asked.saturating_duration_since(begun);
+                let stopped = generation.at_rest.saturating_duration_since(begun);
                 let mut children = joined(preparing)?;
                 // Others may have been at work on it before it was ours alone.
                 let now = dir.read_record()?;
@@ -390,9 +388,7 @@ impl Engine {
         {
             return Ok((0..spec.count).map(|_| late(after)).collect());
         }
-        // A guest that has just started is busy until it is woken.
-        let at_once = cpu::guest_kernels_are_emulated().then(turns::at_once);
-        let done = fan_out(spec.count as usize, children, at_once, deadline, cancel);
+        let done = fan_out(spec.count as usize, children, deadline, cancel);
         if let Some(shells) = self.shells() {
             shells.refill();
         }

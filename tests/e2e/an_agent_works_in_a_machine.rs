@@ -262,6 +262,38 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     }
     done(Call::Thaw(all)).expect("it thaws");
 
+    // Nor is a program caught between its start and the freeze.
+    let processes = FreezeParams {
+        processes: true,
+        ..FreezeParams::default()
+    };
+    let mut another = connect();
+    for apart_ms in [0, 1, 3, 9] {
+        let ran = std::thread::scope(|scope| {
+            let ran = scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(apart_ms));
+                let params = ExecParams {
+                    argv: vec!["true".into()],
+                    ..ExecParams::default()
+                };
+                let io = ratoon_client::blocking::ExecIo {
+                    stdin: None,
+                    stdout: &mut std::io::sink(),
+                    stderr: &mut std::io::sink(),
+                };
+                another.exec(&params, io)
+            });
+            done(Call::Freeze(processes)).expect("it freezes");
+            done(Call::Thaw(processes)).expect("it thaws");
+            ran.join().expect("no panic")
+        });
+        assert!(
+            ran.is_ok()
+                || matches!(&ran, Err(RuntimeError::Call(error)) if error.code == ErrorCode::Busy),
+            "{ran:?}"
+        );
+    }
+
     let uuid = |client: &mut Client| output(client, "cat /proc/sys/kernel/random/uuid");
     let before = uuid(&mut connect());
     done(Call::ExpectWake).expect("it waits");

@@ -92,6 +92,7 @@ impl Birth {
         }
         let meta = FrozenMeta {
             pause_ns: 0,
+            waited_ns: 0,
             layers: described(&self.layers),
             disks: self.disks.clone(),
         };

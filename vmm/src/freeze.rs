@@ -125,10 +125,12 @@ impl Machine {
         self.prepare_disks(request)?;
         // No lock is held meanwhile: the guest runs until it is at rest, and so may a merge.
         let wanted = is_wanted(&socket);
+        let from = Instant::now();
         if wanted && *lock(&self.state) == VmState::Running {
             // What it still does now would be done again by each child.
             wait_until_asleep(&self.vcpu_stats, self.patience());
         }
+        let waited_ns = from.elapsed().as_nanos() as u64;
         let mut layers = lock(&self.layers);
         let frozen = match wanted {
             true => self.freeze_now(request, msrs, ahead, &mut layers),
@@ -141,6 +143,7 @@ impl Machine {
         memory::prune(&mut layers);
         let meta = FrozenMeta {
             pause_ns,
+            waited_ns,
             layers: described(&layers),
             disks: self.frozen_disks(),
         };

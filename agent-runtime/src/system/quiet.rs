@@ -8,14 +8,16 @@
 //! All of it may take long and runs on threads; one at a time. While processes are frozen a program
 //! cannot be started (it would freeze before its exec, and whoever waits for that with it), and
 //! while file systems are frozen nothing may be written to `/`: the loop asks
-//! [`are_processes_frozen`] and [`are_file_systems_frozen`] before it does such a thing.
+//! [`programs_wait`], [`are_processes_frozen`] and [`are_file_systems_frozen`] before it does such a thing.
+//! It hears of a freeze when that is asked for, before a thread begins it: a program that the loop is about to
+//! execute then has been executed before.
 //!
 //! How it fails: `busy` when processes do not stop in time (one waits for a disk); `unsupported`
 //! without the cgroup freezer; the system's reason otherwise. Nothing is frozen then that was not.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -47,9 +49,15 @@ static FILE_SYSTEMS: AtomicBool = AtomicBool::new(false);
 /// A `wake` will let processes go on.
 static UNTIL_WAKE: AtomicBool = AtomicBool::new(false);
 
+/// Freezes of processes that were asked for and have neither happened nor failed.
+static STOPS_TO_COME: AtomicUsize = AtomicUsize::new(0);
+/// The same of file systems.
+static FREEZES_TO_COME: AtomicUsize = AtomicUsize::new(0);
+
 /// Whether whoever wants to start a program now is to wait.
 pub fn programs_wait() -> bool {
-    are_processes_frozen() && UNTIL_WAKE.load(Ordering::SeqCst)
+    STOPS_TO_COME.load(Ordering::SeqCst) > 0
+        || (are_processes_frozen() && UNTIL_WAKE.load(Ordering::SeqCst))
 }
 
 /// Whether a program that is started now would stand still.
@@ -57,9 +65,35 @@ pub fn are_processes_frozen() -> bool {
     PROCESSES.load(Ordering::SeqCst)
 }
 
-/// Whether a write to `/` would wait.
+/// Whether a write to `/` would wait, or soon.
 pub fn are_file_systems_frozen() -> bool {
-    FILE_SYSTEMS.load(Ordering::SeqCst)
+    FREEZES_TO_COME.load(Ordering::SeqCst) > 0 || FILE_SYSTEMS.load(Ordering::SeqCst)
+}
+
+/// A freeze on its way; dropped when it is over or will not be.
+struct ToCome(Vec<&'static AtomicUsize>);
+
+impl ToCome {
+    fn of(params: FreezeParams) -> Self {
+        let wanted = [
+            (params.processes, &STOPS_TO_COME),
+            (params.file_systems, &FREEZES_TO_COME),
+        ];
+        let counts = wanted.into_iter().filter(|(is_wanted, _)| *is_wanted);
+        let counts: Vec<_> = counts.map(|(_, count)| count).collect();
+        for count in &counts {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        Self(counts)
+    }
+}
+
+impl Drop for ToCome {
+    fn drop(&mut self) {
+        for count in &self.0 {
+            count.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 /// Writes all file systems back.
@@ -72,7 +106,9 @@ pub fn sync() -> Work {
 
 /// Brings processes and file systems to a halt.
 pub fn freeze(params: FreezeParams) -> Work {
+    let to_come = ToCome::of(params);
     Box::new(move |_| {
+        let _to_come = to_come;
         only_init("processes and file systems")?;
         let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let stops = params.processes && !are_processes_frozen();
@@ -86,7 +122,7 @@ pub fn freeze(params: FreezeParams) -> Work {
         }
         rustix::fs::sync();
         if params.file_systems
-            && !are_file_systems_frozen()
+            && !FILE_SYSTEMS.load(Ordering::SeqCst)
             && let Err(error) = freeze_root()
         {
             if stops {
@@ -188,7 +224,7 @@ fn freeze_root() -> Result<(), ErrorReply> {
 }
 
 fn thaw_root() -> Result<(), ErrorReply> {
-    if !are_file_systems_frozen() {
+    if !FILE_SYSTEMS.load(Ordering::SeqCst) {
         return Ok(());
     }
     match root_ioctl(FITHAW) {
@@ -307,6 +343,21 @@ mod tests {
         ] {
             assert!(!is_frozen(text.as_bytes()), "{text}");
         }
+    }
+
+    #[test]
+    fn programs_wait_from_the_moment_that_a_freeze_is_asked_for() {
+        let params = FreezeParams {
+            processes: true,
+            file_systems: false,
+            until_wake: false,
+        };
+        let before = STOPS_TO_COME.load(Ordering::SeqCst);
+        let work = freeze(params);
+        assert!(programs_wait());
+        // No thread could be had for it.
+        drop(work);
+        assert_eq!(STOPS_TO_COME.load(Ordering::SeqCst), before);
     }
 
     #[test]

@@ -46,8 +46,8 @@ pub struct Generation {
     pub disks: Vec<FrozenDisk>,
     /// How long no vCPU ran.
     pub pause: Duration,
-    /// When the VMM was asked for it: its guest was at rest then.
-    pub asked: Instant,
+    /// When its guest slept and the pause began, nearly: the VMM's own time since it was told to go.
+    pub at_rest: Instant,
     /// The host's vsock port of the connection to the runtime that goes on in children, if it was named.
     pub control_port: Option<u32>,
 }
@@ -211,7 +211,7 @@ impl Taking {
                 .collect(),
             disks: meta.disks,
             pause: Duration::from_nanos(meta.pause_ns),
-            asked: begun,
+            at_rest: begun + Duration::from_nanos(meta.waited_ns),
             control_port: self.control_port,
         })
     }

@@ -17,7 +17,7 @@ pub(crate) fn at_once() -> usize {
     EACH * std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Those who are started and woken, or only woken, by this process.
+/// Those who are woken by this process.
 pub(crate) static WAKES: Turns = Turns::new();
 
 /// A count of those who have a turn.

@@ -223,6 +223,9 @@ pub struct FreezeReply {
 pub struct FrozenMeta {
     /// See [`FreezeReply::pause_ns`].
     pub pause_ns: u64,
+    /// From the requester's word until the guest slept, in nanoseconds; the pause began then.
+    #[serde(default)]
+    pub waited_ns: u64,
     /// One for each further descriptor.
     pub layers: Vec<FrozenLayer>,
     /// The disks that have layers.
