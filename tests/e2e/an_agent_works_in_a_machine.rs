@@ -226,6 +226,13 @@ fn output(client: &mut Client, shell: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+fn run_true() -> Call {
+    Call::Exec(Box::new(ExecParams {
+        argv: vec!["true".into()],
+        ..ExecParams::default()
+    }))
+}
+
 fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     let ratoon = Ratoon::warm();
     let args = ["run", "-d", "--name", "sleeper", "--memory", "256M"];
@@ -247,13 +254,7 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
         path: "/root/new".into(),
         ..FileMkdir::default()
     });
-    for call in [
-        Call::Exec(Box::new(ExecParams {
-            argv: vec!["true".into()],
-            ..ExecParams::default()
-        })),
-        mkdir,
-    ] {
+    for call in [run_true(), mkdir] {
         let refused = done(call);
         assert!(
             matches!(&refused, Err(RuntimeError::Call(error)) if error.code == ErrorCode::Busy),
@@ -262,37 +263,32 @@ fn a_woken_machine_is_somebody_else_before_anything_else_runs() {
     }
     done(Call::Thaw(all)).expect("it thaws");
 
-    // Nor is a program caught between its start and the freeze.
+    // Nor is a program caught between its start and the freeze, if both are asked for in one breath.
     let processes = FreezeParams {
         processes: true,
         ..FreezeParams::default()
     };
-    let mut another = connect();
-    for apart_ms in [0, 1, 3, 9] {
-        let ran = std::thread::scope(|scope| {
-            let ran = scope.spawn(|| {
-                std::thread::sleep(Duration::from_millis(apart_ms));
-                let params = ExecParams {
-                    argv: vec!["true".into()],
-                    ..ExecParams::default()
-                };
-                let io = ratoon_client::blocking::ExecIo {
-                    stdin: None,
-                    stdout: &mut std::io::sink(),
-                    stderr: &mut std::io::sink(),
-                };
-                another.exec(&params, io)
-            });
-            done(Call::Freeze(processes)).expect("it freezes");
-            done(Call::Thaw(processes)).expect("it thaws");
-            ran.join().expect("no panic")
-        });
-        assert!(
-            ran.is_ok()
-                || matches!(&ran, Err(RuntimeError::Call(error)) if error.code == ErrorCode::Busy),
-            "{ran:?}"
-        );
-    }
+    let tokio = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    tokio.expect("a runtime").block_on(async {
+        let client = ratoon_client::Client::connect(&socket, PATIENCE)
+            .await
+            .expect("it answers");
+        for _ in 0..8 {
+            let freeze = client.begin(Call::Freeze(processes)).await.expect("sent");
+            let exec = client.begin(run_true()).await.expect("sent");
+            let frozen = tokio::time::timeout(PATIENCE, freeze.result::<()>()).await;
+            frozen.expect("it hears us").expect("it freezes");
+            client.thaw(processes).await.expect("it thaws");
+            let ran = exec.result::<Value>().await;
+            let is_clear = match &ran {
+                Err(RuntimeError::Call(error)) => error.code == ErrorCode::Busy,
+                ran => ran.is_ok(),
+            };
+            assert!(is_clear, "{ran:?}");
+        }
+    });
 
     let uuid = |client: &mut Client| output(client, "cat /proc/sys/kernel/random/uuid");
     let before = uuid(&mut connect());
