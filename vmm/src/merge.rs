@@ -41,9 +41,7 @@ const OFTEN: usize = 4;
 const TOO_MANY_RUNS: usize = 16 << 10;
 /// What moves over while the vCPUs are held once: mappings, and bytes of them.
 const SLICE: (usize, u64) = (64, 16 << 20);
-/// How often a file is tried that somebody may be making links to; the next freeze tries again.
-const RETRIES: usize = 40;
-/// How long between.
+/// How often a file is tried that somebody may be making links to, or a copy of for a snapshot.
 const RETRY: Duration = Duration::from_millis(250);
 /// Below what runs the guest.
 const NICE: i32 = 10;
@@ -99,7 +97,7 @@ impl Machine {
                 }
                 machine.move_over();
                 // Whoever has asked for the freeze makes links for some time yet.
-                for _ in 0..RETRIES {
+                while machine.ending.outcome().is_none() {
                     machine.remove_retired();
                     let is_left = !lock(&machine.merging.retired).is_empty();
                     if !is_left || machine.depth().0 >= TOO_MANY {
