@@ -126,6 +126,8 @@ impl Population {
     }
 
     fn processes_too_many(&self) -> Option<String> {
+        // An engine asks how its children have ended when it is asked for machines; one may have been on its way then.
+        self.look();
         let now = Counts::now(&self.ratoon);
         let pagers = pagers(&self.ratoon).len();
         let wanted = self.at_rest.processes + self.machines.len() + pagers;
