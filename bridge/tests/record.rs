@@ -253,16 +253,36 @@ fn a_run_whose_record_is_full_makes_no_more_calls() {
 
 #[test]
 fn the_process_hides_its_memory() {
-    let model = script([]);
-    // Root may read any process: so if this is root, it and the bridge become somebody else.
-    let user = common::is_root().then_some(common::NOBODY);
+    // Root may read any process: so this becomes whom the bridge becomes.
+    let user = common::is_root().then_some(ratoon_bridge::confine::OWN_ID);
+    the_process_of(user, None);
+}
+
+#[test]
+fn the_process_of_another_user_hides_its_memory_as_root() {
+    if !common::is_root() {
+        eprintln!("SKIPPED: only root can be somebody else");
+        return;
+    }
+    let user = Some(common::NOBODY);
     let program = env!("CARGO_BIN_EXE_ratoon-bridge");
     if let Err(error) = common::as_user(user, || std::fs::File::open(program)) {
         eprintln!("SKIPPED: user {user:?} cannot read {program}: {error}");
         return;
     }
+    the_process_of(user, user);
+}
+
+fn the_process_of(user: Option<u32>, starter: Option<u32>) {
+    let model = script([Turn::text("ok").repeated()]);
     let folder = tempfile::tempdir().expect("a folder");
-    let host = Host::start_as(user, folder, config(&model.url()));
+    let mut host = Host::start_as(starter, folder, config(&model.url()));
+    // It serves: so it is confined, and all that follows is of one that works.
+    if starter.is_none() {
+        assert_eq!(host.first().ask(CHAT, &body(CHAT, false)).status, 200);
+    } else {
+        host.tell(Request::Status {});
+    }
     let proc = format!("/proc/{}", host.pid());
     let limits = std::fs::read_to_string(format!("{proc}/limits")).expect("limits");
     let limit = |name: &str| {
@@ -278,7 +298,21 @@ fn the_process_hides_its_memory() {
     let (soft, hard) = limit("Max open files");
     assert_eq!(soft, hard, "as many descriptors as it may have");
     let status = std::fs::read_to_string(format!("{proc}/status")).expect("a status");
-    assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    let id = user.unwrap_or_else(|| rustix::process::geteuid().as_raw());
+    let ids = format!("Uid:\t{id}\t{id}\t{id}\t{id}\n");
+    for line in [
+        ids.as_str(),
+        "NoNewPrivs:\t1\n",
+        "Seccomp:\t2\n",
+        "CapPrm:\t0000000000000000\n",
+        "CapEff:\t0000000000000000\n",
+    ] {
+        assert!(status.contains(line), "{line:?}: {status}");
+    }
+    assert!(
+        user.is_none() || starter.is_some() || status.contains("Groups:\t \n"),
+        "{status}"
+    );
     let mut open = vec!["cmdline"];
     // Nobody else but root reads this.
     open.extend(user.map(|_| "environ"));

@@ -244,9 +244,11 @@ impl Bridge {
         let end = Instant::now() + START_TIMEOUT;
         loop {
             let process = i32::try_from(child.id()).ok().and_then(ProcessRef::of);
-            if let (Some(process), Ok(_)) =
-                (process, Client::connect(&self.control(), CALL_TIMEOUT))
-            {
+            // It listens before it has given up all that it does not need, and answers after.
+            let vms = Client::connect(&self.control(), CALL_TIMEOUT)
+                .map_err(BridgeError::from)
+                .and_then(|mut client| vms_of(&mut client));
+            if let (Some(process), Ok(_)) = (process, vms) {
                 let state = Running {
                     process,
                     config: config.path.clone(),
@@ -327,6 +329,8 @@ fn end(folder: &Path) -> Result<bool, BridgeError> {
         }
     }
     let _ = std::fs::remove_file(state);
+    // It has a user of its own, to whom this folder is closed.
+    let _ = std::fs::remove_file(folder.join("control.sock"));
     Ok(process.is_some())
 }
 
