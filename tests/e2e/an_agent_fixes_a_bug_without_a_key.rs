@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 crate::promises![
     a_bug_is_fixed_and_the_patch_is_all_that_comes_back,
     the_best_of_two_children_takes_its_parents_place,
+    a_step_that_was_kept_is_tried_once_more,
     a_bridge_that_dies_is_started_again_and_the_agent_goes_on,
     a_cancelled_agent_ends_and_leaves_nothing,
     the_key_is_in_no_file_and_in_no_machine,
@@ -236,6 +237,113 @@ fn the_best_of_two_children_takes_its_parents_place() {
         .run(["audit", "verify", run.trim()])
         .ok()
         .stdout;
+    assert!(
+        verified.contains("3 kept heads; all as written"),
+        "{verified}"
+    );
+    scene.over();
+}
+
+/// What `ratoon agent tree` says of the first branch's kept steps.
+fn kept(scene: &Scene, run: &str) -> Value {
+    let tree = scene.ratoon.run(["agent", "tree", "--json", run]).ok();
+    let tree: Value = serde_json::from_str(&tree.stdout).expect("JSON");
+    tree["kept"]["main"].clone()
+}
+
+fn snapshots(scene: &Scene) -> Vec<String> {
+    let listed = scene.ratoon.run(["snapshots", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let all = listed.as_array().expect("a list").iter();
+    let names = all.flat_map(|it| it["names"].as_array().expect("names"));
+    names.filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+fn a_step_that_was_kept_is_tried_once_more() {
+    let wild = "echo wild > wild; echo 'def add(a, b): return 5' > calc.py";
+    let look = Turn::tool("bash", json!({"command": "cat calc.py; export SEEN=yes"}));
+    let scene = Scene::new([
+        look.at(0),
+        Turn::tool("bash", json!({"command": wild})).at(1),
+        Turn::tool(
+            "bash",
+            json!({"command": "test \"$SEEN\" = yes && ! test -e wild && sed -i 's/a - b/a + b/' calc.py"}),
+        )
+        .at(1)
+        .when("be careful"),
+        Turn::text("Done.").at(2).repeated(),
+    ]);
+    // It is done, and done badly; its machine and its steps stay.
+    let done = scene.done(&["--keep-steps", "2", "--keep", "--json"]).ok();
+    let last: Value =
+        serde_json::from_str(done.stdout.lines().last().expect("a result")).expect("JSON");
+    let run = last["run"].as_str().expect("an id").to_owned();
+    assert_eq!(
+        (&last["files"], &last["ending"]),
+        (&json!(2), &json!("finished")),
+        "{last}"
+    );
+    // At least the last two, and at most twice as many.
+    assert_eq!(kept(&scene, &run), json!([1, 2, 3]));
+    let names = [3, 2, 1].map(|step| format!("agent-{run}-main-{step}"));
+    assert_eq!(snapshots(&scene), names);
+
+    let refused = scene.ratoon.run(["agent", "fork", &run, "--at", "7"]);
+    assert!(
+        refused
+            .stderr
+            .contains("kept are steps 1 of main, 2 of main, 3 of main"),
+        "{refused:?}"
+    );
+
+    fs::write(scene.path("steer"), "be careful\n").expect("a file");
+    let path = |name: &str| scene.path(name).to_str().expect("plain").to_owned();
+    let (steer, patch) = (path("steer"), path("best.patch"));
+    let args = [
+        "agent",
+        "fork",
+        &run,
+        "--at",
+        "2",
+        "-n",
+        "2",
+        "--json",
+        "--steer",
+        &steer,
+        "--score",
+        "python3 test_calc.py && echo 1",
+        "--patch",
+        &patch,
+    ];
+    let forked = scene.ratoon.run(args).ok();
+    let told: Value = serde_json::from_str(&forked.stdout).expect("JSON");
+    for (child, kept) in told["children"]
+        .as_array()
+        .expect("children")
+        .iter()
+        .zip([true, false])
+    {
+        assert_eq!(
+            (
+                &child["ending"],
+                &child["score"],
+                &child["kept"],
+                &child["error"]
+            ),
+            (&json!("finished"), &json!(1.0), &json!(kept), &Value::Null),
+            "{told}"
+        );
+    }
+    // Shell, files and conversation are those of that moment: nothing wild is in it.
+    assert_eq!(scene.read("best.patch"), PATCH);
+    // The best has its parent's place, so nobody can go back to the parent's steps.
+    let listed = scene.ratoon.run(["ps", "-a", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed}");
+    assert_eq!(listed[0]["name"], "box");
+    scene.ratoon.run(["rm", "-f", "box"]).ok();
+    assert!(snapshots(&scene).is_empty(), "{:?}", snapshots(&scene));
+    let verified = scene.ratoon.run(["audit", "verify", &run]).ok().stdout;
     assert!(
         verified.contains("3 kept heads; all as written"),
         "{verified}"

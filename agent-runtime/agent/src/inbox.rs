@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn lines_that_are_no_orders_are_passed_over() {
         let (inbox, _) = inbox("nonsense\n\n{\"order\":\"hold\"}\n{\"order\":\"fly\"}\n");
-        assert_eq!(inbox.next(), Some(Order::Hold));
+        assert_eq!(inbox.next(), Some(Order::Hold { nonce: None }));
         assert_eq!(inbox.next(), None, "nothing can come any more");
     }
 

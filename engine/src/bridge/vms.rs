@@ -196,6 +196,7 @@ pub(crate) fn forget(store: &Store, dir: &VmDir) {
     let Some(vm) = AgentVm::read(dir) else {
         return;
     };
+    crate::steps::forget(store, dir, &vm);
     let Ok(mut client) = Client::connect(&vm.control, CALL_TIMEOUT) else {
         return;
     };

@@ -14,6 +14,7 @@ mod score;
 mod session;
 mod show;
 mod steer;
+mod steps;
 mod stop;
 mod tree;
 mod work;
@@ -61,6 +62,12 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
 fn find(engine: &Engine, text: &str) -> Result<Run, Failure> {
     let vm = engine.store().find(text).ok().map(|entry| entry.dir.id());
     Ok(engine.runs().find(text, vm.as_deref())?)
+}
+
+/// The process of a run's agent, the same in all its machines.
+fn started(run: &Run) -> Result<i32, Failure> {
+    run.pid
+        .ok_or_else(|| Failure::new(format!("the agent of run {} never started", run.id)))
 }
 
 /// A branch whose machine is there: the one that is named, or the only one.
@@ -119,8 +126,7 @@ fn at_work(run: &Run, branch: &Branch) -> Result<i32, Failure> {
             run.id, branch.name
         )));
     }
-    run.pid
-        .ok_or_else(|| Failure::new(format!("the agent of run {} never started", run.id)))
+    started(run)
 }
 
 /// The configuration that a run was started with, and keys for a bridge that must be started again.

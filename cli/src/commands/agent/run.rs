@@ -17,6 +17,7 @@ use ratoon_protocol::{AgentEvent, AgentLimits, Profile, Task, Wire};
 
 use super::finish::{Finish, Watch};
 use super::session::{Agent, Heard, Left};
+use super::steps::Keeping;
 use super::stop::{Stop, Stopped};
 use super::tree::{LeftOut, Tree, pack};
 use super::work::{self, DIRECTORY};
@@ -89,6 +90,10 @@ pub struct Args {
     /// Hold before this step (from 1), for `ratoon agent fork`; may be given several times.
     #[arg(long, value_name = "STEP")]
     hold_before: Vec<u32>,
+    /// Keep the machine as it is before each step, for `ratoon agent fork --at STEP`: at least the last N, and at most
+    /// twice as many. An attached command does it (this one, `attach`); without one the agent waits.
+    #[arg(long, value_name = "N", conflicts_with = "detach", value_parser = clap::value_parser!(u32).range(1..=64))]
+    keep_steps: Option<u32>,
     /// Leave the machine at the end.
     #[arg(long)]
     keep: bool,
@@ -170,7 +175,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     engine.bridge().ensure(&config, &keys)?;
     let id = engine.runs().begin()?;
     let profile = profile(args.profile, chosen.wire);
-    let run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    let mut run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    run.keep_steps = args.keep_steps;
     let begun = begin(engine, args, (&config, &keys), &chosen, &stop, run);
     if begun.is_err() {
         engine.runs().forget(&id);
@@ -297,6 +303,7 @@ fn task(args: &Args, chosen: &Chosen, run: &Run) -> Task {
             ..AgentLimits::default()
         },
         hold_before: args.hold_before.clone(),
+        boundaries: args.keep_steps.is_some(),
     }
 }
 
@@ -331,6 +338,7 @@ fn work_on(
         eprintln!("run {} in machine {}", run.id, dir.id());
     }
     let mut vm = Some(vm);
+    let mut keeping = Keeping::of(engine, &run, &dir, &agent.orders);
     let mut watch = Watch::new(args.json);
     let left = agent.start(&mut client, &task, &mut |heard| match heard {
         Heard::Pid(pid) => {
@@ -344,6 +352,9 @@ fn work_on(
         }
         Heard::Event(event) => {
             watch.event(event);
+            if let Some(keeping) = &mut keeping {
+                keeping.event(event);
+            }
             // It has its task.
             !(args.detach && matches!(event, AgentEvent::Started { .. }))
         }
