@@ -147,6 +147,13 @@ impl Bridge {
             Request::AddVm(add) => self.add(add, fds.pop_front()),
             Request::MintToken(mint) => self.mint(&mint),
             Request::RemoveVm(remove) => self.remove(&remove.vm).await,
+            Request::Rested(rested) => {
+                let vm = self.vm(&rested.vm)?;
+                vm.run
+                    .rest(&vm.branch)
+                    .map_err(io("the record cannot be written"))?;
+                Ok(Reply::Rested {})
+            }
             Request::Usage(of) => self.usage(&of.run),
             Request::Status {} => {
                 let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
@@ -254,15 +261,22 @@ impl Bridge {
             )));
         }
         let vm = self.vm(&mint.vm)?;
+        if mint.revoke_older {
+            // It wakes.
+            vm.run
+                .rest(&vm.branch)
+                .map_err(io("the record cannot be written"))?;
+        }
         let mut tokens = vm.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        let ttl = HostLimits::seconds(mint.ttl_s);
+        let ttl_s = mint.ttl_s.min(self.config.limits.token_s);
+        let ttl = HostLimits::seconds(ttl_s);
         let (token, id) = tokens
             .mint(Instant::now(), ttl, mint.revoke_older)
             .map_err(io("no token can be made"))?;
         let entry = Entry::Token {
             vm: vm.id.clone(),
             id,
-            ttl_s: mint.ttl_s,
+            ttl_s,
         };
         if let Err(error) = vm.run.append(&vm.branch, entry) {
             *tokens = Tokens::default();
@@ -270,7 +284,7 @@ impl Bridge {
         }
         Ok(Reply::Token {
             token,
-            expires_in_s: mint.ttl_s,
+            expires_in_s: ttl_s,
         })
     }
 

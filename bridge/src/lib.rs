@@ -32,6 +32,7 @@ pub mod server;
 pub mod socket;
 pub mod sse;
 pub mod syscalls;
+pub mod time;
 pub mod token;
 pub mod upstream;
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{CHAT, Host, MESSAGES, RESPONSES, body, calls, config, script};
 use ratoon_bridge_api::amount::Limits;
-use ratoon_bridge_api::control::Request;
+use ratoon_bridge_api::control::{Reply, Request, Rested};
 use ratoon_bridge_api::record::{Ending, Entry};
 use ratoon_scripted_model::{Fault, Turn};
 use serde_json::json;
@@ -146,6 +146,78 @@ fn children_draw_on_their_parents_budget() {
         panic!("no beginning");
     };
     assert_eq!((above.branch.as_str(), above.seq), ("main", 2));
+    host.check_record(&model);
+}
+
+#[test]
+fn working_time_ends_calls_also_on_their_way_and_is_read_back() {
+    let late = Turn::text("ok").broken(Fault::Late { ms: 900 });
+    let model = script([late.repeated()]);
+    let configuration = config(&model.url());
+    let mut host = Host::start(configuration.clone());
+    let limits = Limits {
+        working_ms: Some(1500),
+        ..Limits::default()
+    };
+    let guest = host.vm("vm", "main", None, limits);
+    let ask = |guest: &common::Guest| {
+        let answer = guest.ask(CHAT, &body(CHAT, false));
+        (answer.status, answer.code().to_owned())
+    };
+    assert_eq!(ask(&guest), (200, "none".into()));
+    assert_eq!(ask(&guest), (504, "timed_out".into()));
+    assert_eq!(ask(&guest), (402, "time".into()));
+    let mut host = host.crash_and_restart(configuration);
+    let guest = host.vm("vm", "main", None, Limits::default());
+    let answer = guest.ask(MESSAGES, &body(MESSAGES, false));
+    assert_eq!((answer.status, answer.code()), (402, "time"));
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    assert!(
+        answer.body.contains("working time of 1 s is over"),
+        "{}",
+        answer.body
+    );
+    host.check_record(&model);
+}
+
+#[test]
+fn wall_time_goes_on_unless_the_host_says_that_it_was_rest() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        wall_ms: Some(2000),
+        ..Limits::default()
+    };
+    let guest = host.vm("vm", "main", None, limits);
+    let ask = |guest: &common::Guest| guest.ask(CHAT, &body(CHAT, false)).code().to_owned();
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert_eq!(ask(&guest), "none");
+    pause();
+    let rested = Rested { vm: "vm".into() };
+    assert_eq!(host.tell(Request::Rested(rested)), Reply::Rested {});
+    pause();
+    assert_eq!(ask(&guest), "none");
+    // A child's time is the run's, from which its parent's rest is taken when it begins.
+    pause();
+    let child = host.vm("child", "child", Some("main"), Limits::default());
+    assert_eq!(ask(&child), "none");
+    pause();
+    assert_eq!((ask(&child), ask(&guest)), ("time".into(), "time".into()));
+    let rests = |branch: &str| {
+        let entries = host.entries(branch).into_iter();
+        let rests = entries.filter_map(|entry| match entry {
+            Entry::Rest { ms } => Some(ms),
+            _ => None,
+        });
+        rests.collect::<Vec<_>>()
+    };
+    assert_eq!(rests("main").len(), 2);
+    assert!(
+        rests("main").iter().all(|ms| (1400..2500).contains(ms)),
+        "{:?}",
+        rests("main")
+    );
+    assert!(rests("child").is_empty());
     host.check_record(&model);
 }
 

@@ -220,7 +220,8 @@ impl Agent {
                     self.hold = None;
                     self.go(*go);
                 }
-                Order::Kept { .. } => {}
+                // Kept: there is nothing that waits for it here. Echo: the inbox has answered it.
+                Order::Kept { .. } | Order::Echo { .. } => {}
                 Order::Cancel => self.stop.set(),
             }
         }
@@ -277,6 +278,7 @@ impl Agent {
                     said = false;
                 }
                 Some(Order::Kept { step: of }) => kept |= of == step,
+                Some(Order::Echo { .. }) => {}
                 Some(Order::Cancel) => return Err(cancelled()),
                 None if self.stop.is_set() => return Err(cancelled()),
                 None => {

@@ -1,6 +1,6 @@
 //! Orders, read from standard input by a thread of their own.
 //!
-//! `Cancel` takes effect where it is read ([`Stop`]); all others wait for the next turn boundary. The end of
+//! `Cancel` and `Echo` take effect where they are read; all others wait for the next turn boundary. The end of
 //! standard input is not an order: the host may be gone, and the run goes on.
 
 use std::collections::VecDeque;
@@ -8,7 +8,7 @@ use std::io::{self, BufRead, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ratoon_protocol::Order;
+use ratoon_protocol::{AgentEvent, Order};
 
 use crate::events::Events;
 use crate::stop::Stop;
@@ -73,6 +73,7 @@ impl Inbox {
                     self.stop.set();
                     self.changed.notify_all();
                 }
+                Ok(Order::Echo { nonce }) => events.say(&AgentEvent::Echo { nonce }),
                 Ok(order) => {
                     let mut waiting = self.lock();
                     if waiting.orders.len() < MAX_ORDERS {

@@ -114,6 +114,11 @@ fn an_order_to_hold_waits_for_the_tool() {
     let mut run = host.run(&host.task(Wire::Chat, Profile::Anthropic));
     run.wait(|event| matches!(event, AgentEvent::ToolCall { .. }));
     run.order(&Order::Hold { nonce: None });
+    // An echo waits for nothing.
+    run.order(&Order::Echo { nonce: "e".into() });
+    run.wait(|event| *event == AgentEvent::Echo { nonce: "e".into() });
+    let is_result = |event: &AgentEvent| matches!(event, AgentEvent::ToolResult { .. });
+    assert!(!run.seen.iter().any(is_result));
     run.wait(is_held);
     assert!(
         run.seen

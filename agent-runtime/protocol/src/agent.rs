@@ -139,6 +139,11 @@ pub enum Order {
     },
     /// Go on.
     Go(Box<Go>),
+    /// Say [`AgentEvent::Echo`] at once, whatever it does: what it says before that is old.
+    Echo {
+        /// Repeated in the event.
+        nonce: String,
+    },
     /// End now: running tools are killed, the open call is closed.
     Cancel,
 }
@@ -242,6 +247,11 @@ pub enum AgentEvent {
     Boundary {
         /// The step that comes next.
         step: u32,
+    },
+    /// The answer to [`Order::Echo`].
+    Echo {
+        /// That of the order.
+        nonce: String,
     },
     /// It goes on, as this branch.
     Going {

@@ -41,6 +41,7 @@ pub const MAX_ID_BYTES: usize = 64;
 /// What the bridge can be told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Request {
     /// Listens for a VM.
     AddVm(AddVm),
@@ -48,6 +49,8 @@ pub enum Request {
     MintToken(MintToken),
     /// Stops listening for a VM, ends its calls and revokes its tokens.
     RemoveVm(RemoveVm),
+    /// A VM that stood still goes on: that time is none of its run's.
+    Rested(Rested),
     /// What a run has used.
     Usage(UsageOf),
     /// Which VMs there are.
@@ -83,10 +86,10 @@ pub struct AddVm {
 pub struct MintToken {
     /// For which VM.
     pub vm: String,
-    /// How long it is good for, in seconds: at most [`MAX_TOKEN_TTL_S`].
+    /// How long it is good for, in seconds: at most [`MAX_TOKEN_TTL_S`]. The bridge's configuration may shorten it.
     pub ttl_s: u32,
-    /// Whether those minted before end now: so at a wake. When a token is renewed they live on until
-    /// they expire, for calls that are on their way.
+    /// Whether those minted before end now: so at a wake, before which the VM stood still. When a token is renewed
+    /// they live on until they expire, for calls that are on their way.
     #[serde(default)]
     pub revoke_older: bool,
 }
@@ -95,6 +98,14 @@ pub struct MintToken {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveVm {
+    /// Its id.
+    pub vm: String,
+}
+
+/// A VM that goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rested {
     /// Its id.
     pub vm: String,
 }
@@ -131,6 +142,8 @@ pub enum Reply {
         /// The hash of the branch's last line.
         head: String,
     },
+    /// It is noted.
+    Rested {},
     /// What a run has used.
     Usage {
         /// By branch, in order of name.

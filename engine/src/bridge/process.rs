@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::{
-    BranchUsage, Client, ClientError, Reply, Request, Token, UsageOf,
+    BranchUsage, Client, ClientError, Reply, Request, Rested, Token, UsageOf,
 };
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
@@ -133,6 +133,16 @@ impl Bridge {
     pub fn renew_token(&self, dir: &VmDir) -> Result<(), BridgeError> {
         let token = vms::mint(&mut self.client()?, &dir.id(), false)?;
         vms::hand_over(dir, &token)
+    }
+
+    /// The VM goes on, which stood still for the host's sake: that is none of its run's time.
+    ///
+    /// # Errors
+    /// [`BridgeError`].
+    pub fn rested(&self, dir: &VmDir) -> Result<(), BridgeError> {
+        let request = Request::Rested(Rested { vm: dir.id() });
+        self.client()?.call(&request)?;
+        Ok(())
     }
 
     /// What a run has used, by branch.

@@ -65,6 +65,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             ..Go::default()
         }))
     });
+    // Before it is told to hold: what waits to be kept is kept first.
+    let keeping = Keeping::of(engine, &run, &entry.dir, &orders);
+    let mut keeping = keeping.map(Keeping::attached).transpose()?;
     let nonce = steps::nonce();
     if go.is_some() {
         // It says then that it is held, whoever has heard so before.
@@ -72,10 +75,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             nonce: Some(nonce.clone()),
         })?;
     }
-    let mut keeping = Keeping::of(engine, &run, &entry.dir, &orders);
     stop.agent(agent.orders.clone(), client.controller());
     let keeper = Keeper::start(
-        bridge,
+        bridge.clone(),
         config,
         Arc::new(keys),
         vec![entry.dir.clone()],
@@ -88,7 +90,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             return true;
         };
         if steps::held_for(event, &nonce).is_some() {
-            // It cannot fail while we have the other end.
+            // Else its time is over earlier. The order itself cannot fail while we have the other end.
+            let _ = bridge.rested(&entry.dir);
             let _ = go.take().map(|go| orders.say(&go));
             return true;
         }

@@ -292,6 +292,8 @@ fn share(usage: &[BranchUsage], branch: &str, count: u32) -> Result<Limits, Fail
         input_tokens: of("input tokens", budget.input_tokens, used.input_tokens)?,
         output_tokens: of("output tokens", budget.output_tokens, used.output_tokens)?,
         cost_microusd: of("microdollars", budget.cost_microusd, used.cost_microusd)?,
+        // Their parent's time is theirs.
+        ..Limits::default()
     })
 }
 

@@ -9,6 +9,7 @@ mod log;
 mod outcome;
 mod patch;
 mod ps;
+mod resume;
 mod run;
 mod score;
 mod session;
@@ -35,6 +36,7 @@ use crate::failure::Failure;
 pub enum Command {
     Run(Box<run::Args>),
     Attach(attach::Args),
+    Resume(resume::Args),
     Ps(ps::Args),
     Fork(Box<fork::Args>),
     Tree(ps::TreeArgs),
@@ -49,6 +51,7 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => run::run(engine, &args),
         Command::Attach(args) => attach::run(engine, &args),
+        Command::Resume(args) => resume::run(engine, &args),
         Command::Ps(args) => ps::run(engine, &args),
         Command::Fork(args) => fork::run(engine, &args),
         Command::Tree(args) => ps::tree(engine, &args),

@@ -29,6 +29,9 @@ use crate::{guest, output, units};
 const MAIN: &str = "main";
 /// An answer has no more tokens, whatever the model could.
 const MOST_ANSWER_TOKENS: u32 = 32_000;
+/// The bridge refuses calls so long after the agent should have ended by itself: it counts from before the machine's
+/// start of the agent.
+const LATE: Duration = Duration::from_secs(60);
 /// So many calls for each step: retries, and the children of forks.
 const CALLS_A_STEP: u64 = 4;
 
@@ -84,9 +87,12 @@ pub struct Args {
     /// Most money, in US dollars, with all children of forks; the model needs a price.
     #[arg(long, value_name = "USD", value_parser = microusd)]
     max_money: Option<u64>,
-    /// Most time.
+    /// Most time, but for that in which it is held.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = units::duration)]
     timeout: Duration,
+    /// Most time of calls of the model, added up, with all children of forks.
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    max_model_time: Option<Duration>,
     /// Hold before this step (from 1), for `ratoon agent fork`; may be given several times.
     #[arg(long, value_name = "STEP")]
     hold_before: Vec<u32>,
@@ -242,11 +248,17 @@ fn begin(
     Ok(Begun { run, vm, client })
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn budget(args: &Args) -> Limits {
     Limits {
         calls: Some(u64::from(args.max_steps) * CALLS_A_STEP),
         output_tokens: args.max_tokens_out,
         cost_microusd: args.max_money,
+        wall_ms: Some(millis(args.timeout.saturating_add(LATE))),
+        working_ms: args.max_model_time.map(millis),
         ..Limits::default()
     }
 }
@@ -283,7 +295,7 @@ fn not_started(error: StartError, stop: &Stop) -> Failure {
 }
 
 fn task(args: &Args, chosen: &Chosen, run: &Run) -> Task {
-    let wall_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
+    let wall_ms = millis(args.timeout);
     Task {
         run: run.id.clone(),
         branch: MAIN.into(),

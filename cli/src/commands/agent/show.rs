@@ -122,6 +122,7 @@ impl Show {
             | AgentEvent::Started { .. }
             | AgentEvent::Step { .. }
             | AgentEvent::Boundary { .. }
+            | AgentEvent::Echo { .. }
             | AgentEvent::Thinking { .. }
             | AgentEvent::Answered { .. } => String::new(),
         }

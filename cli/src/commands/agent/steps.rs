@@ -44,48 +44,66 @@ pub struct Keeping<'a> {
     dir: VmDir,
     orders: Orders,
     wanted: usize,
-    /// Steps up to this one are past: what is heard of them is a repetition.
-    past: u32,
+    /// What is heard before this echo was said before; the last boundary of that which it may wait at still.
+    old_until: Option<String>,
+    waits_at: Option<u32>,
 }
 
 impl<'a> Keeping<'a> {
-    /// For a run that wants it.
+    /// For a run that wants it, whose agent starts now.
     pub fn of(engine: &'a Engine, run: &Run, dir: &VmDir, orders: &Orders) -> Option<Self> {
-        let wanted = run.keep_steps?;
-        let last = ratoon_engine::steps::kept(dir)
-            .last()
-            .map_or(0, |it| it.step);
         Some(Self {
             engine,
             dir: dir.clone(),
             orders: orders.clone(),
-            wanted: wanted.max(1) as usize,
-            past: last,
+            wanted: run.keep_steps?.max(1) as usize,
+            old_until: None,
+            waits_at: None,
         })
     }
 
-    /// Keeps the boundary that an event tells of, and lets the agent go on. What cannot be kept is told.
+    /// The agent has been at work before, and says so once more.
+    pub fn attached(mut self) -> std::io::Result<Self> {
+        let nonce = nonce();
+        self.orders.say(&Order::Echo {
+            nonce: nonce.clone(),
+        })?;
+        self.old_until = Some(nonce);
+        Ok(self)
+    }
+
+    /// Keeps the boundary that an event tells of, and lets the agent go on.
     pub fn event(&mut self, event: &AgentEvent) {
-        let AgentEvent::Boundary { step } = event else {
-            return;
-        };
-        if *step > self.past {
-            self.past = *step;
-            let kept = self.engine.keep_step(&self.dir, *step, self.wanted, &Quiet);
-            if let Err(error) = kept {
-                let failure = Failure::from(error);
-                eprintln!(
-                    "note: the boundary before step {step} is not kept: {}",
-                    failure.words()
-                );
+        match event {
+            AgentEvent::Boundary { step } => self.waits_at = Some(*step),
+            AgentEvent::Echo { nonce } if self.old_until.as_ref() == Some(nonce) => {
+                self.old_until = None;
             }
+            AgentEvent::Step { .. } | AgentEvent::Going { .. } | AgentEvent::Ended { .. } => {
+                self.waits_at = None;
+            }
+            _ => {}
+        }
+        if self.old_until.is_none()
+            && let Some(step) = self.waits_at.take()
+        {
+            self.keep(step);
+        }
+    }
+
+    /// What cannot be kept is told.
+    fn keep(&self, step: u32) {
+        let kept = self.engine.keep_step(&self.dir, step, self.wanted, &Quiet);
+        if let Err(error) = kept {
+            let words = Failure::from(error).words();
+            eprintln!("note: the boundary before step {step} is not kept: {words}");
         }
         // It cannot fail while we have the other end.
-        let _ = self.orders.say(&Order::Kept { step: *step });
+        let _ = self.orders.say(&Order::Kept { step });
     }
 }
 
-/// A word that no other order to hold has.
+/// A word that no other order has.
 pub fn nonce() -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let now = now.map_or(0, |now| now.as_nanos());
