@@ -390,7 +390,7 @@ fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_
     kill_machine(&scene);
     let done = finish(child);
     assert_ne!(done.code(), 0, "{done:?}");
-    let run = fs::read_dir(scene.ratoon.state_dir().join("agents"))
+    let run = fs::read_dir(scene.ratoon.vms_dir().with_file_name("agents"))
         .expect("runs")
         .next();
     let run = run.expect("a run").expect("a run").file_name();

@@ -77,6 +77,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         let record = old.record.as_ref().ok();
         name = name.or_else(|| record.and_then(|record| record.name.clone()));
         life::remove(engine.store(), old, false)?;
+        // It ends with the last machine that it knows.
+        bridge.ensure_any(&config, &keys)?;
     }
     let model = run.model.split_once('/').map_or(&*run.model, |it| it.1);
     let spec = ForkSpec {
