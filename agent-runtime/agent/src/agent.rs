@@ -228,6 +228,7 @@ impl Agent {
         let next = self.steps + 1;
         let since = clock::now();
         let waited = self.wait_here(next);
+        self.inbox.at(None);
         let time = clock::now().saturating_sub(since);
         self.held += time;
         self.idle_since += time;
@@ -252,6 +253,7 @@ impl Agent {
     fn wait_here(&mut self, step: u32) -> Result<(), Ended> {
         let mut kept = !self.task.boundaries;
         if !kept {
+            self.inbox.at(Some(step));
             self.events.say(&AgentEvent::Boundary { step });
         }
         let mut said = false;
@@ -277,7 +279,12 @@ impl Agent {
                     self.hold = Some(nonce);
                     said = false;
                 }
-                Some(Order::Kept { step: of }) => kept |= of == step,
+                Some(Order::Kept { step: of }) => {
+                    kept |= of == step;
+                    if kept {
+                        self.inbox.at(None);
+                    }
+                }
                 Some(Order::Echo { .. }) => {}
                 Some(Order::Cancel) => return Err(cancelled()),
                 None if self.stop.is_set() => return Err(cancelled()),

@@ -30,6 +30,8 @@ pub struct Inbox {
 struct Waiting {
     orders: VecDeque<Order>,
     ended: bool,
+    /// The boundary at which the loop waits to be kept.
+    boundary: Option<u32>,
 }
 
 impl Inbox {
@@ -73,7 +75,10 @@ impl Inbox {
                     self.stop.set();
                     self.changed.notify_all();
                 }
-                Ok(Order::Echo { nonce }) => events.say(&AgentEvent::Echo { nonce }),
+                Ok(Order::Echo { nonce }) => {
+                    let boundary = self.lock().boundary;
+                    events.say(&AgentEvent::Echo { nonce, boundary });
+                }
                 Ok(order) => {
                     let mut waiting = self.lock();
                     if waiting.orders.len() < MAX_ORDERS {
@@ -87,6 +92,11 @@ impl Inbox {
         }
         self.lock().ended = true;
         self.changed.notify_all();
+    }
+
+    /// The loop waits at this boundary to be kept, or no more.
+    pub fn at(&self, boundary: Option<u32>) {
+        self.lock().boundary = boundary;
     }
 
     /// The next order, if one waits.

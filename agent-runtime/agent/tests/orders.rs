@@ -83,16 +83,22 @@ fn a_run_waits_at_each_boundary_until_it_is_kept_or_told_to_go() {
     task.hold_before = vec![2];
     let mut run = host.run(&task);
     run.wait(boundary(1));
+    run.order(&Order::Echo { nonce: "e".into() });
+    let echo = AgentEvent::Echo {
+        nonce: "e".into(),
+        boundary: Some(1),
+    };
+    run.wait(|event| *event == echo);
     // One for another boundary is none for this.
     run.order(&kept(7));
     run.is_quiet(Duration::from_millis(300));
     assert!(host.model.seen().is_empty(), "no call is open");
     run.order(&kept(1));
     run.wait(boundary(2));
-    run.is_quiet(Duration::from_millis(300));
-    run.order(&kept(2));
-    // Kept, and held as it was to be.
+    // To be kept, and held as it was to be.
     assert_eq!(run.wait(is_held), held(2, None));
+    run.order(&kept(2));
+    run.is_quiet(Duration::from_millis(300));
     run.order(&go(Go::default()));
     run.wait(boundary(3));
     // As a copy hears it: it is asked where it is, and goes on without having been kept.
@@ -116,7 +122,11 @@ fn an_order_to_hold_waits_for_the_tool() {
     run.order(&Order::Hold { nonce: None });
     // An echo waits for nothing.
     run.order(&Order::Echo { nonce: "e".into() });
-    run.wait(|event| *event == AgentEvent::Echo { nonce: "e".into() });
+    let echo = |boundary| AgentEvent::Echo {
+        nonce: "e".into(),
+        boundary,
+    };
+    run.wait(|event| *event == echo(None));
     let is_result = |event: &AgentEvent| matches!(event, AgentEvent::ToolResult { .. });
     assert!(!run.seen.iter().any(is_result));
     run.wait(is_held);

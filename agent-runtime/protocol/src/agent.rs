@@ -252,6 +252,9 @@ pub enum AgentEvent {
     Echo {
         /// That of the order.
         nonce: String,
+        /// It waits at the boundary before this step to be kept. (What it said of it then may be gone.)
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boundary: Option<u32>,
     },
     /// It goes on, as this branch.
     Going {

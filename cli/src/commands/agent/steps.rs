@@ -44,7 +44,7 @@ pub struct Keeping<'a> {
     dir: VmDir,
     orders: Orders,
     wanted: usize,
-    /// What is heard before this echo was said before; the last boundary of that which it may wait at still.
+    /// What is heard before this echo was said before; the echo tells where it waits.
     old_until: Option<String>,
     waits_at: Option<u32>,
 }
@@ -76,8 +76,9 @@ impl<'a> Keeping<'a> {
     pub fn event(&mut self, event: &AgentEvent) {
         match event {
             AgentEvent::Boundary { step } => self.waits_at = Some(*step),
-            AgentEvent::Echo { nonce } if self.old_until.as_ref() == Some(nonce) => {
+            AgentEvent::Echo { nonce, boundary } if self.old_until.as_ref() == Some(nonce) => {
                 self.old_until = None;
+                self.waits_at = *boundary;
             }
             AgentEvent::Step { .. } | AgentEvent::Going { .. } | AgentEvent::Ended { .. } => {
                 self.waits_at = None;
