@@ -1,7 +1,8 @@
 //! The bridge's state: providers, VMs and their runs; and what its control socket may ask of it.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ pub struct Bridge {
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) connections: Arc<Semaphore>,
+    /// Whoever started this: the engine's user, and as a rule the VMMs'.
+    pub(crate) owner: u32,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
     runs: Mutex<HashMap<String, Weak<Run>>>,
 }
@@ -54,7 +57,6 @@ pub struct Vm {
     pub(crate) gone: watch::Sender<bool>,
     rate: Mutex<(Instant, u32)>,
     refusals: Mutex<(u32, u64)>,
-    socket: PathBuf,
 }
 
 /// Why the bridge cannot start.
@@ -98,7 +100,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> TellError {
 }
 
 impl Bridge {
-    /// Takes a configuration and loads its keys.
+    /// Takes a configuration and loads its keys. Whoever this process runs as now is its owner.
     ///
     /// # Errors
     /// When a key or a provider cannot be used.
@@ -126,20 +128,32 @@ impl Bridge {
                 config.limits.all_connections,
             ))),
             config,
+            owner: rustix::process::geteuid().as_raw(),
             vms: Mutex::default(),
             runs: Mutex::default(),
         }))
     }
 
-    /// Does what the control socket asks.
+    /// Does what the control socket asks. A request that needs a descriptor takes the first of `fds`.
     ///
     /// # Errors
     /// When it cannot; nothing has changed then.
-    pub async fn tell(self: &Arc<Self>, request: Request) -> Result<Reply, TellError> {
+    pub async fn tell(
+        self: &Arc<Self>,
+        request: Request,
+        fds: &mut VecDeque<OwnedFd>,
+    ) -> Result<Reply, TellError> {
         match request {
-            Request::AddVm(add) => self.add(add),
+            Request::AddVm(add) => self.add(add, fds.pop_front()),
             Request::MintToken(mint) => self.mint(&mint),
             Request::RemoveVm(remove) => self.remove(&remove.vm).await,
+            Request::Rested(rested) => {
+                let vm = self.vm(&rested.vm)?;
+                vm.run
+                    .rest(&vm.branch)
+                    .map_err(io("the record cannot be written"))?;
+                Ok(Reply::Rested {})
+            }
             Request::Usage(of) => self.usage(&of.run),
             Request::Status {} => {
                 let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
@@ -154,7 +168,7 @@ impl Bridge {
         }
     }
 
-    fn add(self: &Arc<Self>, add: AddVm) -> Result<Reply, TellError> {
+    fn add(self: &Arc<Self>, add: AddVm, listener: Option<OwnedFd>) -> Result<Reply, TellError> {
         for id in [
             Some(&add.vm),
             Some(&add.run),
@@ -192,24 +206,12 @@ impl Bridge {
         }
         let run = self.open_run(&add.run)?;
         // The socket first: a branch that nobody can reach is not begun.
-        let who = if self.config.peer_uids.is_empty() {
-            socket::For::Owner
-        } else {
-            socket::For::Everyone
-        };
-        let bound = socket::bind(&add.socket, who)
-            .map_err(io(format!("cannot listen at {}", add.socket.display())))?;
-        let begun = run
-            .begin(&add.branch, add.parent.as_deref(), add.budget)
-            .map_err(TellError::from)
-            .and_then(|()| {
-                run.append(&add.branch, Entry::Vm { vm: add.vm.clone() })
-                    .map_err(io("the record cannot be written"))
-            });
-        if let Err(error) = begun {
-            socket::unlink(&add.socket);
-            return Err(error);
-        }
+        let listener = listener.ok_or_else(|| wrong("no listening socket came with it"))?;
+        let listener =
+            socket::listener(listener).map_err(io("what came with it does not listen"))?;
+        run.begin(&add.branch, add.parent.as_deref(), add.budget)?;
+        run.append(&add.branch, Entry::Vm { vm: add.vm.clone() })
+            .map_err(io("the record cannot be written"))?;
         let head = run.state().head(&add.branch);
         let limits = &self.config.limits;
         let vm = Arc::new(Vm {
@@ -224,11 +226,13 @@ impl Bridge {
             gone: watch::Sender::new(false),
             rate: Mutex::new((Instant::now(), limits.vm_requests_a_minute)),
             refusals: Mutex::default(),
-            socket: add.socket,
         });
         vms.insert(add.vm, vm.clone());
-        self.listen(bound, vm);
-        Ok(Reply::VmAdded { head: head.0 })
+        self.listen(listener, vm);
+        Ok(Reply::VmAdded {
+            head: head.0,
+            everyone: !self.config.peer_uids.is_empty(),
+        })
     }
 
     fn listen(self: &Arc<Self>, listener: UnixListener, vm: Arc<Vm>) {
@@ -257,15 +261,22 @@ impl Bridge {
             )));
         }
         let vm = self.vm(&mint.vm)?;
+        if mint.revoke_older {
+            // It wakes.
+            vm.run
+                .rest(&vm.branch)
+                .map_err(io("the record cannot be written"))?;
+        }
         let mut tokens = vm.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        let ttl = HostLimits::seconds(mint.ttl_s);
+        let ttl_s = mint.ttl_s.min(self.config.limits.token_s);
+        let ttl = HostLimits::seconds(ttl_s);
         let (token, id) = tokens
             .mint(Instant::now(), ttl, mint.revoke_older)
             .map_err(io("no token can be made"))?;
         let entry = Entry::Token {
             vm: vm.id.clone(),
             id,
-            ttl_s: mint.ttl_s,
+            ttl_s,
         };
         if let Err(error) = vm.run.append(&vm.branch, entry) {
             *tokens = Tokens::default();
@@ -273,7 +284,7 @@ impl Bridge {
         }
         Ok(Reply::Token {
             token,
-            expires_in_s: mint.ttl_s,
+            expires_in_s: ttl_s,
         })
     }
 
@@ -284,7 +295,6 @@ impl Bridge {
             vm.gone.send_replace(true);
         }
         *vm.tokens.lock().unwrap_or_else(PoisonError::into_inner) = Tokens::default();
-        socket::unlink(&vm.socket);
         let all = self.config.limits.vm_calls;
         let ended = tokio::time::timeout(FAREWELL, vm.calls.acquire_many(all)).await;
         if !matches!(ended, Ok(Ok(_))) {
@@ -340,7 +350,7 @@ impl Bridge {
             .ok_or_else(|| wrong(format!("there is no VM \"{}\"", crate::rules::shown(id))))
     }
 
-    /// Ends everything: records are whole, sockets are gone.
+    /// Ends everything: records are whole, nobody is served.
     pub async fn end(&self) {
         let ids: Vec<String> = {
             let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);

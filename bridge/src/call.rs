@@ -28,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use crate::bridge::{Bridge, Vm};
 use crate::budget::Short;
 use crate::config::{HostLimits, Model, Price};
-use crate::record::{Answered, State};
+use crate::record::{Answered, State, now_ms};
 use crate::refusal::{Code, Refusal};
 use crate::relay;
 use crate::request::Wire;
@@ -117,6 +117,8 @@ pub(crate) struct Call {
     pub(crate) withheld: Vec<String>,
     pub(crate) passed: Passed,
     pub(crate) since: Instant,
+    /// How long it may take in all.
+    pub(crate) most: Duration,
     step: Option<Step>,
     price: Option<Price>,
     reserved: Amount,
@@ -197,6 +199,8 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
                 }
             };
         }
+        let left = state.times.left(&vm.branch, now_ms());
+        let left = left.map_err(|over| Refusal::new(Code::Time, over.to_string()))?;
         let (output, reserved) = reserve(&mut state, &vm.branch, &request, model)?;
         let upstream_name = model.upstream.as_deref().unwrap_or(&model.id);
         let chat_limit = bridge.config.providers[provider].chat_limit.name();
@@ -239,6 +243,7 @@ pub async fn call(bridge: &Arc<Bridge>, vm: &Arc<Vm>, asked: Asked) -> Result<An
             withheld: std::mem::take(&mut request.withheld),
             passed,
             since,
+            most: HostLimits::seconds(bridge.config.limits.call_s).min(left),
             step,
             price: model.price,
             reserved,

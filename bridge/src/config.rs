@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ratoon_bridge_api::control::MAX_TOKEN_TTL_S;
 use serde::Deserialize;
 
 use crate::request::Wire;
@@ -178,6 +179,8 @@ pub struct HostLimits {
     pub all_connections: u32,
     /// Requests of one VM in a minute.
     pub vm_requests_a_minute: u32,
+    /// How long a token lives at most, in seconds, whatever the engine asks for.
+    pub token_s: u32,
     /// How long a request may take to come in, in seconds.
     pub request_s: u32,
     /// How long a provider may take to accept a connection.
@@ -206,6 +209,7 @@ impl Default for HostLimits {
             all_calls: 256,
             all_connections: 4096,
             vm_requests_a_minute: 600,
+            token_s: MAX_TOKEN_TTL_S,
             request_s: 30,
             connect_s: 10,
             first_byte_s: 600,
@@ -304,11 +308,13 @@ impl Config {
             limits.vm_calls,
             limits.all_calls,
             limits.all_connections,
+            limits.token_s,
         ]
         .contains(&0)
         {
             return Err(
-                "limits: attempts, vm_calls, all_calls and all_connections are at least 1".into(),
+                "limits: attempts, vm_calls, all_calls, all_connections and token_s are at least 1"
+                    .into(),
             );
         }
         if limits.body_bytes > limits.vm_bodies_bytes

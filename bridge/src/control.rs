@@ -1,21 +1,22 @@
 //! The control socket: JSON, one object a line ([`ratoon_bridge_api::control`]).
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use ratoon_bridge_api::control::{MAX_LINE_BYTES, Reply, Request};
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::bridge::Bridge;
+use crate::socket;
 
 /// Serves the control socket for as long as the process lives.
 pub async fn serve(bridge: Arc<Bridge>, listener: UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let ours = rustix::process::geteuid().as_raw();
                 let uid = stream.peer_cred().map(|peer| peer.uid());
-                if !matches!(uid, Ok(uid) if uid == ours || uid == 0) {
+                if !matches!(uid, Ok(uid) if uid == bridge.owner || uid == 0) {
                     tracing::warn!("a control connection of another user was refused");
                     continue;
                 }
@@ -34,22 +35,22 @@ pub async fn serve(bridge: Arc<Bridge>, listener: UnixListener) {
     }
 }
 
-async fn talk(bridge: &Arc<Bridge>, stream: UnixStream) -> std::io::Result<()> {
-    let mut stream = BufReader::new(stream);
-    let mut line = Vec::new();
+async fn talk(bridge: &Arc<Bridge>, mut stream: UnixStream) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    let mut fds = VecDeque::new();
     loop {
-        line.clear();
-        let most = MAX_LINE_BYTES as u64;
-        (&mut stream)
-            .take(most)
-            .read_until(b'\n', &mut line)
-            .await?;
-        if line.last() != Some(&b'\n') {
-            return Ok(());
-        }
+        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+            if bytes.len() >= MAX_LINE_BYTES
+                || socket::receive(&stream, &mut bytes, &mut fds).await? == 0
+            {
+                return Ok(());
+            }
+            continue;
+        };
+        let line: Vec<u8> = bytes.drain(..=end).collect();
         let reply = match serde_json::from_slice::<Request>(&line) {
             Ok(request) => bridge
-                .tell(request)
+                .tell(request, &mut fds)
                 .await
                 .unwrap_or_else(|error| Reply::Error {
                     message: chain(&error),
@@ -60,7 +61,7 @@ async fn talk(bridge: &Arc<Bridge>, stream: UnixStream) -> std::io::Result<()> {
         };
         let mut answer = serde_json::to_vec(&reply)?;
         answer.push(b'\n');
-        stream.get_mut().write_all(&answer).await?;
+        stream.write_all(&answer).await?;
     }
 }
 

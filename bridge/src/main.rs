@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::io::{IsTerminal as _, Read as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ratoon_bridge::config::Config;
+use ratoon_bridge::confine::Confined;
 use ratoon_bridge::{Bridge, control, key, socket};
 use tokio::io::AsyncReadExt as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -75,17 +77,23 @@ fn serve(config: &Path, control: &Path, lifeline: bool) -> Result<(), Failure> {
         .with_max_level(tracing::Level::INFO)
         .init();
     key::harden().map_err(|error| format!("this process cannot hide its memory: {error}"))?;
-    let config = read_config(config)?;
+    let mut config = read_config(config)?;
+    // Once confined it is in that folder.
+    let records = std::mem::replace(&mut config.records, ".".into());
     if let Err(error) = socket::raise_descriptors() {
         tracing::warn!("the limit of open descriptors stays as it is: {error}");
     }
     // Keys are read while this is the only thread, and before anything else is open.
     let bridge = Bridge::new(config)?;
-    key::no_new_privileges()?;
+    let listener = ratoon_bridge_api::socket::bind(control)
+        .map_err(|error| format!("cannot listen at {}: {error}", control.display()))?;
+    listener.set_nonblocking(true)?;
+    tracing::info!("listening at {}", control.display());
+    let confined = Confined::now(&records)?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(run(bridge, control, lifeline))
+        .block_on(run(&confined, bridge, listener, lifeline))
 }
 
 fn read_config(path: &Path) -> Result<Config, Failure> {
@@ -98,20 +106,22 @@ fn read_config(path: &Path) -> Result<Config, Failure> {
     Ok(Config::parse(&bytes)?)
 }
 
-async fn run(bridge: std::sync::Arc<Bridge>, path: &Path, lifeline: bool) -> Result<(), Failure> {
-    let listener = socket::bind(path, socket::For::Owner)
-        .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
+async fn run(
+    _: &Confined,
+    bridge: std::sync::Arc<Bridge>,
+    listener: UnixListener,
+    lifeline: bool,
+) -> Result<(), Failure> {
+    let listener = tokio::net::UnixListener::from_std(listener)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::spawn(control::serve(bridge.clone(), listener));
-    tracing::info!("listening at {}", path.display());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         () = end_of_input(), if lifeline => {}
     }
     bridge.end().await;
-    socket::unlink(path);
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ratoon_bridge_api::amount::{Amount, Limits};
 use ratoon_bridge_api::audit::AuditError;
@@ -28,6 +28,7 @@ pub use spool::Spool;
 
 use crate::budget::Tree;
 use crate::mask::Masker;
+use crate::time::Times;
 
 /// A run that this bridge has open.
 #[derive(Debug)]
@@ -45,6 +46,8 @@ pub struct Run {
 pub struct State {
     /// Its budgets.
     pub tree: Tree,
+    /// Their time.
+    pub times: Times,
     branches: BTreeMap<String, Branch>,
 }
 
@@ -212,7 +215,12 @@ impl Run {
             if !budget.is_unlimited() && node.limits != budget {
                 return Err(refuse("is there already, with another budget"));
             }
-            return Ok(());
+            return self
+                .rest_in(&mut state, name)
+                .map_err(|source| RunError::Io {
+                    path: branch_file(&self.dir, name),
+                    source,
+                });
         }
         let above = match parent {
             None if !state.branches.is_empty() => {
@@ -260,7 +268,12 @@ impl Run {
             budget,
         };
         branch.append(self, entry).map_err(io)?;
+        if let Some(parent) = parent {
+            // It was forked while it stood still.
+            self.rest_in(&mut state, parent).map_err(io)?;
+        }
         state.tree.add(name, parent, budget);
+        state.times.begin(name, parent, budget, now_ms());
         state.branches.insert(name.to_owned(), branch);
         Ok(())
     }
@@ -271,6 +284,23 @@ impl Run {
     /// When it cannot be written: the branch takes no more then.
     pub fn append(&self, branch: &str, entry: Entry) -> io::Result<()> {
         self.state().append(self, branch, entry)
+    }
+
+    /// A branch stood still until now.
+    ///
+    /// # Errors
+    /// As [`Run::append`].
+    pub fn rest(&self, branch: &str) -> io::Result<()> {
+        self.rest_in(&mut self.state(), branch)
+    }
+
+    fn rest_in(&self, state: &mut State, branch: &str) -> io::Result<()> {
+        let now = now_ms();
+        for (name, ms) in state.times.resting(branch, now) {
+            state.append(self, &name, Entry::Rest { ms })?;
+            state.times.rested(&name, ms, now);
+        }
+        Ok(())
     }
 
     /// Adds a call and remembers its step; gives the call's number.
@@ -300,6 +330,7 @@ impl Run {
             };
             found.steps.insert(step, stored);
         }
+        state.times.call(branch, now_ms());
         Ok(number)
     }
 
@@ -319,6 +350,7 @@ impl Run {
             media_type,
             body,
             charged,
+            total_us,
             ..
         } = &entry
         else {
@@ -327,6 +359,8 @@ impl Run {
         let answer = answered(*ending, media_type, body);
         let mut state = self.state();
         state.tree.settle(branch, reserved, *charged);
+        let took = Duration::from_micros(*total_us);
+        state.times.ended(branch, took, now_ms());
         let written = state.append(self, branch, entry);
         if let Some(stored) = step.and_then(|step| state.branch(branch).ok()?.steps.get_mut(step)) {
             stored.answer = answer;
@@ -388,6 +422,14 @@ pub(crate) fn answer_label(branch: &str, call: u64) -> String {
     format!("{branch}.{call}")
 }
 
+/// As lines have it.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn answered(ending: Ending, media_type: &str, body: &Body) -> Answered {
     if ending == Ending::Complete {
         Answered::Whole {
@@ -430,13 +472,10 @@ impl Branch {
         if self.broken {
             return Err(io::Error::other("an earlier line could not be written"));
         }
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
         let line = Line {
             seq: self.seq,
             prev: self.head.clone(),
-            time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+            time_ms: now_ms(),
             entry,
         };
         let mut bytes = run.masker.mask(&serde_json::to_vec(&line)?);

@@ -27,6 +27,8 @@ pub enum Code {
     Model,
     /// The budget is used up.
     Budget,
+    /// The run's time is over.
+    Time,
     /// Too many calls at once.
     Busy,
     /// The same step again, but not the same request; or it is still on its way or was cut off.
@@ -62,6 +64,7 @@ impl Code {
             Self::Rule => ("rule", 400, INVALID, INVALID),
             Self::Model => ("model", 403, "permission_error", INVALID),
             Self::Budget => ("budget", 402, "billing_error", "insufficient_quota"),
+            Self::Time => ("time", 402, "billing_error", "insufficient_quota"),
             Self::Busy => ("busy", 429, "rate_limit_error", "rate_limit_error"),
             Self::Step => ("step", 409, INVALID, INVALID),
             Self::Record => ("record", 503, "api_error", "server_error"),

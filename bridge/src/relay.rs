@@ -150,8 +150,7 @@ async fn guarded<T>(
     future: impl Future<Output = T>,
 ) -> Result<T, Ending> {
     let mut removed = call.vm.gone.subscribe();
-    let call_s = HostLimits::seconds(call.bridge.config.limits.call_s);
-    let most = most.min(call_s.saturating_sub(call.since.elapsed()));
+    let most = most.min(call.most.saturating_sub(call.since.elapsed()));
     tokio::select! {
         biased;
         value = future => Ok(value),

@@ -65,7 +65,7 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
                 continue;
             }
         };
-        if !is_ours(&stream, &bridge.config.peer_uids) {
+        if !may_connect(&stream, &bridge) {
             tracing::warn!(vm = vm.id, "a connection of another user was refused");
             continue;
         }
@@ -90,9 +90,9 @@ pub async fn serve(bridge: Arc<Bridge>, vm: Arc<Vm>, listener: UnixListener) {
     }
 }
 
-fn is_ours(stream: &UnixStream, peer_uids: &[u32]) -> bool {
+fn may_connect(stream: &UnixStream, bridge: &Bridge) -> bool {
     stream.peer_cred().is_ok_and(|peer| {
-        peer.uid() == rustix::process::geteuid().as_raw() || peer_uids.contains(&peer.uid())
+        peer.uid() == bridge.owner || bridge.config.peer_uids.contains(&peer.uid())
     })
 }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{CHAT, Host, MESSAGES, RESPONSES, body, calls, config, script};
 use ratoon_bridge_api::amount::Limits;
-use ratoon_bridge_api::control::Request;
+use ratoon_bridge_api::control::{Reply, Request, Rested};
 use ratoon_bridge_api::record::{Ending, Entry};
 use ratoon_scripted_model::{Fault, Turn};
 use serde_json::json;
@@ -150,6 +150,78 @@ fn children_draw_on_their_parents_budget() {
 }
 
 #[test]
+fn working_time_ends_calls_also_on_their_way_and_is_read_back() {
+    let late = Turn::text("ok").broken(Fault::Late { ms: 900 });
+    let model = script([late.repeated()]);
+    let configuration = config(&model.url());
+    let mut host = Host::start(configuration.clone());
+    let limits = Limits {
+        working_ms: Some(1500),
+        ..Limits::default()
+    };
+    let guest = host.vm("vm", "main", None, limits);
+    let ask = |guest: &common::Guest| {
+        let answer = guest.ask(CHAT, &body(CHAT, false));
+        (answer.status, answer.code().to_owned())
+    };
+    assert_eq!(ask(&guest), (200, "none".into()));
+    assert_eq!(ask(&guest), (504, "timed_out".into()));
+    assert_eq!(ask(&guest), (402, "time".into()));
+    let mut host = host.crash_and_restart(configuration);
+    let guest = host.vm("vm", "main", None, Limits::default());
+    let answer = guest.ask(MESSAGES, &body(MESSAGES, false));
+    assert_eq!((answer.status, answer.code()), (402, "time"));
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    assert!(
+        answer.body.contains("working time of 1 s is over"),
+        "{}",
+        answer.body
+    );
+    host.check_record(&model);
+}
+
+#[test]
+fn wall_time_goes_on_unless_the_host_says_that_it_was_rest() {
+    let model = script([Turn::text("ok").repeated()]);
+    let mut host = Host::start(config(&model.url()));
+    let limits = Limits {
+        wall_ms: Some(2000),
+        ..Limits::default()
+    };
+    let guest = host.vm("vm", "main", None, limits);
+    let ask = |guest: &common::Guest| guest.ask(CHAT, &body(CHAT, false)).code().to_owned();
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert_eq!(ask(&guest), "none");
+    pause();
+    let rested = Rested { vm: "vm".into() };
+    assert_eq!(host.tell(Request::Rested(rested)), Reply::Rested {});
+    pause();
+    assert_eq!(ask(&guest), "none");
+    // A child's time is the run's, from which its parent's rest is taken when it begins.
+    pause();
+    let child = host.vm("child", "child", Some("main"), Limits::default());
+    assert_eq!(ask(&child), "none");
+    pause();
+    assert_eq!((ask(&child), ask(&guest)), ("time".into(), "time".into()));
+    let rests = |branch: &str| {
+        let entries = host.entries(branch).into_iter();
+        let rests = entries.filter_map(|entry| match entry {
+            Entry::Rest { ms } => Some(ms),
+            _ => None,
+        });
+        rests.collect::<Vec<_>>()
+    };
+    assert_eq!(rests("main").len(), 2);
+    assert!(
+        rests("main").iter().all(|ms| (1400..2500).contains(ms)),
+        "{:?}",
+        rests("main")
+    );
+    assert!(rests("child").is_empty());
+    host.check_record(&model);
+}
+
+#[test]
 fn a_budget_that_others_hold_is_waited_for_and_not_used_up() {
     let late = Turn::text("one two").broken(Fault::Late { ms: 1500 });
     let model = script([late, Turn::text("three")]);
@@ -253,16 +325,36 @@ fn a_run_whose_record_is_full_makes_no_more_calls() {
 
 #[test]
 fn the_process_hides_its_memory() {
-    let model = script([]);
-    // Root may read any process: so if this is root, it and the bridge become somebody else.
-    let user = common::is_root().then_some(common::NOBODY);
+    // Root may read any process: so this becomes whom the bridge becomes.
+    let user = common::is_root().then_some(ratoon_bridge::confine::OWN_ID);
+    the_process_of(user, None);
+}
+
+#[test]
+fn the_process_of_another_user_hides_its_memory_as_root() {
+    if !common::is_root() {
+        eprintln!("SKIPPED: only root can be somebody else");
+        return;
+    }
+    let user = Some(common::NOBODY);
     let program = env!("CARGO_BIN_EXE_ratoon-bridge");
     if let Err(error) = common::as_user(user, || std::fs::File::open(program)) {
         eprintln!("SKIPPED: user {user:?} cannot read {program}: {error}");
         return;
     }
+    the_process_of(user, user);
+}
+
+fn the_process_of(user: Option<u32>, starter: Option<u32>) {
+    let model = script([Turn::text("ok").repeated()]);
     let folder = tempfile::tempdir().expect("a folder");
-    let host = Host::start_as(user, folder, config(&model.url()));
+    let mut host = Host::start_as(starter, folder, config(&model.url()));
+    // It serves: so it is confined, and all that follows is of one that works.
+    if starter.is_none() {
+        assert_eq!(host.first().ask(CHAT, &body(CHAT, false)).status, 200);
+    } else {
+        host.tell(Request::Status {});
+    }
     let proc = format!("/proc/{}", host.pid());
     let limits = std::fs::read_to_string(format!("{proc}/limits")).expect("limits");
     let limit = |name: &str| {
@@ -278,7 +370,21 @@ fn the_process_hides_its_memory() {
     let (soft, hard) = limit("Max open files");
     assert_eq!(soft, hard, "as many descriptors as it may have");
     let status = std::fs::read_to_string(format!("{proc}/status")).expect("a status");
-    assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    let id = user.unwrap_or_else(|| rustix::process::geteuid().as_raw());
+    let ids = format!("Uid:\t{id}\t{id}\t{id}\t{id}\n");
+    for line in [
+        ids.as_str(),
+        "NoNewPrivs:\t1\n",
+        "Seccomp:\t2\n",
+        "CapPrm:\t0000000000000000\n",
+        "CapEff:\t0000000000000000\n",
+    ] {
+        assert!(status.contains(line), "{line:?}: {status}");
+    }
+    assert!(
+        user.is_none() || starter.is_some() || status.contains("Groups:\t \n"),
+        "{status}"
+    );
     let mut open = vec!["cmdline"];
     // Nobody else but root reads this.
     open.extend(user.map(|_| "environ"));

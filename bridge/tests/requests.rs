@@ -3,7 +3,7 @@
 mod common;
 
 use common::{CHAT, COUNT, Host, KEY, MESSAGES, RESPONSES, body, calls, config, script};
-use ratoon_bridge_api::control::{MintToken, RemoveVm, Reply, Request};
+use ratoon_bridge_api::control::{AddVm, MintToken, RemoveVm, Reply, Request};
 use ratoon_bridge_api::record::Entry;
 use ratoon_scripted_model::Turn;
 use serde_json::json;
@@ -379,10 +379,20 @@ fn a_vm_that_is_removed_is_served_no_more() {
     let model = script([Turn::text("ok").repeated()]);
     let mut host = Host::start(config(&model.url()));
     let guest = host.first();
-    let again = host.add_vm("vm", "side", Some("main"), calls(1));
+    let elsewhere = host.folder.path().join("elsewhere");
+    let again = AddVm {
+        socket: elsewhere.clone(),
+        ..host.add_vm("vm", "side", Some("main"), calls(1))
+    };
     assert!(
         host.refused(Request::AddVm(again))
             .contains("is there already")
+    );
+    assert!(!elsewhere.exists(), "nobody serves it");
+    let busy = host.add_vm("vm", "side", Some("main"), calls(1));
+    assert!(
+        host.refused(Request::AddVm(busy))
+            .contains("cannot listen at")
     );
     let same = host.add_vm("vm2", "main", None, calls(1));
     assert!(host.refused(Request::AddVm(same)).contains("one at a time"));
@@ -390,7 +400,8 @@ fn a_vm_that_is_removed_is_served_no_more() {
     let Reply::VmRemoved { head } = host.tell(remove()) else {
         panic!("not removed");
     };
-    assert!(!guest.socket.exists());
+    let error = common::is_served(&guest.socket).expect_err("nobody listens");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
     assert!(host.refused(remove()).contains("there is no VM"));
     let heads = [("main".to_owned(), head)];
     ratoon_bridge_api::audit::verify_run(&host.run_dir(), &heads).expect("the head is there");

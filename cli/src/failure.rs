@@ -70,6 +70,12 @@ impl Failure {
     }
 
     /// The text for standard error.
+    pub fn words(&self) -> String {
+        let text = self.render();
+        text.trim().trim_start_matches("error: ").to_owned()
+    }
+
+    /// All of it.
     pub fn render(&self) -> String {
         let mut text = String::new();
         for (index, message) in self.messages.iter().enumerate() {

@@ -52,6 +52,9 @@ pub struct Run {
     pub pid: Option<i32>,
     /// Its branches, a parent before its children.
     pub branches: Vec<Branch>,
+    /// Boundaries are kept, at least so many of the last ones ([`crate::steps`]).
+    #[serde(default)]
+    pub keep_steps: Option<u32>,
 }
 
 /// A branch of a run.
@@ -163,6 +166,7 @@ impl Run {
             digest: None,
             pid: None,
             branches: Vec::new(),
+            keep_steps: None,
         }
     }
 

@@ -72,6 +72,8 @@ pub struct ForkSpec {
     pub labels: BTreeMap<String, String>,
     /// They may call models, each on a branch of its own. Without it they may not.
     pub agent: Option<Arc<AgentFork>>,
+    /// The id of the VM whose children those of a stored snapshot are, if they are any's.
+    pub parent: Option<String>,
 }
 
 impl ForkSpec {
@@ -183,7 +185,7 @@ impl Engine {
         let stale_runtime = Arc::default();
         let source = Source {
             plan,
-            parent: None,
+            parent: spec.parent.clone(),
             group: None,
             family: None,
             layers: None,

@@ -48,6 +48,7 @@ pub mod runtime {
     pub use ratoon_client::blocking::{CallIo, Client as RuntimeClient, Controller, ExecIo};
 }
 pub use ratoon_snapshot as snapshot;
+pub mod steps;
 pub mod tree;
 pub mod vm;
 mod warm;

@@ -143,6 +143,8 @@ pub struct Keep<'k> {
     pub key: Option<&'k SigningKey>,
     /// Its memory is written whole, in compressed chunks that a pager serves.
     pub compressed: bool,
+    /// It stands by itself, whatever snapshots the VM comes from.
+    pub whole: bool,
 }
 
 /// A snapshot that was taken.
@@ -494,7 +496,10 @@ fn write(
     };
     let config = &record.config;
     let mut writer = store.begin()?;
-    let base = Base::of(store, record, &generation);
+    let base = match keep.whole {
+        true => None,
+        false => Base::of(store, record, &generation),
+    };
     let parts = regions(config.memory_mib << 20);
     let state = generation.state();
     writer.state(

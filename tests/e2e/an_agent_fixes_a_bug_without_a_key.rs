@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ratoon_scripted_model::{Script, Server, Turn};
+use ratoon_scripted_model::{Fault, Script, Server, Turn};
 use ratoon_tests::{Done, PATIENCE, Ratoon, finish, program};
 use serde_json::{Value, json};
 
 crate::promises![
     a_bug_is_fixed_and_the_patch_is_all_that_comes_back,
     the_best_of_two_children_takes_its_parents_place,
+    a_step_that_was_kept_is_tried_once_more,
+    a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_twice,
+    a_run_outlives_its_tokens_and_its_suspended_machine,
     a_bridge_that_dies_is_started_again_and_the_agent_goes_on,
     a_cancelled_agent_ends_and_leaves_nothing,
     the_key_is_in_no_file_and_in_no_machine,
@@ -240,6 +243,228 @@ fn the_best_of_two_children_takes_its_parents_place() {
         verified.contains("3 kept heads; all as written"),
         "{verified}"
     );
+    scene.over();
+}
+
+/// What `ratoon agent tree` says of the first branch's kept steps.
+fn kept(scene: &Scene, run: &str) -> Value {
+    let tree = scene.ratoon.run(["agent", "tree", "--json", run]).ok();
+    let tree: Value = serde_json::from_str(&tree.stdout).expect("JSON");
+    tree["kept"]["main"].clone()
+}
+
+fn snapshots(scene: &Scene) -> Vec<String> {
+    let listed = scene.ratoon.run(["snapshots", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let all = listed.as_array().expect("a list").iter();
+    let names = all.flat_map(|it| it["names"].as_array().expect("names"));
+    names.filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+fn a_step_that_was_kept_is_tried_once_more() {
+    let wild = "echo wild > wild; echo 'def add(a, b): return 5' > calc.py";
+    let look = Turn::tool("bash", json!({"command": "cat calc.py; export SEEN=yes"}));
+    let scene = Scene::new([
+        look.at(0),
+        Turn::tool("bash", json!({"command": wild})).at(1),
+        Turn::tool(
+            "bash",
+            json!({"command": "test \"$SEEN\" = yes && ! test -e wild && sed -i 's/a - b/a + b/' calc.py"}),
+        )
+        .at(1)
+        .when("be careful")
+        .repeated(),
+        Turn::text("Done.").at(2).repeated(),
+    ]);
+    // It is done, and done badly; its machine and its steps stay.
+    let done = scene.done(&["--keep-steps", "2", "--keep", "--json"]).ok();
+    let last: Value =
+        serde_json::from_str(done.stdout.lines().last().expect("a result")).expect("JSON");
+    let run = last["run"].as_str().expect("an id").to_owned();
+    assert_eq!(
+        (&last["files"], &last["ending"]),
+        (&json!(2), &json!("finished")),
+        "{last}"
+    );
+    // At least the last two, and at most twice as many.
+    assert_eq!(kept(&scene, &run), json!([1, 2, 3]));
+    let names = [3, 2, 1].map(|step| format!("agent-{run}-main-{step}"));
+    assert_eq!(snapshots(&scene), names);
+
+    let refused = scene.ratoon.run(["agent", "fork", &run, "--at", "7"]);
+    assert!(
+        refused
+            .stderr
+            .contains("kept are steps 1 of main, 2 of main, 3 of main"),
+        "{refused:?}"
+    );
+
+    fs::write(scene.path("steer"), "be careful\n").expect("a file");
+    let path = |name: &str| scene.path(name).to_str().expect("plain").to_owned();
+    let (steer, patch) = (path("steer"), path("best.patch"));
+    let args = [
+        "agent",
+        "fork",
+        &run,
+        "--at",
+        "2",
+        "-n",
+        "2",
+        "--json",
+        "--steer",
+        &steer,
+        "--score",
+        "python3 test_calc.py && echo 1",
+        "--patch",
+        &patch,
+    ];
+    let forked = scene.ratoon.run(args).ok();
+    let told: Value = serde_json::from_str(&forked.stdout).expect("JSON");
+    for (child, kept) in told["children"]
+        .as_array()
+        .expect("children")
+        .iter()
+        .zip([true, false])
+    {
+        assert_eq!(
+            (
+                &child["ending"],
+                &child["score"],
+                &child["kept"],
+                &child["error"]
+            ),
+            (&json!("finished"), &json!(1.0), &json!(kept), &Value::Null),
+            "{told}"
+        );
+    }
+    // Shell, files and conversation are those of that moment: nothing wild is in it.
+    assert_eq!(scene.read("best.patch"), PATCH);
+    // The best has its parent's place, so nobody can go back to the parent's steps.
+    let listed = scene.ratoon.run(["ps", "-a", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed}");
+    assert_eq!(listed[0]["name"], "box");
+    scene.ratoon.run(["rm", "-f", "box"]).ok();
+    assert!(snapshots(&scene).is_empty(), "{:?}", snapshots(&scene));
+    let verified = scene.ratoon.run(["audit", "verify", &run]).ok().stdout;
+    assert!(
+        verified.contains("3 kept heads; all as written"),
+        "{verified}"
+    );
+    scene.over();
+}
+
+/// Waits until the model has been asked so often.
+fn asked(scene: &Scene, times: usize) {
+    let end = Instant::now() + SOON;
+    while scene.model.seen().len() < times {
+        assert!(Instant::now() < end, "the model is not called");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Kills the VMM of the machine that is called box.
+fn kill_machine(scene: &Scene) {
+    let listed = scene.ratoon.run(["ps", "--json"]).ok().stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let pid = listed[0]["pid"].as_i64().expect("a pid");
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::KILL)
+        .expect("it is ours");
+}
+
+fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_twice() {
+    let late = |turn: Turn| turn.broken(Fault::Late { ms: 20_000 });
+    let scene = Scene::new([
+        Turn::tool("bash", json!({"command": "cat calc.py"})).at(0),
+        fix().at(1),
+        // Killed in the middle of the first one; the second is for the machine that goes on.
+        late(Turn::text("never heard")).at(2),
+        Turn::text("The test passes.").at(2),
+    ]);
+    let child = scene
+        .run(&["--keep-steps", "8", "--json"])
+        .spawn()
+        .expect("ratoon can be started");
+    asked(&scene, 3);
+    kill_machine(&scene);
+    let done = finish(child);
+    assert_ne!(done.code(), 0, "{done:?}");
+    let run = fs::read_dir(scene.ratoon.vms_dir().with_file_name("agents"))
+        .expect("runs")
+        .next();
+    let run = run.expect("a run").expect("a run").file_name();
+    let run = run.to_str().expect("plain");
+    wait_for(&scene, run, "guest_gone");
+
+    // Back to the first step: the answers of the first two are there.
+    let resumed = ["agent", "resume", run, "--at", "1"];
+    scene.ratoon.run(resumed).ok();
+    let attached = scene.ratoon.run(["agent", "attach", run]).ok();
+    assert_eq!(attached.stdout, PATCH, "{}", attached.stderr);
+    assert_eq!(
+        scene.model.seen().len(),
+        4,
+        "three, and one of a new attempt"
+    );
+    let log = scene.ratoon.run(["agent", "log", run]).ok().stdout;
+    assert_eq!(log.matches("is given again").count(), 2, "{log}");
+    assert_eq!(log.matches("complete (200)").count(), 3, "{log}");
+    assert_eq!(log.matches("guest_gone").count(), 1, "{log}");
+    scene.ratoon.run(["audit", "verify", run]).ok();
+    assert!(snapshots(&scene).is_empty(), "{:?}", snapshots(&scene));
+    scene.over();
+}
+
+fn a_run_outlives_its_tokens_and_its_suspended_machine() {
+    let waits = |what: &str| Turn::tool("bash", json!({"command": format!("sleep 7; {what}")}));
+    let scene = Scene::new([
+        waits("cd /tmp; KEPT=yes").at(0),
+        waits("sleep 7; cd /work; test $KEPT = yes && sed -i 's/a - b/a + b/' calc.py").at(1),
+        waits("python3 test_calc.py").at(2),
+        Turn::text("The test passes.").at(3),
+    ]);
+    let config = scene.read("bridge.json");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["limits"] = json!({"token_s": 6});
+    fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
+    // Its first tool takes longer than a token lives.
+    let mut child = scene
+        .run(&["--json"])
+        .spawn()
+        .expect("ratoon can be started");
+    asked(&scene, 2);
+    // It leaves the machine alone, as a terminal that is closed.
+    let pid = i32::try_from(child.id()).expect("a pid");
+    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).expect("it is ours");
+    child.wait().expect("it ends");
+    scene.ratoon.run(["suspend", "box"]).ok();
+    let listed = scene
+        .ratoon
+        .run(["agent", "ps", "-a", "--json"])
+        .ok()
+        .stdout;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let run = listed[0]["id"].as_str().expect("an id").to_owned();
+    assert_eq!(listed[0]["machines"], json!({}), "{listed}");
+    // All tokens that there were are too old.
+    std::thread::sleep(Duration::from_secs(7));
+    scene
+        .ratoon
+        .run(["agent", "resume", &run, "--from", "box", "--name", "again"])
+        .ok();
+    let done = scene.ratoon.run(["agent", "attach", &run]).ok();
+    assert_eq!(done.stdout, PATCH, "{}", done.stderr);
+    let log = scene.ratoon.run(["agent", "log", &run]).ok().stdout;
+    assert_eq!(log.matches("complete (200)").count(), 4, "{log}");
+    assert!(
+        log.matches(", 6 s").count() >= 5,
+        "tokens were renewed: {log}"
+    );
+    assert!(log.contains("it stood still"), "{log}");
+    scene.ratoon.run(["audit", "verify", &run]).ok();
+    scene.ratoon.run(["snapshots", "rm", "box"]).ok();
     scene.over();
 }
 

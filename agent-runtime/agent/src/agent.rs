@@ -93,7 +93,8 @@ struct Agent {
     started: Moment,
     held: Duration,
     working: Duration,
-    hold: bool,
+    /// It is to hold at the next boundary; and the nonce of that order.
+    hold: Option<Option<String>>,
     /// Answers one after the other that are no valid call, and that were cut.
     format_errors: u32,
     cut: u32,
@@ -136,7 +137,7 @@ impl Agent {
             started: clock::now(),
             held: Duration::ZERO,
             working: Duration::ZERO,
-            hold: false,
+            hold: None,
             format_errors: 0,
             cut: 0,
             idle_since: clock::now(),
@@ -214,18 +215,24 @@ impl Agent {
     fn boundary(&mut self) -> Result<(), Ended> {
         while let Some(order) = self.inbox.take() {
             match order {
-                Order::Hold => self.hold = true,
+                Order::Hold { nonce } => self.hold = Some(nonce),
                 Order::Go(go) => {
-                    self.hold = false;
+                    self.hold = None;
                     self.go(*go);
                 }
+                // Kept: there is nothing that waits for it here. Echo: the inbox has answered it.
+                Order::Kept { .. } | Order::Echo { .. } => {}
                 Order::Cancel => self.stop.set(),
             }
         }
         let next = self.steps + 1;
-        if self.hold || self.task.hold_before.contains(&next) {
-            self.hold_here(next)?;
-        }
+        let since = clock::now();
+        let waited = self.wait_here(next);
+        self.inbox.at(None);
+        let time = clock::now().saturating_sub(since);
+        self.held += time;
+        self.idle_since += time;
+        waited?;
         if self.stop.is_set() {
             return Err(cancelled());
         }
@@ -242,22 +249,43 @@ impl Agent {
         Ok(())
     }
 
-    fn hold_here(&mut self, step: u32) -> Result<(), Ended> {
-        let since = clock::now();
-        self.events.say(&AgentEvent::Held { step });
+    /// Waits before a step: to be kept, and while it is held.
+    fn wait_here(&mut self, step: u32) -> Result<(), Ended> {
+        let mut kept = !self.task.boundaries;
+        if !kept {
+            self.inbox.at(Some(step));
+            self.events.say(&AgentEvent::Boundary { step });
+        }
+        let mut said = false;
         loop {
+            let hold = self.hold.is_some() || self.task.hold_before.contains(&step);
+            if kept && !hold {
+                return Ok(());
+            }
+            // Each order to hold is answered: another client of the host's may not have seen the first answer.
+            if hold && !said {
+                let nonce = self.hold.clone().flatten();
+                self.events.say(&AgentEvent::Held { step, nonce });
+                said = true;
+            }
             match self.inbox.next() {
                 Some(Order::Go(go)) => {
-                    self.hold = false;
+                    self.hold = None;
                     self.task.hold_before.retain(|other| *other != step);
-                    let time = clock::now().saturating_sub(since);
-                    self.held += time;
-                    self.idle_since += time;
                     self.go(*go);
                     return Ok(());
                 }
-                // Another client of the host's may not have seen the first one.
-                Some(Order::Hold) => self.events.say(&AgentEvent::Held { step }),
+                Some(Order::Hold { nonce }) => {
+                    self.hold = Some(nonce);
+                    said = false;
+                }
+                Some(Order::Kept { step: of }) => {
+                    kept |= of == step;
+                    if kept {
+                        self.inbox.at(None);
+                    }
+                }
+                Some(Order::Echo { .. }) => {}
                 Some(Order::Cancel) => return Err(cancelled()),
                 None if self.stop.is_set() => return Err(cancelled()),
                 None => {

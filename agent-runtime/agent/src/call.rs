@@ -294,6 +294,7 @@ fn refused(answer: &http::Answer, text: &str) -> Tried {
     match (code, status) {
         ("token", _) => Tried::Token(message),
         ("budget", _) => Tried::Failed(CallError::Budget(message)),
+        ("time", _) => Tried::Failed(CallError::Over),
         // This attempt has no answer to give: another one may.
         ("step", _) => Tried::Again {
             why: message,

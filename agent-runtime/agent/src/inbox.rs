@@ -1,6 +1,6 @@
 //! Orders, read from standard input by a thread of their own.
 //!
-//! `Cancel` takes effect where it is read ([`Stop`]); all others wait for the next turn boundary. The end of
+//! `Cancel` and `Echo` take effect where they are read; all others wait for the next turn boundary. The end of
 //! standard input is not an order: the host may be gone, and the run goes on.
 
 use std::collections::VecDeque;
@@ -8,7 +8,7 @@ use std::io::{self, BufRead, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ratoon_protocol::Order;
+use ratoon_protocol::{AgentEvent, Order};
 
 use crate::events::Events;
 use crate::stop::Stop;
@@ -30,6 +30,8 @@ pub struct Inbox {
 struct Waiting {
     orders: VecDeque<Order>,
     ended: bool,
+    /// The boundary at which the loop waits to be kept.
+    boundary: Option<u32>,
 }
 
 impl Inbox {
@@ -73,6 +75,10 @@ impl Inbox {
                     self.stop.set();
                     self.changed.notify_all();
                 }
+                Ok(Order::Echo { nonce }) => {
+                    let boundary = self.lock().boundary;
+                    events.say(&AgentEvent::Echo { nonce, boundary });
+                }
                 Ok(order) => {
                     let mut waiting = self.lock();
                     if waiting.orders.len() < MAX_ORDERS {
@@ -86,6 +92,11 @@ impl Inbox {
         }
         self.lock().ended = true;
         self.changed.notify_all();
+    }
+
+    /// The loop waits at this boundary to be kept, or no more.
+    pub fn at(&self, boundary: Option<u32>) {
+        self.lock().boundary = boundary;
     }
 
     /// The next order, if one waits.
@@ -141,7 +152,7 @@ mod tests {
     #[test]
     fn lines_that_are_no_orders_are_passed_over() {
         let (inbox, _) = inbox("nonsense\n\n{\"order\":\"hold\"}\n{\"order\":\"fly\"}\n");
-        assert_eq!(inbox.next(), Some(Order::Hold));
+        assert_eq!(inbox.next(), Some(Order::Hold { nonce: None }));
         assert_eq!(inbox.next(), None, "nothing can come any more");
     }
 

@@ -20,6 +20,10 @@ fn is_held(event: &AgentEvent) -> bool {
     matches!(event, AgentEvent::Held { .. })
 }
 
+fn held(step: u32, nonce: Option<String>) -> AgentEvent {
+    AgentEvent::Held { step, nonce }
+}
+
 fn go(go: Go) -> Order {
     Order::Go(Box::new(go))
 }
@@ -40,10 +44,13 @@ fn a_run_holds_where_it_is_told_and_goes_on_as_another_branch() {
         let mut task = host.task(wire, Profile::Anthropic);
         task.hold_before = vec![2];
         let mut run = host.run(&task);
-        assert_eq!(run.wait(is_held), AgentEvent::Held { step: 2 });
+        assert_eq!(run.wait(is_held), held(2, None));
         run.is_quiet(Duration::from_millis(300));
-        run.order(&Order::Hold);
-        assert_eq!(run.wait(is_held), AgentEvent::Held { step: 2 });
+        let nonce = Some("n-1".to_owned());
+        run.order(&Order::Hold {
+            nonce: nonce.clone(),
+        });
+        assert_eq!(run.wait(is_held), held(2, nonce));
         assert_eq!(host.model.seen().len(), 1, "no call is open");
         run.order(&go(Go {
             branch: Some("main.1".into()),
@@ -63,11 +70,65 @@ fn a_run_holds_where_it_is_told_and_goes_on_as_another_branch() {
 }
 
 #[test]
+fn a_run_waits_at_each_boundary_until_it_is_kept_or_told_to_go() {
+    let boundary = |step| move |event: &AgentEvent| *event == AgentEvent::Boundary { step };
+    let kept = |step| Order::Kept { step };
+    let host = Host::start([
+        bash("echo a"),
+        bash("echo b"),
+        Turn::text("Done.").when("another way"),
+    ]);
+    let mut task = host.task(Wire::Messages, Profile::Anthropic);
+    task.boundaries = true;
+    task.hold_before = vec![2];
+    let mut run = host.run(&task);
+    run.wait(boundary(1));
+    run.order(&Order::Echo { nonce: "e".into() });
+    let echo = AgentEvent::Echo {
+        nonce: "e".into(),
+        boundary: Some(1),
+    };
+    run.wait(|event| *event == echo);
+    // One for another boundary is none for this.
+    run.order(&kept(7));
+    run.is_quiet(Duration::from_millis(300));
+    assert!(host.model.seen().is_empty(), "no call is open");
+    run.order(&kept(1));
+    run.wait(boundary(2));
+    // To be kept, and held as it was to be.
+    assert_eq!(run.wait(is_held), held(2, None));
+    run.order(&kept(2));
+    run.is_quiet(Duration::from_millis(300));
+    run.order(&go(Go::default()));
+    run.wait(boundary(3));
+    // As a copy hears it: it is asked where it is, and goes on without having been kept.
+    run.order(&Order::Hold {
+        nonce: Some("n".into()),
+    });
+    assert_eq!(run.wait(is_held), held(3, Some("n".into())));
+    run.order(&go(Go {
+        steer: Some("Find another way.".into()),
+        ..Go::default()
+    }));
+    assert_eq!(run.end().ending, Ending::Finished);
+    host.check();
+}
+
+#[test]
 fn an_order_to_hold_waits_for_the_tool() {
     let host = Host::start([bash("sleep 1; echo a"), bash("echo b"), Turn::text("Done.")]);
     let mut run = host.run(&host.task(Wire::Chat, Profile::Anthropic));
     run.wait(|event| matches!(event, AgentEvent::ToolCall { .. }));
-    run.order(&Order::Hold);
+    run.order(&Order::Hold { nonce: None });
+    // An echo waits for nothing.
+    run.order(&Order::Echo { nonce: "e".into() });
+    let echo = |boundary| AgentEvent::Echo {
+        nonce: "e".into(),
+        boundary,
+    };
+    run.wait(|event| *event == echo(None));
+    let is_result = |event: &AgentEvent| matches!(event, AgentEvent::ToolResult { .. });
+    assert!(!run.seen.iter().any(is_result));
     run.wait(is_held);
     assert!(
         run.seen
@@ -84,7 +145,7 @@ fn an_order_to_hold_waits_for_the_tool() {
         hold_before: vec![3],
         ..Go::default()
     }));
-    assert_eq!(run.wait(is_held), AgentEvent::Held { step: 3 });
+    assert_eq!(run.wait(is_held), held(3, None));
     run.order(&go(Go::default()));
     assert_eq!(run.end().ending, Ending::Finished);
     host.check();

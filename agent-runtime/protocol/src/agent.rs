@@ -11,7 +11,7 @@
 //!    |  <------------------- Event::Ended ----- |   the last line; its code is the process's exit code
 //! ```
 //!
-//! Between [`Event::Held`] and [`Order::Go`] the loop does nothing: no call is open, no tool runs. That is where a
+//! Between [`Event::Held`] (or [`Event::Boundary`]) and [`Order::Go`] the loop does nothing: no call is open, no tool runs. That is where a
 //! machine is forked; each child gets an [`Order::Go`] that says who it is.
 
 use serde::{Deserialize, Serialize};
@@ -115,6 +115,10 @@ pub struct Task {
     /// Hold before each step whose number (from 1) is one of these.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hold_before: Vec<u32>,
+    /// Say [`AgentEvent::Boundary`] before each step and wait there for [`Order::Kept`]: the host keeps a copy of the
+    /// machine, from which it can go on once more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub boundaries: bool,
 }
 
 /// What the host says on the way.
@@ -122,9 +126,24 @@ pub struct Task {
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
     /// Hold at the next turn boundary. A run that is held already says [`AgentEvent::Held`] again.
-    Hold,
+    Hold {
+        /// What `Held` repeats: so it is the answer to this, and not one to somebody before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nonce: Option<String>,
+    },
+    /// A copy of the machine at the boundary before this step was kept, or will not be: go on. At any other moment it
+    /// says nothing.
+    Kept {
+        /// That of [`AgentEvent::Boundary`].
+        step: u32,
+    },
     /// Go on.
     Go(Box<Go>),
+    /// Say [`AgentEvent::Echo`] at once, whatever it does: what it says before that is old.
+    Echo {
+        /// Repeated in the event.
+        nonce: String,
+    },
     /// End now: running tools are killed, the open call is closed.
     Cancel,
 }
@@ -220,6 +239,22 @@ pub enum AgentEvent {
     Held {
         /// The step that comes next.
         step: u32,
+        /// That of the order to hold, if it had one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nonce: Option<String>,
+    },
+    /// At a turn boundary, before this step ([`Task::boundaries`]); it waits for [`Order::Kept`].
+    Boundary {
+        /// The step that comes next.
+        step: u32,
+    },
+    /// The answer to [`Order::Echo`].
+    Echo {
+        /// That of the order.
+        nonce: String,
+        /// It waits at the boundary before this step to be kept. (What it said of it then may be gone.)
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boundary: Option<u32>,
     },
     /// It goes on, as this branch.
     Going {
@@ -304,8 +339,14 @@ mod tests {
 
     #[test]
     fn lines_are_as_documented() {
-        let held = serde_json::to_string(&AgentEvent::Held { step: 3 }).unwrap();
-        assert_eq!(held, r#"{"event":"held","step":3}"#);
+        let held = |nonce: Option<&str>| {
+            let nonce = nonce.map(str::to_owned);
+            serde_json::to_string(&AgentEvent::Held { step: 3, nonce }).unwrap()
+        };
+        assert_eq!(held(None), r#"{"event":"held","step":3}"#);
+        assert_eq!(held(Some("x")), r#"{"event":"held","step":3,"nonce":"x"}"#);
+        let order: Order = serde_json::from_str(r#"{"order":"hold"}"#).unwrap();
+        assert_eq!(order, Order::Hold { nonce: None });
         let go = Order::Go(Box::new(Go {
             steer: Some("try it".into()),
             ..Go::default()

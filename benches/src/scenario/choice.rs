@@ -37,13 +37,15 @@ pub enum Choice {
     Vsock,
     /// `ratoon run`, whole, the second time.
     Run,
+    /// What an agent costs beyond its model and its tools.
+    Agent,
     /// All of them.
     All,
 }
 
 /// Scenarios in the order in which they run, each with its share of the time of a full run and of
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
-const SHARES: [(Choice, u32, Option<u32>); 14] = [
+const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 25, Some(8)),
     (Choice::Boot, 90, Some(26)),
@@ -58,6 +60,7 @@ const SHARES: [(Choice, u32, Option<u32>); 14] = [
     (Choice::Block, 40, None),
     (Choice::Vsock, 40, None),
     (Choice::Run, 30, None),
+    (Choice::Agent, 150, None),
 ];
 
 impl Choice {
@@ -88,6 +91,8 @@ impl Choice {
             Self::Restore | Self::Pause if !quick => &[256, 1024, 4096],
             Self::Restore | Self::Pause | Self::Exec | Self::Memory => &[256],
             Self::Burst | Self::Sustained | Self::Density | Self::Run => &[256],
+            // They are the user's: `ratoon agent run` has the image's warm machine.
+            Self::Agent => &[],
             Self::Fork => &[512],
             Self::Null | Self::Start | Self::Boot | Self::Block | Self::Vsock | Self::All => &[],
         }
@@ -119,6 +124,7 @@ impl Choice {
             Self::Block => super::block::run(plan, samples),
             Self::Vsock => super::vsock::run(plan, samples),
             Self::Run => super::run::run(plan, samples),
+            Self::Agent => super::agent::run(plan, samples),
             // Never in a plan: it stands for the others.
             Self::All => Ok(()),
         }

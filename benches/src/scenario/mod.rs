@@ -1,5 +1,6 @@
 //! The scenarios. Each takes the run's parts and adds samples; it fails when a machine does.
 
+pub mod agent;
 pub mod block;
 pub mod boot;
 pub mod burst;

@@ -71,6 +71,12 @@ pub struct Limits {
     /// Money, in millionths of a US dollar.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_microusd: Option<u64>,
+    /// Milliseconds since the branch began, but for those in which the host had it stand still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wall_ms: Option<u64>,
+    /// Milliseconds of calls, added up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_ms: Option<u64>,
 }
 
 impl Limits {

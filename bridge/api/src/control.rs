@@ -11,18 +11,25 @@
 //! < {"vm_removed":{"head":"77ab…"}}
 //! ```
 //!
+//! With `add_vm` comes the listening socket itself, as a descriptor (`SCM_RIGHTS`): the bridge has a user of
+//! its own, to whom a VM's folder is closed. [`Client`] makes it.
+//!
 //! A request that fails is answered with `{"error":{"message":"…"}}` and has changed nothing. The
 //! socket's owner is trusted as the bridge's own operator is; nobody else can connect (mode 0600).
 
 use std::fmt;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 
 use crate::amount::{Amount, Limits};
+use crate::socket;
 
 /// The longest line in either direction.
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
@@ -34,6 +41,7 @@ pub const MAX_ID_BYTES: usize = 64;
 /// What the bridge can be told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Request {
     /// Listens for a VM.
     AddVm(AddVm),
@@ -41,6 +49,8 @@ pub enum Request {
     MintToken(MintToken),
     /// Stops listening for a VM, ends its calls and revokes its tokens.
     RemoveVm(RemoveVm),
+    /// A VM that stood still goes on: that time is none of its run's.
+    Rested(Rested),
     /// What a run has used.
     Usage(UsageOf),
     /// Which VMs there are.
@@ -76,10 +86,10 @@ pub struct AddVm {
 pub struct MintToken {
     /// For which VM.
     pub vm: String,
-    /// How long it is good for, in seconds: at most [`MAX_TOKEN_TTL_S`].
+    /// How long it is good for, in seconds: at most [`MAX_TOKEN_TTL_S`]. The bridge's configuration may shorten it.
     pub ttl_s: u32,
-    /// Whether those minted before end now: so at a wake. When a token is renewed they live on until
-    /// they expire, for calls that are on their way.
+    /// Whether those minted before end now: so at a wake, before which the VM stood still. When a token is renewed
+    /// they live on until they expire, for calls that are on their way.
     #[serde(default)]
     pub revoke_older: bool,
 }
@@ -88,6 +98,14 @@ pub struct MintToken {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveVm {
+    /// Its id.
+    pub vm: String,
+}
+
+/// A VM that goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rested {
     /// Its id.
     pub vm: String,
 }
@@ -108,6 +126,9 @@ pub enum Reply {
     VmAdded {
         /// The hash of the branch's last line.
         head: String,
+        /// Processes of other users may connect, so the socket is to be opened to them.
+        #[serde(default)]
+        everyone: bool,
     },
     /// A token.
     Token {
@@ -121,6 +142,8 @@ pub enum Reply {
         /// The hash of the branch's last line.
         head: String,
     },
+    /// It is noted.
+    Rested {},
     /// What a run has used.
     Usage {
         /// By branch, in order of name.
@@ -192,6 +215,15 @@ pub enum ClientError {
         #[source]
         source: std::io::Error,
     },
+    /// Nobody can listen for the VM.
+    #[error("cannot listen at {} for a VM", .socket.display())]
+    Listen {
+        /// Where.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// An answer that is none.
     #[error("the bridge at {} answers what this version does not know", .socket.display())]
     Strange {
@@ -247,18 +279,45 @@ impl Client {
         })
     }
 
-    /// Asks, and waits for the answer.
+    /// Asks, and waits for the answer. For a VM that is added it listens first, and hands the socket over.
     ///
     /// # Errors
     /// When the bridge refuses or does not answer. If no whole answer came, in time and not too long,
     /// this client is of no more use: each further call is [`ClientError::Broken`].
     pub fn call(&mut self, request: &Request) -> Result<Reply, ClientError> {
+        let Request::AddVm(add) = request else {
+            return self.ask(request, None);
+        };
+        let listen = |source| ClientError::Listen {
+            socket: add.socket.clone(),
+            source,
+        };
+        let listener = socket::bind(&add.socket).map_err(listen)?;
+        let reply = self.ask(request, Some(listener.as_fd()));
+        let opened = match &reply {
+            Ok(Reply::VmAdded { everyone: true, .. }) => socket::open_to_all(&add.socket),
+            Ok(_) => Ok(()),
+            // Nobody serves it.
+            Err(_) => std::fs::remove_file(&add.socket),
+        };
+        match (reply, opened) {
+            (Ok(_), Err(source)) => Err(listen(source)),
+            (reply, _) => reply,
+        }
+    }
+
+    fn ask(
+        &mut self,
+        request: &Request,
+        with: Option<BorrowedFd<'_>>,
+    ) -> Result<Reply, ClientError> {
+        let socket = self.socket.clone();
         let strange = |source| ClientError::Strange {
-            socket: self.socket.clone(),
+            socket: socket.clone(),
             source,
         };
         let io = |source| ClientError::Io {
-            socket: self.socket.clone(),
+            socket: socket.clone(),
             source,
         };
         if self.broken {
@@ -269,7 +328,7 @@ impl Client {
         let mut line = serde_json::to_vec(request).map_err(strange)?;
         line.push(b'\n');
         self.broken = true;
-        self.stream.get_mut().write_all(&line).map_err(io)?;
+        self.send(&line, with).map_err(io)?;
         line.clear();
         self.stream
             .by_ref()
@@ -288,6 +347,21 @@ impl Client {
             Reply::Error { message } => Err(ClientError::Refused(message)),
             reply => Ok(reply),
         }
+    }
+
+    /// Sends a line, a descriptor with its first byte.
+    fn send(&mut self, mut line: &[u8], with: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+        let stream = self.stream.get_mut();
+        if let Some(fd) = with {
+            let fds = [fd];
+            let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut room);
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+            let first = [IoSlice::new(line)];
+            let sent = sendmsg(&stream, &first, &mut control, SendFlags::NOSIGNAL)?;
+            line = &line[sent..];
+        }
+        stream.write_all(line)
     }
 }
 

@@ -184,6 +184,11 @@ pub enum Entry {
         /// Refusals that are not in the record, since there were too many.
         refusals_untold: u64,
     },
+    /// The host had the branch stand still until now: a hold, a freeze. That is none of its wall time.
+    Rest {
+        /// Milliseconds since something was last heard of its calls.
+        ms: u64,
+    },
     /// The last line was incomplete when the bridge came back, and was taken away.
     Torn {
         /// How long it was.

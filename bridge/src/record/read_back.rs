@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
 
 use ratoon_bridge_api::amount::Amount;
 use ratoon_bridge_api::audit::{branch_names, read_branch};
 use ratoon_bridge_api::record::{Body, Ending, Entry, Hash, Step, body_file, branch_file};
 
-use super::{Answered, Branch, Run, RunError, State, Stored, answer_label, answered};
+use super::{Answered, Branch, Run, RunError, State, Stored, answer_label, answered, now_ms};
 use crate::relay;
 
 impl Run {
@@ -44,6 +45,8 @@ impl Run {
                     {
                         let above = parent.as_ref().map(|parent| parent.branch.as_str());
                         state.tree.add(&name, above, *budget);
+                        let begun = read.lines[0].0.time_ms;
+                        state.times.begin(&name, above, *budget, begun);
                         self.read_branch_back(&mut state, &name, &read)?;
                     }
                     _ => later.push((name, read)),
@@ -91,6 +94,7 @@ impl Run {
                     ..
                 } => {
                     branch.calls = branch.calls.max(call + 1);
+                    state.times.call(name, line.time_ms);
                     open.insert(*call, (step.clone(), *reserved));
                     if let Some(step) = step {
                         let stored = Stored {
@@ -107,14 +111,18 @@ impl Run {
                     media_type,
                     body,
                     charged,
+                    total_us,
                     ..
                 } => {
+                    let took = Duration::from_micros(*total_us);
+                    state.times.ended(name, took, line.time_ms);
                     state.tree.settle(name, Amount::default(), *charged);
                     let step = open.remove(call).and_then(|(step, _)| step);
                     if let Some(stored) = step.and_then(|step| branch.steps.get_mut(&step)) {
                         stored.answer = answered(*ending, media_type, body);
                     }
                 }
+                Entry::Rest { ms } => state.times.rested(name, *ms, line.time_ms),
                 _ => {}
             }
         }
@@ -143,6 +151,8 @@ impl Run {
             };
             branch.append(self, entry).map_err(io)?;
             state.tree.settle(name, Amount::default(), reserved);
+            // How long it took nobody knows.
+            state.times.ended(name, Duration::ZERO, now_ms());
         }
         state.branches.insert(name.to_owned(), branch);
         Ok(())

@@ -63,6 +63,7 @@ impl Room {
             | Entry::Token { .. }
             | Entry::Answer { .. }
             | Entry::VmGone { .. }
+            | Entry::Rest { .. }
             | Entry::Torn { .. } => {
                 self.used.fetch_add(bytes, Ordering::Relaxed);
                 Ok(())

@@ -140,6 +140,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         },
         labels: args.labels.iter().cloned().collect::<BTreeMap<_, _>>(),
         agent: None,
+        parent: None,
     };
     let spinner = Spinner::start(format!("forking {}", args.vm));
     let cancel = Some(interrupts.cancel());

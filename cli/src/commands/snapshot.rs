@@ -144,6 +144,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         name: args.name.as_deref(),
         key: key.as_ref(),
         compressed: args.compress,
+        ..Keep::default()
     };
     let taken = take(engine, &entry, keep)?;
     let id = taken.snapshot.id.to_string();
@@ -234,8 +235,8 @@ pub fn suspend(engine: &Engine, args: &SuspendArgs) -> Result<ExitCode, Failure>
     let name = args.name.clone().or(own).unwrap_or_else(|| entry.dir.id());
     let keep = Keep {
         name: Some(&name),
-        key: None,
         compressed: args.compress,
+        ..Keep::default()
     };
     take(engine, &entry, keep)?;
     life::kill(&entry)?;

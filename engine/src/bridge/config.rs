@@ -4,7 +4,9 @@
 //! There is no key in it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use ratoon_bridge_api::control::MAX_TOKEN_TTL_S;
 use ratoon_protocol::Wire;
 use serde::Deserialize;
 
@@ -28,6 +30,7 @@ pub struct BridgeConfig {
     pub digest: String,
     /// Where runs are recorded, absolute.
     pub records: PathBuf,
+    token_life: Duration,
     providers: Vec<Provider>,
 }
 
@@ -35,6 +38,13 @@ pub struct BridgeConfig {
 struct Form {
     records: PathBuf,
     providers: Vec<Provider>,
+    #[serde(default)]
+    limits: Limits,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+struct Limits {
+    token_s: Option<u32>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -114,8 +124,19 @@ impl BridgeConfig {
             path: path.to_owned(),
             digest: blake3::hash(bytes).to_hex().to_string(),
             records: form.records,
+            token_life: Duration::from_secs(
+                form.limits
+                    .token_s
+                    .map_or(MAX_TOKEN_TTL_S, |life| life.min(MAX_TOKEN_TTL_S))
+                    .into(),
+            ),
             providers: form.providers,
         })
+    }
+
+    /// How long a token lives.
+    pub(super) fn token_life(&self) -> Duration {
+        self.token_life
     }
 
     /// The model that is called so: `PROVIDER/NAME`.

@@ -5,15 +5,11 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ratoon_bridge_api::control::MAX_TOKEN_TTL_S;
-
 use super::{Bridge, BridgeConfig, Keys};
 use crate::vm::record::VmDir;
 
 /// How often it is looked whether the bridge lives.
 const LOOK: Duration = Duration::from_secs(2);
-/// A token is renewed when half of its time is over.
-const RENEW: Duration = Duration::from_secs(MAX_TOKEN_TTL_S as u64 / 2);
 
 /// Looks after it until it is dropped: a bridge that died is started again, and tokens are renewed before they expire.
 #[derive(Debug)]
@@ -35,10 +31,12 @@ impl Keeper {
         tell: impl Fn(String) + Send + 'static,
     ) -> std::io::Result<Self> {
         let (end, ended) = mpsc::channel();
+        // Half of their time.
+        let renew = config.token_life() / 2;
         let keep = move || {
             let mut renewed = Instant::now();
             let mut failed = false;
-            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
+            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK.min(renew)) {
                 if bridge.running().is_none() {
                     match bridge.ensure_any(&config, &keys) {
                         Ok(()) => tell("the bridge had ended, and was started again".into()),
@@ -54,7 +52,7 @@ impl Keeper {
                     // All have new ones.
                     renewed = Instant::now();
                 }
-                if renewed.elapsed() >= RENEW {
+                if renewed.elapsed() >= renew {
                     for dir in &vms {
                         if let Err(error) = bridge.renew_token(dir) {
                             tell(format!("VM {} has no new token: {error}", dir.id()));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::{
-    BranchUsage, Client, ClientError, Reply, Request, Token, UsageOf,
+    BranchUsage, Client, ClientError, Reply, Request, Rested, Token, UsageOf,
 };
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
@@ -135,6 +135,16 @@ impl Bridge {
         vms::hand_over(dir, &token)
     }
 
+    /// The VM goes on, which stood still for the host's sake: that is none of its run's time.
+    ///
+    /// # Errors
+    /// [`BridgeError`].
+    pub fn rested(&self, dir: &VmDir) -> Result<(), BridgeError> {
+        let request = Request::Rested(Rested { vm: dir.id() });
+        self.client()?.call(&request)?;
+        Ok(())
+    }
+
     /// What a run has used, by branch.
     ///
     /// # Errors
@@ -244,9 +254,11 @@ impl Bridge {
         let end = Instant::now() + START_TIMEOUT;
         loop {
             let process = i32::try_from(child.id()).ok().and_then(ProcessRef::of);
-            if let (Some(process), Ok(_)) =
-                (process, Client::connect(&self.control(), CALL_TIMEOUT))
-            {
+            // It listens before it has given up all that it does not need, and answers after.
+            let vms = Client::connect(&self.control(), CALL_TIMEOUT)
+                .map_err(BridgeError::from)
+                .and_then(|mut client| vms_of(&mut client));
+            if let (Some(process), Ok(_)) = (process, vms) {
                 let state = Running {
                     process,
                     config: config.path.clone(),
@@ -327,6 +339,8 @@ fn end(folder: &Path) -> Result<bool, BridgeError> {
         }
     }
     let _ = std::fs::remove_file(state);
+    // It has a user of its own, to whom this folder is closed.
+    let _ = std::fs::remove_file(folder.join("control.sock"));
     Ok(process.is_some())
 }
 

@@ -53,7 +53,7 @@ pub struct AgentVm {
 pub struct AgentFork {
     /// The VM that is forked.
     pub parent: AgentVm,
-    /// The branch of each child, by its index.
+    /// The branch of each child, by its index; none: the only child goes on as its parent's.
     pub branches: Vec<String>,
     /// What each of them may use.
     pub budget: Limits,
@@ -68,13 +68,25 @@ impl AgentVm {
 }
 
 impl AgentFork {
+    /// For the one child that goes on with a VM's branch: that VM is gone.
+    pub fn resumed(vm: AgentVm) -> Self {
+        Self {
+            parent: vm,
+            branches: Vec::new(),
+            budget: Limits::default(),
+        }
+    }
+
     /// Tells the bridge of the child in `dir`, and gives its token.
     pub(crate) fn introduce(&self, dir: &VmDir, index: u32) -> Result<String, BridgeError> {
-        let branch = self.branches.get(index as usize).cloned();
-        let vm = AgentVm {
-            branch: branch.unwrap_or_else(|| format!("{}.{index}", self.parent.branch)),
-            parent: Some(self.parent.branch.clone()),
-            ..self.parent.clone()
+        let parent = &self.parent;
+        let vm = match self.branches.get(index as usize) {
+            None => parent.clone(),
+            Some(branch) => AgentVm {
+                branch: branch.clone(),
+                parent: Some(parent.branch.clone()),
+                ..parent.clone()
+            },
         };
         introduce(dir, &vm, self.budget).map(|token| token.0)
     }
@@ -196,6 +208,7 @@ pub(crate) fn forget(store: &Store, dir: &VmDir) {
     let Some(vm) = AgentVm::read(dir) else {
         return;
     };
+    crate::steps::forget(store, dir, &vm);
     let Ok(mut client) = Client::connect(&vm.control, CALL_TIMEOUT) else {
         return;
     };

@@ -258,6 +258,11 @@ impl VmDir {
         self.0.join("agent.json")
     }
 
+    /// Boundaries of the agent in it that were kept. See [`crate::steps`].
+    pub fn steps_note(&self) -> PathBuf {
+        self.0.join("steps.json")
+    }
+
     /// There while the VM is put back to a snapshot; holds the record from before. See [`crate::rollback`].
     pub fn rollback_note(&self) -> PathBuf {
         self.0.join("rollback.json")

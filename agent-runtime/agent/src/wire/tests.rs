@@ -21,6 +21,7 @@ fn task(wire: Wire) -> Task {
         seed: Some(7),
         limits: AgentLimits::default(),
         hold_before: Vec::new(),
+        boundaries: false,
     }
 }
 

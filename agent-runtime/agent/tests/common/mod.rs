@@ -144,6 +144,7 @@ impl Host {
             seed: None,
             limits: AgentLimits::default(),
             hold_before: Vec::new(),
+            boundaries: false,
         }
     }
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use ratoon_engine::Engine;
 use ratoon_engine::bridge::Keeper;
-use ratoon_protocol::{AgentEvent, Go, Order};
+use ratoon_protocol::{Go, Order};
 
 use super::finish::{Finish, Watch};
 use super::session::{Agent, Heard};
+use super::steps::{self, Keeping};
 use super::stop::Stop;
 use crate::failure::Failure;
 use crate::guest;
@@ -64,13 +65,19 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             ..Go::default()
         }))
     });
+    // Before it is told to hold: what waits to be kept is kept first.
+    let keeping = Keeping::of(engine, &run, &entry.dir, &orders);
+    let mut keeping = keeping.map(Keeping::attached).transpose()?;
+    let nonce = steps::nonce();
     if go.is_some() {
         // It says then that it is held, whoever has heard so before.
-        orders.say(&Order::Hold)?;
+        orders.say(&Order::Hold {
+            nonce: Some(nonce.clone()),
+        })?;
     }
     stop.agent(agent.orders.clone(), client.controller());
     let keeper = Keeper::start(
-        bridge,
+        bridge.clone(),
         config,
         Arc::new(keys),
         vec![entry.dir.clone()],
@@ -82,13 +89,15 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         let Heard::Event(event) = heard else {
             return true;
         };
-        match (event, go.take()) {
-            // It cannot fail while we have the other end.
-            (AgentEvent::Held { .. }, Some(go)) => drop(orders.say(&go)),
-            (event, still) => {
-                go = still;
-                watch.event(event);
-            }
+        if steps::held_for(event, &nonce).is_some() {
+            // Else its time is over earlier. The order itself cannot fail while we have the other end.
+            let _ = bridge.rested(&entry.dir);
+            let _ = go.take().map(|go| orders.say(&go));
+            return true;
+        }
+        watch.event(event);
+        if let Some(keeping) = &mut keeping {
+            keeping.event(event);
         }
         true
     });

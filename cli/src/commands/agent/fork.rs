@@ -1,17 +1,18 @@
 //! `ratoon agent fork`: one agent at a turn boundary becomes many, and the best takes its place.
 //!
 //! ```text
-//!   hold -> held -> fork -> each child: token by its wake, attached, Go -> ended -> scored -> best commits
+//!   hold -> held -> fork ------------------> each child: token by its wake, attached, Go -> ended -> scored -> best commits
+//!   --at STEP: a boundary that was kept --'
 //! ```
 //!
-//! The agent that was forked stays held. What fails for one child does not end the others.
+//! The agent that was forked stays held; with --at STEP it does whatever it does. What fails for one child does not end
+//! the others.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::BranchUsage;
@@ -22,15 +23,15 @@ use ratoon_engine::bridge::{AgentFork, AgentVm, Keeper};
 use ratoon_engine::fork::ForkSpec;
 use ratoon_engine::vm::life;
 use ratoon_engine::vm::record::VmDir;
-use ratoon_engine::vm::store::Entry;
-use ratoon_protocol::{AgentEvent, Go, Order};
+use ratoon_protocol::{Go, Order};
 
 use super::finish::Ended;
 use super::outcome::{Outcome, best, code, tell_all};
 use super::score::score;
 use super::session::{Agent, Heard, Left};
-use super::show::{self, Show};
+use super::show::Show;
 use super::steer;
+use super::steps::{self, At};
 use super::stop::{Stop, Stopped};
 use super::work::Work;
 use crate::failure::Failure;
@@ -39,20 +40,17 @@ use crate::{guest, units};
 
 /// The most children: each has a machine, a thread and a connection here.
 const MOST: u32 = 64;
-/// An agent that said that it is held, and nothing more for so long, is held.
-const SETTLED: Duration = Duration::from_secs(1);
-/// How often it is looked whether it is.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// Fork an agent between two of its steps: children that go on from the same machine and conversation.
 ///
 /// Each has a branch of the run, a share of what is left of the budget, a seed of its own, and words to it if
 /// --steer gives any. With --score the best takes the place of its parent; the others are removed, and their patches
-/// kept. The agent that was forked stays held.
+/// kept. The agent that was forked stays held, or, with --at STEP, does whatever it does.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   ratoon agent fork r1a2b3c4 -n 4 --score 'make test && echo 1'
   ratoon agent fork box -n 2 --steer ideas.txt --keep all     # a line --- between what is for one and the next
+  ratoon agent fork r1a2b3c4 --at 3 --steer other-way.txt     # once more from step 3 on, if that was kept
 
 The scorer runs in /work of each child when its agent has ended. The last number that it prints is the score, if it
 ends with 0; the highest is the best, the first of equals.")]
@@ -70,9 +68,10 @@ pub struct Args {
     /// Words for the children: a section for each, a line --- between them, or one section for all.
     #[arg(long, value_name = "FILE")]
     steer: Option<PathBuf>,
-    /// Where: `next`, at the next turn boundary.
-    #[arg(long, value_name = "WHERE", default_value = "next", value_parser = ["next"])]
-    at: String,
+    /// Where: `next`, at the next turn boundary, or before a step that `ratoon agent run --keep-steps` kept
+    /// (`ratoon agent tree` lists them).
+    #[arg(long, value_name = "STEP", default_value = "next")]
+    at: At,
     /// A line for /bin/sh in each child, whose number decides.
     #[arg(long, value_name = "CMD")]
     score: Option<String>,
@@ -103,6 +102,8 @@ enum Keep {
 /// A child.
 struct Child {
     branch: String,
+    /// It is to be asked whether it waits before this step.
+    at: Option<u32>,
     steer: Option<String>,
     dir: VmDir,
     agent: Agent,
@@ -121,8 +122,18 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let steers = steer::steers(args.steer.as_deref(), args.count as usize)?;
     let run = super::find(engine, &args.run)?;
     let (config, keys) = super::config_of(&run)?;
-    let (branch, entry) = super::live_branch(engine, &run, args.branch.as_deref())?;
-    let pid = super::at_work(&run, &branch)?;
+    let (branch, entry, kept) = match args.at {
+        At::Next => {
+            let (branch, entry) = super::live_branch(engine, &run, args.branch.as_deref())?;
+            (branch, entry, None)
+        }
+        At::Step(step) => steps::branch_with(engine, &run, args.branch.as_deref(), step)?,
+    };
+    let pid = match kept {
+        None => super::at_work(&run, &branch)?,
+        // Whatever became of it since.
+        Some(_) => super::started(&run)?,
+    };
     let bridge = engine.bridge();
     bridge.ensure_any(&config, &keys)?;
     let note = AgentVm::read(&entry.dir).ok_or_else(|| {
@@ -132,7 +143,10 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         ))
     })?;
     let stop = Stop::listen()?;
-    let agent = held(&entry, &run, pid, &stop)?;
+    let agent = match kept {
+        None => Some(steps::held(&entry, &run, pid, &stop)?),
+        Some(_) => None,
+    };
     let budget = share(&bridge.usage(&run.id)?, &branch.name, args.count)?;
     let names = run.free_names(&branch.name, args.count as usize);
     let spec = ForkSpec {
@@ -142,6 +156,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             branches: names.clone(),
             budget,
         })),
+        parent: Some(entry.dir.id()),
         ..ForkSpec::new(args.count)
     };
     // Before there are any: a name that the bridge has heard once is not to be given again.
@@ -155,7 +170,10 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         .runs()
         .update(&run.id, |run| run.branches.extend(new))?;
     let spinner = Spinner::start(format!("forking {}", branch.name));
-    let forked = engine.fork(&entry.dir, &spec, Some(stop.cancel()))?;
+    let forked = match &kept {
+        None => engine.fork(&entry.dir, &spec, Some(stop.cancel()))?,
+        Some(kept) => engine.fork_snapshot(&kept.snapshot, &spec, Some(stop.cancel()))?,
+    };
     drop(spinner);
     let mut outcomes = Vec::new();
     let mut children = Vec::new();
@@ -167,7 +185,10 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         let begun = vm.map_err(Failure::from).and_then(|mut vm| {
             let client = vm.runtime()?;
             let dir = vm.dir().clone();
-            let agent = agent.in_child()?;
+            let agent = match &agent {
+                Some(agent) => agent.in_child()?,
+                None => Agent::of(pid)?,
+            };
             vm.detach();
             Ok((dir, agent, client))
         });
@@ -176,13 +197,14 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
                 outcome.vm = Some(dir.id());
                 children.push(Child {
                     branch: name.clone(),
+                    at: kept.as_ref().map(|kept| kept.step),
                     steer,
                     dir,
                     agent,
                     client,
                 });
             }
-            Err(failure) => outcome.error = Some(words(&failure)),
+            Err(failure) => outcome.error = Some(failure.words()),
         }
         outcomes.push(outcome);
     }
@@ -248,67 +270,6 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Takes the agent over and waits until it holds.
-fn held(entry: &Entry, run: &Run, pid: i32, stop: &Stop) -> Result<Agent, Failure> {
-    let mut client = guest::connect(entry)?;
-    let mut agent = Agent::of(pid)?;
-    agent.orders.say(&Order::Hold)?;
-    stop.agent(agent.orders.clone(), client.controller());
-    let mut show = Show::default();
-    let mut end = None;
-    // What it said before comes first: it is held when nothing follows.
-    let holds_since = Mutex::new(None::<Instant>);
-    let lock = || holds_since.lock().unwrap_or_else(PoisonError::into_inner);
-    let controller = client.controller();
-    let (over, is_over) = mpsc::channel::<()>();
-    let left = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while let Err(RecvTimeoutError::Timeout) = is_over.recv_timeout(LOOK) {
-                if lock().is_some_and(|since| since.elapsed() >= SETTLED) {
-                    return controller.cancel();
-                }
-            }
-        });
-        let left = agent.attach(&mut client, &mut |heard| {
-            if let Heard::Event(event) = heard {
-                let mut since = lock();
-                let was_held = since.take().is_some();
-                if matches!(event, AgentEvent::Held { .. }) {
-                    *since = Some(Instant::now());
-                }
-                if since.is_none() || !was_held {
-                    show.event(event);
-                }
-                end = Ended::of(event).or(end.take());
-            }
-            true
-        });
-        drop(over);
-        left
-    });
-    let holds = lock().is_some();
-    drop(client);
-    stop.forget_agents();
-    if let Some(stopped) = stop.stopped() {
-        return Err(Failure::silent(stopped.code()));
-    }
-    match (left, end) {
-        (Ok(Left::Running), _) if holds => Ok(agent),
-        (_, Some(end)) => Err(Failure::new(format!(
-            "the agent of run {} has ended ({}): there is nothing to fork",
-            run.id,
-            show::word(end.ending)
-        ))
-        .hint("start it with --hold-before STEP, or -d, and fork it while it works")),
-        (Ok(Left::TakenOver), _) => Err(Failure::new(
-            "another command has taken the agent over meanwhile",
-        )),
-        (Ok(Left::Died(why)), _) => Err(Failure::new(format!("the agent's program failed: {why}"))),
-        (Ok(_), None) => Err(Failure::new("the agent has ended before")),
-        (Err(error), _) => Err(guest::broken(entry, error)),
-    }
-}
-
 /// What each of `count` children may use of what a branch has left.
 fn share(usage: &[BranchUsage], branch: &str, count: u32) -> Result<Limits, Failure> {
     let Some(usage) = usage.iter().find(|usage| usage.branch == branch) else {
@@ -331,6 +292,8 @@ fn share(usage: &[BranchUsage], branch: &str, count: u32) -> Result<Limits, Fail
         input_tokens: of("input tokens", budget.input_tokens, used.input_tokens)?,
         output_tokens: of("output tokens", budget.output_tokens, used.output_tokens)?,
         cost_microusd: of("microdollars", budget.cost_microusd, used.cost_microusd)?,
+        // Their parent's time is theirs.
+        ..Limits::default()
     })
 }
 
@@ -362,7 +325,7 @@ fn work(engine: &Engine, args: &Args, run: &Run, stop: &Stop, seed: u64, child: 
         ..Outcome::default()
     };
     if let Err(failure) = try_work(engine, args, run, stop, seed, child, &mut outcome) {
-        outcome.error = Some(words(&failure));
+        outcome.error = Some(failure.words());
     }
     outcome
 }
@@ -378,29 +341,61 @@ fn try_work(
 ) -> Result<(), Failure> {
     let Child {
         branch,
+        at,
         steer,
         mut agent,
         mut client,
         ..
     } = child;
-    agent.orders.say(&Order::Go(Box::new(Go {
+    let go = Order::Go(Box::new(Go {
         branch: Some(branch.clone()),
         steer,
         seed: Some(seed),
         ..Go::default()
-    })))?;
+    }));
+    let orders = agent.orders.clone();
+    let nonce = steps::nonce();
+    match at {
+        None => orders.say(&go)?,
+        Some(_) => orders.say(&Order::Hold {
+            nonce: Some(nonce.clone()),
+        })?,
+    }
+    // What it says before it is asked is what its parent said.
+    let mut asked = at;
+    let mut elsewhere = None;
     stop.agent(agent.orders.clone(), client.controller());
     let mut show = Show::of(&branch);
     let mut end = None;
     let left = agent.attach(&mut client, &mut |heard| {
-        if let Heard::Event(event) = heard {
-            if !args.json {
-                show.event(event);
+        let Heard::Event(event) = heard else {
+            return true;
+        };
+        if let Some(step) = asked {
+            let Some(held) = steps::held_for(event, &nonce) else {
+                return true;
+            };
+            asked = None;
+            if held == step {
+                // It cannot fail while we have the other end.
+                let _ = orders.say(&go);
+            } else {
+                elsewhere = Some(held);
             }
-            end = Ended::of(event).or(end.take());
+            return elsewhere.is_none();
         }
+        steps::pass(event, &orders);
+        if !args.json {
+            show.event(event);
+        }
+        end = Ended::of(event).or(end.take());
         true
     })?;
+    if let (Some(step), Some(held)) = (at, elsewhere) {
+        return Err(Failure::new(format!(
+            "it waits before step {held}, not {step}: what was kept is of another moment"
+        )));
+    }
     let Some(end) = end else {
         return Err(Failure::new(match left {
             Left::Died(why) => format!("the agent's program failed: {why}"),
@@ -440,11 +435,6 @@ fn commit_best(engine: &Engine, run: &Run, outcomes: &mut [Outcome]) -> Result<(
         }
     })?;
     Ok(())
-}
-
-fn words(failure: &Failure) -> String {
-    let text = failure.render();
-    text.trim().trim_start_matches("error: ").to_owned()
 }
 
 #[cfg(test)]

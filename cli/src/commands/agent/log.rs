@@ -183,6 +183,7 @@ fn told(entry: &Entry) -> String {
             0 => format!("machine {vm} has gone"),
             more => format!("machine {vm} has gone; {more} more refusals"),
         },
+        Entry::Rest { ms } => format!("it stood still: {ms} ms that do not count"),
         Entry::Torn { bytes } => format!("{bytes} bytes of a cut line were taken away"),
     }
 }

@@ -9,11 +9,13 @@ mod log;
 mod outcome;
 mod patch;
 mod ps;
+mod resume;
 mod run;
 mod score;
 mod session;
 mod show;
 mod steer;
+mod steps;
 mod stop;
 mod tree;
 mod work;
@@ -34,6 +36,7 @@ use crate::failure::Failure;
 pub enum Command {
     Run(Box<run::Args>),
     Attach(attach::Args),
+    Resume(resume::Args),
     Ps(ps::Args),
     Fork(Box<fork::Args>),
     Tree(ps::TreeArgs),
@@ -48,6 +51,7 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => run::run(engine, &args),
         Command::Attach(args) => attach::run(engine, &args),
+        Command::Resume(args) => resume::run(engine, &args),
         Command::Ps(args) => ps::run(engine, &args),
         Command::Fork(args) => fork::run(engine, &args),
         Command::Tree(args) => ps::tree(engine, &args),
@@ -61,6 +65,12 @@ pub fn run(engine: &Engine, command: Command) -> Result<ExitCode, Failure> {
 fn find(engine: &Engine, text: &str) -> Result<Run, Failure> {
     let vm = engine.store().find(text).ok().map(|entry| entry.dir.id());
     Ok(engine.runs().find(text, vm.as_deref())?)
+}
+
+/// The process of a run's agent, the same in all its machines.
+fn started(run: &Run) -> Result<i32, Failure> {
+    run.pid
+        .ok_or_else(|| Failure::new(format!("the agent of run {} never started", run.id)))
 }
 
 /// A branch whose machine is there: the one that is named, or the only one.
@@ -119,8 +129,7 @@ fn at_work(run: &Run, branch: &Branch) -> Result<i32, Failure> {
             run.id, branch.name
         )));
     }
-    run.pid
-        .ok_or_else(|| Failure::new(format!("the agent of run {} never started", run.id)))
+    started(run)
 }
 
 /// The configuration that a run was started with, and keys for a bridge that must be started again.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use ratoon_bridge_api::amount::Amount;
 use ratoon_engine::Engine;
 use ratoon_engine::agent::{Branch, Run};
+use ratoon_engine::steps;
 use ratoon_engine::vm::life::{self, Status};
 use serde::Serialize;
 
@@ -24,7 +25,8 @@ pub struct Args {
     json: bool,
 }
 
-/// Show a run's branches: who was forked from whom, what became of each, what it has used.
+/// Show a run's branches: who was forked from whom, what became of each, at which steps it can be forked, what it has
+/// used.
 #[derive(clap::Args)]
 pub struct TreeArgs {
     /// The run's id, the beginning of it, or its machine's name.
@@ -44,6 +46,8 @@ struct Told {
     machines: BTreeMap<String, Status>,
     /// By branch: what is used, where a bridge can tell.
     used: BTreeMap<String, Amount>,
+    /// By branch: the steps at which it can be forked.
+    kept: BTreeMap<String, Vec<u32>>,
 }
 
 fn told(engine: &Engine, run: Run) -> Told {
@@ -53,6 +57,13 @@ fn told(engine: &Engine, run: Run) -> Told {
         is_it.then(|| (branch.name.clone(), life::info(&entry).status))
     };
     let machines = run.branches.iter().filter_map(status).collect();
+    let steps = |branch: &Branch| {
+        let entry = engine.store().find(&branch.vm).ok()?;
+        let kept = steps::kept(&entry.dir);
+        let kept: Vec<u32> = kept.iter().map(|it| it.step).collect();
+        (entry.dir.id() == branch.vm && !kept.is_empty()).then(|| (branch.name.clone(), kept))
+    };
+    let kept = run.branches.iter().filter_map(steps).collect();
     // Without a bridge nobody counts: the record tells (`ratoon agent log`).
     let used = engine.bridge().usage(&run.id).unwrap_or_default();
     let used = used.into_iter().map(|it| (it.branch, it.spent)).collect();
@@ -60,6 +71,7 @@ fn told(engine: &Engine, run: Run) -> Told {
         run,
         machines,
         used,
+        kept,
     }
 }
 
@@ -118,7 +130,7 @@ pub fn tree(engine: &Engine, args: &TreeArgs) -> Result<ExitCode, Failure> {
     let mut rows = Vec::new();
     below(engine, &told, None, 0, &mut rows);
     let head = [
-        "BRANCH", "STATUS", "STEPS", "SCORE", "OUT", "VM", "PATCH", "STEERED",
+        "BRANCH", "STATUS", "STEPS", "KEPT", "SCORE", "OUT", "VM", "PATCH", "STEERED",
     ];
     output::write(output::table(&head, &rows).as_bytes())?;
     Ok(ExitCode::SUCCESS)
@@ -137,6 +149,10 @@ fn below(
         }
         let patch = engine.runs().patch(&told.run.id, &branch.name);
         let used = told.used.get(&branch.name);
+        let kept = told.kept.get(&branch.name).map(|steps| {
+            let steps: Vec<String> = steps.iter().map(u32::to_string).collect();
+            steps.join(",")
+        });
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
         let mut steer = show::clean(branch.steer.as_deref().unwrap_or("-"));
         if let Some((end, _)) = steer.char_indices().nth(40) {
@@ -151,6 +167,7 @@ fn below(
             format!("{}{}", "  ".repeat(deep), branch.name),
             status,
             branch.steps.to_string(),
+            or_none(kept),
             or_none(branch.score.map(|score| score.to_string())),
             or_none(used.map(|used| used.output_tokens.to_string())),
             branch.vm.clone(),

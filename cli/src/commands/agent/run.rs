@@ -17,6 +17,7 @@ use ratoon_protocol::{AgentEvent, AgentLimits, Profile, Task, Wire};
 
 use super::finish::{Finish, Watch};
 use super::session::{Agent, Heard, Left};
+use super::steps::Keeping;
 use super::stop::{Stop, Stopped};
 use super::tree::{LeftOut, Tree, pack};
 use super::work::{self, DIRECTORY};
@@ -28,6 +29,9 @@ use crate::{guest, output, units};
 const MAIN: &str = "main";
 /// An answer has no more tokens, whatever the model could.
 const MOST_ANSWER_TOKENS: u32 = 32_000;
+/// The bridge refuses calls so long after the agent should have ended by itself: it counts from before the machine's
+/// start of the agent.
+const LATE: Duration = Duration::from_secs(60);
 /// So many calls for each step: retries, and the children of forks.
 const CALLS_A_STEP: u64 = 4;
 
@@ -83,12 +87,19 @@ pub struct Args {
     /// Most money, in US dollars, with all children of forks; the model needs a price.
     #[arg(long, value_name = "USD", value_parser = microusd)]
     max_money: Option<u64>,
-    /// Most time.
+    /// Most time, but for that in which it is held.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = units::duration)]
     timeout: Duration,
+    /// Most time of calls of the model, added up, with all children of forks.
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    max_model_time: Option<Duration>,
     /// Hold before this step (from 1), for `ratoon agent fork`; may be given several times.
     #[arg(long, value_name = "STEP")]
     hold_before: Vec<u32>,
+    /// Keep the machine as it is before each step, for `ratoon agent fork --at STEP`: at least the last N, and at most
+    /// twice as many. An attached command does it (this one, `attach`); without one the agent waits.
+    #[arg(long, value_name = "N", conflicts_with = "detach", value_parser = clap::value_parser!(u32).range(1..=64))]
+    keep_steps: Option<u32>,
     /// Leave the machine at the end.
     #[arg(long)]
     keep: bool,
@@ -170,7 +181,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     engine.bridge().ensure(&config, &keys)?;
     let id = engine.runs().begin()?;
     let profile = profile(args.profile, chosen.wire);
-    let run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    let mut run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    run.keep_steps = args.keep_steps;
     let begun = begin(engine, args, (&config, &keys), &chosen, &stop, run);
     if begun.is_err() {
         engine.runs().forget(&id);
@@ -236,11 +248,17 @@ fn begin(
     Ok(Begun { run, vm, client })
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn budget(args: &Args) -> Limits {
     Limits {
         calls: Some(u64::from(args.max_steps) * CALLS_A_STEP),
         output_tokens: args.max_tokens_out,
         cost_microusd: args.max_money,
+        wall_ms: Some(millis(args.timeout.saturating_add(LATE))),
+        working_ms: args.max_model_time.map(millis),
         ..Limits::default()
     }
 }
@@ -277,7 +295,7 @@ fn not_started(error: StartError, stop: &Stop) -> Failure {
 }
 
 fn task(args: &Args, chosen: &Chosen, run: &Run) -> Task {
-    let wall_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
+    let wall_ms = millis(args.timeout);
     Task {
         run: run.id.clone(),
         branch: MAIN.into(),
@@ -297,6 +315,7 @@ fn task(args: &Args, chosen: &Chosen, run: &Run) -> Task {
             ..AgentLimits::default()
         },
         hold_before: args.hold_before.clone(),
+        boundaries: args.keep_steps.is_some(),
     }
 }
 
@@ -331,6 +350,7 @@ fn work_on(
         eprintln!("run {} in machine {}", run.id, dir.id());
     }
     let mut vm = Some(vm);
+    let mut keeping = Keeping::of(engine, &run, &dir, &agent.orders);
     let mut watch = Watch::new(args.json);
     let left = agent.start(&mut client, &task, &mut |heard| match heard {
         Heard::Pid(pid) => {
@@ -344,6 +364,9 @@ fn work_on(
         }
         Heard::Event(event) => {
             watch.event(event);
+            if let Some(keeping) = &mut keeping {
+                keeping.event(event);
+            }
             // It has its task.
             !(args.detach && matches!(event, AgentEvent::Started { .. }))
         }

@@ -103,7 +103,7 @@ impl Show {
                 error, output, ms, ..
             } => self.result(*error, output, *ms),
             AgentEvent::Notice { text } => self.line(&format!("note: {}", short(text))),
-            AgentEvent::Held { step } => self.line(&format!("held before step {step}")),
+            AgentEvent::Held { step, .. } => self.line(&format!("held before step {step}")),
             AgentEvent::Going { branch } => self.line(&format!("goes on as {}", short(branch))),
             AgentEvent::Ended {
                 ending,
@@ -121,6 +121,8 @@ impl Show {
             AgentEvent::Text { .. }
             | AgentEvent::Started { .. }
             | AgentEvent::Step { .. }
+            | AgentEvent::Boundary { .. }
+            | AgentEvent::Echo { .. }
             | AgentEvent::Thinking { .. }
             | AgentEvent::Answered { .. } => String::new(),
         }
@@ -237,7 +239,10 @@ mod tests {
             text: "half a li".into(),
         };
         assert_eq!(show.render(&text), "");
-        let held = AgentEvent::Held { step: 3 };
+        let held = AgentEvent::Held {
+            step: 3,
+            nonce: None,
+        };
         assert_eq!(show.render(&held), "[main.1] held before step 3\n");
     }
 
