@@ -35,6 +35,8 @@ pub enum Choice {
     Block,
     /// The socket device: throughput and round trips.
     Vsock,
+    /// The network device: TCP over a tap; needs root.
+    Net,
     /// `ratoon run`, whole, the second time.
     Run,
     /// All of them.
@@ -43,7 +45,7 @@ pub enum Choice {
 
 /// Scenarios in the order in which they run, each with its share of the time of a full run and of
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
-const SHARES: [(Choice, u32, Option<u32>); 14] = [
+const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 25, Some(8)),
     (Choice::Boot, 90, Some(26)),
@@ -57,6 +59,7 @@ const SHARES: [(Choice, u32, Option<u32>); 14] = [
     (Choice::Fork, 140, None),
     (Choice::Block, 40, None),
     (Choice::Vsock, 40, None),
+    (Choice::Net, 40, None),
     (Choice::Run, 30, None),
 ];
 
@@ -89,7 +92,13 @@ impl Choice {
             Self::Restore | Self::Pause | Self::Exec | Self::Memory => &[256],
             Self::Burst | Self::Sustained | Self::Density | Self::Run => &[256],
             Self::Fork => &[512],
-            Self::Null | Self::Start | Self::Boot | Self::Block | Self::Vsock | Self::All => &[],
+            Self::Null
+            | Self::Start
+            | Self::Boot
+            | Self::Block
+            | Self::Vsock
+            | Self::Net
+            | Self::All => &[],
         }
     }
 
@@ -118,6 +127,7 @@ impl Choice {
             Self::Fork => super::fork::run(plan, samples),
             Self::Block => super::block::run(plan, samples),
             Self::Vsock => super::vsock::run(plan, samples),
+            Self::Net => super::net::run(plan, samples),
             Self::Run => super::run::run(plan, samples),
             // Never in a plan: it stands for the others.
             Self::All => Ok(()),

@@ -96,12 +96,12 @@ fn beside_peers(
     vm: &Vm,
     client: &mut RuntimeClient,
 ) -> Result<()> {
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let mut peers = Peers::of(&adapters, NAME, Ability::Calls, samples)?;
     let mut places = BTreeMap::new();
     for name in peers.names_with_ours() {
         let place = peers.attempt(name, samples, |peer| {
-            plan.parts.saved.of(peer, plan.parts, MIB)
+            plan.parts.saved.of(peer, plan.parts, MIB, plan.patience())
         })?;
         places.extend(place.map(|place| (name, place)));
     }
@@ -127,11 +127,13 @@ fn beside_peers(
                 let Some(machine) = machines.get_mut(name) else {
                     continue;
                 };
-                let from = Instant::now();
+                let client = &mut machine.client;
                 let ms = peers.attempt(name, samples, |_| {
-                    let called = call(&mut machine.client);
-                    called.map_err(|error| machine.running.explain(error))?;
-                    Ok(from.elapsed().as_secs_f64() * 1e3)
+                    machine.running.asked(|| {
+                        let from = Instant::now();
+                        call(client)?;
+                        Ok(from.elapsed().as_secs_f64() * 1e3)
+                    })
                 })?;
                 if let Some(ms) = ms.filter(|_| round > 0) {
                     samples.add(&series(NAME, name, what, "ms", readiness), round, ms)?;

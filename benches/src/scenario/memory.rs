@@ -147,17 +147,21 @@ fn clones(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
 }
 
 fn of_peers(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let mut peers = Peers::of(&adapters, NAME, Ability::Restore, samples)?;
     let names = peers.names_with_ours();
     for round in plan.budget.rounds(plan.rounds(3, 1)) {
         for &name in &names {
             go_on()?;
             let memory = peers.attempt(name, samples, |peer| {
-                let place = plan.parts.saved.of(peer, plan.parts, MIB)?;
+                let place = plan
+                    .parts
+                    .saved
+                    .of(peer, plan.parts, MIB, plan.patience())?;
                 let mut woken = peer::wake(peer, &place)?;
-                let ran = exec(&mut woken.client, &["true"], &mut io::sink());
-                ran.map_err(|error| woken.running.explain(error))?;
+                let client = &mut woken.client;
+                let ran = || exec(client, &["true"], &mut io::sink());
+                woken.running.asked(ran)?;
                 proc::of_peer(woken.running.pid(), MIB)
             })?;
             if let Some(memory) = memory {
