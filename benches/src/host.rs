@@ -109,6 +109,11 @@ fn output_in_time(program: &Path, args: &[&str]) -> String {
     String::from_utf8_lossy(&said).trim().to_owned()
 }
 
+/// Logical processors that this process may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Measures the noise floor: 31 turns of a loop of twenty million steps, a second or so in all.
 pub fn noise() -> Noise {
     let loadavg = read("/proc/loadavg");
@@ -183,7 +188,7 @@ pub fn facts_without_noise() -> Host {
         command: std::env::args().map(base).collect(),
         commit: output("git", &["describe", "--always", "--dirty"]),
         cpu,
-        cpus: std::thread::available_parallelism().map_or(0, usize::from),
+        cpus: processors(),
         governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         memory_mib,
         kernel: read("/proc/sys/kernel/osrelease"),

@@ -87,12 +87,25 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         // Whoever wants one that could not be made tries again, and says why not.
         parts.warm.make(parts, &machines);
     }
+    // As many at a time as there are processors.
+    let turns = machines.len().div_ceil(host::processors()).max(1);
+    let boot = begun.elapsed() / u32::try_from(turns).unwrap_or(1);
     for (index, choice) in chosen.iter().enumerate() {
         let name = choice.name();
         let left = whole.saturating_sub(begun.elapsed());
-        if is_stopped() || samples.is_torn() || left.is_zero() {
-            if left.is_zero() {
-                let why = format!("the run's {} s were over before it", whole.as_secs());
+        let least = match choice.boots() {
+            // A boot, and as much again for what it was booted for.
+            true => 2 * boot,
+            false => Duration::ZERO,
+        };
+        let is_late = left.is_zero() || left < least;
+        if is_stopped() || samples.is_torn() || is_late {
+            if is_late {
+                let why = format!(
+                    "of the run's {} s {} were left, too few for it",
+                    whole.as_secs(),
+                    left.as_secs()
+                );
                 // That it cannot be written is told by the end.
                 let _ = samples.missing(name.clone(), "ratoon", why);
                 late.push(name.clone());

@@ -19,6 +19,7 @@ use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus, FreezeParams};
 use ratoon_vmm_api::MetricsReply;
 use tempfile::TempDir;
 
+use crate::host;
 use crate::machine::{Parts, go_on};
 use crate::scenario::exec;
 
@@ -203,7 +204,7 @@ impl WarmMachines {
     /// Makes those of these sizes, as many at a time as the host has processors: a boot takes one. They are frozen
     /// one after the other, while nothing else goes on. What fails is left out.
     pub fn make(&self, parts: &Parts, sizes: &BTreeSet<u64>) {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let processors = host::processors();
         let sizes: Vec<u64> = sizes.iter().copied().collect();
         for some in sizes.chunks(processors) {
             if go_on().is_err() {

@@ -83,7 +83,6 @@ fn median(values: &mut [f64]) -> f64 {
 pub fn measure(parts: &Parts) -> Result<Vec<Measured>> {
     let mut figures = Figures(Vec::new());
     eprintln!("ratoon-bench: gate: a VMM's start …");
-    start(parts, &mut figures)?;
     traced(parts, &mut figures)?;
     instructions(parts, &mut figures)?;
     eprintln!("ratoon-bench: gate: calls, restore, fork …");
@@ -96,33 +95,6 @@ pub fn measure(parts: &Parts) -> Result<Vec<Measured>> {
     drop(client);
     vm.end()?;
     Ok(figures.0)
-}
-
-/// Page faults of the thread that starts the VM, until it runs.
-fn start(parts: &Parts, figures: &mut Figures) -> Result<()> {
-    let mut faults = Vec::new();
-    for _ in 0..ROUNDS {
-        let mut vm = Ratoon::spawn(parts, &Shape::of(128))?;
-        vm.running()?;
-        faults.push(page_faults(vm.pid())? as f64);
-        vm.stop()?;
-    }
-    let name = "start: page faults of the VMM's first thread";
-    figures.add(name, "count", Ok(least(&faults)), COUNT, START);
-    Ok(())
-}
-
-/// Minor and major faults of a process's first thread (proc(5), fields 10 and 12 of stat).
-fn page_faults(pid: u32) -> Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat"))
-        .context("page faults of the VMM")?;
-    // The second field is a name in brackets, which may hold anything.
-    let fields = stat.rsplit_once(") ").context("a line of stat")?.1;
-    let mut fields = fields.split(' ');
-    let mut field = |number: usize| fields.nth(number).and_then(|text| text.parse::<u64>().ok());
-    let minor = field(7).context("minor faults")?;
-    let major = field(1).context("major faults")?;
-    Ok(minor + major)
 }
 
 /// A program that runs the VMM under another.
@@ -407,10 +379,5 @@ mod tests {
         let error = counter("<not supported>,,instructions:u,0,100.00,,\n").expect_err("none");
         assert!(error.to_string().contains("<not supported>"), "{error}");
         assert!(counter("").is_err());
-    }
-
-    #[test]
-    fn this_process_has_page_faults() {
-        assert!(page_faults(std::process::id()).expect("faults") > 0);
     }
 }

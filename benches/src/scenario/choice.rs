@@ -48,15 +48,15 @@ pub enum Choice {
 const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 25, Some(8)),
-    (Choice::Boot, 90, Some(26)),
-    (Choice::Restore, 220, Some(30)),
+    (Choice::Boot, 80, Some(26)),
+    (Choice::Restore, 200, Some(30)),
     (Choice::Exec, 40, Some(8)),
     (Choice::Memory, 40, Some(6)),
     (Choice::Pause, 40, None),
     (Choice::Burst, 40, Some(7)),
     (Choice::Sustained, 50, None),
     (Choice::Density, 30, None),
-    (Choice::Fork, 140, None),
+    (Choice::Fork, 200, None),
     (Choice::Block, 40, None),
     (Choice::Vsock, 40, None),
     (Choice::Net, 40, None),
@@ -100,6 +100,11 @@ impl Choice {
             | Self::Net
             | Self::All => &[],
         }
+    }
+
+    /// Whether it boots a machine of its own, which nothing can cut.
+    pub fn boots(self) -> bool {
+        matches!(self, Self::Boot | Self::Block | Self::Vsock | Self::Net)
     }
 
     /// As users name it.

@@ -15,6 +15,7 @@ use ratoon_engine::vm::launch::Vm;
 use super::phases::Timeline;
 use super::{Plan, exec, series, verdict};
 use crate::budget::Budget;
+use crate::host::processors;
 use crate::machine::{go_on, monotonic_ns};
 use crate::proc;
 use crate::samples::{Readiness, Samples, number, percentile};
@@ -38,9 +39,9 @@ const PRIVATE_TARGET_KIB: f64 = 1.5 * 1024.0;
 /// # Errors
 /// When a machine does not come up.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    one_child(plan, &plan.budget.part(0.45), samples)?;
-    deep(plan, &plan.budget.part(0.35), samples)?;
-    let few = plan.budget.part(0.25);
+    one_child(plan, &plan.budget.part(0.3), samples)?;
+    deep(plan, &plan.budget.part(0.3), samples)?;
+    let few = plan.budget.part(0.15);
     let mut seconds = wide(plan, &few, samples, FEW, false)?;
     if plan.quick {
         return Ok(());
@@ -321,10 +322,6 @@ fn wide(
     drop(client);
     vm.end()?;
     Ok(took * MANY / count)
-}
-
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn push<T>(list: &Mutex<Vec<T>>, value: T) {
