@@ -30,16 +30,17 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 const EXACT: Tolerance = tolerance(0.0, 2.0);
 const COUNT: Tolerance = tolerance(5.0, 5.0);
-/// Up to 18 % was seen between runs on a busy host; what a guest does by the clock is in its counts.
+/// Up to 19 % was seen between runs on a busy host; what a guest does by the clock is in its counts.
 const GUEST: Tolerance = tolerance(25.0, 500.0);
 const EXITS: Tolerance = tolerance(25.0, 10.0);
-/// 0.8 %.
+/// 1 %.
 const FAULTS: Tolerance = tolerance(10.0, 10.0);
 /// 4 %.
 const MEMORY: Tolerance = tolerance(10.0, 64.0);
-/// 12 %: which pages a guest writes depends on what else its clock made it do.
+/// 5 %. (What a child of a fork has written is no figure: 36 %.)
 const GUEST_MEMORY: Tolerance = tolerance(20.0, 256.0);
-const RATIO: Tolerance = tolerance(15.0, 0.05);
+/// 15 %.
+const RATIO: Tolerance = tolerance(25.0, 0.05);
 
 const START: &str = "vmm/src/start.rs, and `strace -f` of a VMM";
 const SIZE: &str = "smaps of a VMM: `ratoon bench memory` tells it by part";
@@ -297,7 +298,7 @@ fn private(vm: &Vm) -> Result<(f64, f64)> {
 
 /// Memory of a child that has run a statement.
 fn forks(warm: &Warm, vm: &Vm, client: &mut RuntimeClient, figures: &mut Figures) -> Result<()> {
-    let (mut own, mut guest) = (Vec::new(), Vec::new());
+    let mut own = Vec::new();
     // The first freeze is another: memory is shared before it.
     for round in 0..=TRACED_ROUNDS {
         let engine = warm.sandboxes.engine();
@@ -305,16 +306,12 @@ fn forks(warm: &Warm, vm: &Vm, client: &mut RuntimeClient, figures: &mut Figures
         let mut child = forked.children.pop().context("one child")??;
         cell(&mut child.runtime()?, "1 + 1")?;
         if round > 0 {
-            let (vmm, memory) = private(&child)?;
-            own.push(vmm);
-            guest.push(memory);
+            own.push(private(&child)?.0);
         }
         child.end()?;
     }
     let name = "fork: a child's VMM, private memory after a statement";
     figures.add(name, "KiB", Ok(median(&mut own)), MEMORY, SIZE);
-    let name = "fork: a child's guest memory, written after a statement";
-    figures.add(name, "KiB", Ok(median(&mut guest)), GUEST_MEMORY, CLONES);
     Ok(())
 }
 
