@@ -52,6 +52,15 @@ impl<'a> Budget<'a> {
         more
     }
 
+    /// Whether something that takes so long fits into what is left; remembers that it did not.
+    pub fn fits(&self, time: Duration) -> bool {
+        let fits = time <= self.left();
+        if !fits {
+            self.run_out();
+        }
+        fits
+    }
+
     fn run_out(&self) {
         self.over.set(true);
         if let Some(whole) = self.whole {
@@ -87,6 +96,15 @@ mod tests {
         let budget = Budget::of(Duration::from_secs(3600));
         assert_eq!(budget.rounds(5).count(), 5);
         assert!(!budget.ran_out());
+    }
+
+    #[test]
+    fn what_takes_longer_than_is_left_does_not_fit_and_that_is_remembered() {
+        let whole = Budget::of(Duration::from_secs(1000));
+        let part = whole.part(0.5);
+        assert!(part.fits(Duration::from_secs(400)) && !whole.ran_out());
+        assert!(!part.fits(Duration::from_secs(600)));
+        assert!(part.ran_out() && whole.ran_out());
     }
 
     #[test]

@@ -6,12 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use ratoon_vmm_api::HostClass;
 use serde::{Deserialize, Serialize};
+
+use crate::machine::Process;
+
+/// How long a peer may take to say its version.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// No version is longer.
+const SAID_MAX_BYTES: usize = 4096;
 
 /// Facts of the host and of the programs measured.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -69,6 +76,42 @@ fn output(program: &str, args: &[&str]) -> String {
         .filter(|output| output.status.success())
         .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         .unwrap_or_default()
+}
+
+/// What a program of somebody else's says within [`PATIENCE`]; empty when it says nothing until then.
+fn output_in_time(program: &Path, args: &[&str]) -> String {
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let Ok(child) = command.spawn() else {
+        return String::new();
+    };
+    let mut process = Process(child);
+    let from = Instant::now();
+    while matches!(process.0.try_wait(), Ok(None)) {
+        if from.elapsed() > PATIENCE {
+            return String::new();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut said = Vec::new();
+    // A child of its own may still hold the pipe: only what is there already.
+    if let Some(out) = &process.0.stdout
+        && rustix::io::ioctl_fionread(out).is_ok_and(|bytes| bytes > 0)
+    {
+        said.resize(SAID_MAX_BYTES, 0);
+        let len = rustix::io::read(out, &mut said).unwrap_or(0);
+        said.truncate(len);
+    }
+    String::from_utf8_lossy(&said).trim().to_owned()
+}
+
+/// Logical processors that this process may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Measures the noise floor: 31 turns of a loop of twenty million steps, a second or so in all.
@@ -145,12 +188,12 @@ pub fn facts_without_noise() -> Host {
         command: std::env::args().map(base).collect(),
         commit: output("git", &["describe", "--always", "--dirty"]),
         cpu,
-        cpus: std::thread::available_parallelism().map_or(0, usize::from),
+        cpus: processors(),
         governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         memory_mib,
         kernel: read("/proc/sys/kernel/osrelease"),
         kvm,
-        class: match ratoon_vmm::host::detect() {
+        class: match HostClass::detect() {
             HostClass::Hardware => "hardware",
             HostClass::Emulated => "emulated",
         }
@@ -163,11 +206,28 @@ pub fn facts_without_noise() -> Host {
 /// What each peer says of its version.
 pub fn versions(peers: &BTreeMap<String, PathBuf>) -> BTreeMap<String, String> {
     let version = |path: &PathBuf| {
-        let said = output(&path.to_string_lossy(), &["--version"]);
+        let said = output_in_time(path, &["--version"]);
         said.lines().next().unwrap_or("unknown version").to_owned()
     };
     peers
         .iter()
         .map(|(name, path)| (name.clone(), version(path)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_does_not_say_its_version_holds_nobody_up() {
+        let said = |script: &str| output_in_time(Path::new("sh"), &["-c", script]);
+        assert_eq!(said("echo one; echo two"), "one\ntwo");
+        assert_eq!(said("sleep 1 & echo mine"), "mine");
+        assert_eq!(said("exit 3"), "");
+        assert_eq!(output_in_time(Path::new("/no/such/peer"), &[]), "");
+        let from = Instant::now();
+        assert_eq!(said("exec sleep 1000"), "");
+        assert!(from.elapsed() < 10 * PATIENCE);
+    }
 }

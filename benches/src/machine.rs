@@ -5,7 +5,7 @@
 //! then. Should the harness itself be killed, the VMM's lifeline ends it.
 //!
 //! How it fails: a machine that ends or does not come up in time is an error with the last lines
-//! that it said; ^C is [`Interrupted`].
+//! that it said.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -27,6 +26,8 @@ use ratoon_vmm_api::{DiskConfig, MetricsReply, NetConfig, SerialConfig, VmConfig
 use tempfile::TempDir;
 
 pub use crate::clock::monotonic_ns;
+pub use crate::interrupt::go_on;
+use crate::interrupt::is_stopped;
 use crate::peer::SavedPeers;
 use crate::proc;
 use crate::sandbox::WarmMachines;
@@ -39,32 +40,6 @@ const END_PATIENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(2);
 /// What the runtime says on the console with `ratoon.ready=console`.
 const READY_LINE: &str = "ratoon-runtime: ready";
-
-/// Set by SIGINT and SIGTERM.
-pub static STOP: AtomicBool = AtomicBool::new(false);
-
-/// The run was stopped by a signal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-/// Whether to go on.
-///
-/// # Errors
-/// [`Interrupted`] after a signal.
-pub fn go_on() -> Result<()> {
-    if STOP.load(Ordering::Relaxed) {
-        return Err(Interrupted.into());
-    }
-    Ok(())
-}
 
 /// What all machines of a run are made of.
 #[derive(Debug, Clone)]
@@ -441,9 +416,9 @@ fn says_ready(serial: &Path) -> bool {
     })
 }
 
-/// The same error with a machine's last words behind it. An interrupt stays one.
+/// The same error with a machine's last words behind it; but for an interrupt, which needs no reason.
 pub fn explain(error: anyhow::Error, words: &str) -> anyhow::Error {
-    match error.is::<Interrupted>() {
+    match is_stopped() {
         true => error,
         false => anyhow::anyhow!("{error:#}; {words}"),
     }

@@ -13,6 +13,7 @@ mod clock;
 mod compare;
 mod gate;
 mod host;
+mod interrupt;
 mod machine;
 mod peer;
 mod proc;
@@ -124,10 +125,11 @@ fn main() -> ExitCode {
     match dispatch(&Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ratoon-bench: {error:#}");
-            if error.is::<machine::Interrupted>() {
+            if interrupt::is_stopped() {
+                eprintln!("ratoon-bench: interrupted");
                 return ExitCode::from(130);
             }
+            eprintln!("ratoon-bench: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -3,16 +3,17 @@
 //! what there is until then is reported as partial.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::analysis::Analysis;
 use crate::budget::Budget;
-use crate::machine::{Interrupted, Parts, STOP};
+use crate::interrupt::{self, is_stopped};
+use crate::machine::Parts;
 use crate::record::Outcome;
 use crate::samples::Samples;
 use crate::scenario::Plan;
@@ -75,6 +76,7 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         partial: None,
     };
     let mut failed = Vec::new();
+    let mut late = Vec::new();
     let machines: BTreeSet<u64> = chosen
         .iter()
         .flat_map(|choice| choice.machines(args.quick))
@@ -85,13 +87,32 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         // Whoever wants one that could not be made tries again, and says why not.
         parts.warm.make(parts, &machines);
     }
+    // As many at a time as there are processors.
+    let turns = machines.len().div_ceil(host::processors()).max(1);
+    let boot = begun.elapsed() / u32::try_from(turns).unwrap_or(1);
     for (index, choice) in chosen.iter().enumerate() {
         let name = choice.name();
-        if STOP.load(Ordering::Relaxed) || samples.is_torn() {
+        let left = whole.saturating_sub(begun.elapsed());
+        let least = match choice.boots() {
+            // A boot, and as much again for what it was booted for.
+            true => 2 * boot,
+            false => Duration::ZERO,
+        };
+        let is_late = left.is_zero() || left < least;
+        if is_stopped() || samples.is_torn() || is_late {
+            if is_late {
+                let why = format!(
+                    "of the run's {} s {} were left, too few for it",
+                    whole.as_secs(),
+                    left.as_secs()
+                );
+                // That it cannot be written is told by the end.
+                let _ = samples.missing(name.clone(), "ratoon", why);
+                late.push(name.clone());
+            }
             samples.scenario_ended(&name, Outcome::NotBegun, 0.0, None);
             continue;
         }
-        let left = whole.saturating_sub(begun.elapsed());
         let plan = Plan {
             parts,
             quick: args.quick,
@@ -105,7 +126,7 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         let (outcome, error) = match result {
             Ok(()) if plan.budget.ran_out() => (Outcome::OutOfTime, None),
             Ok(()) => (Outcome::Done, None),
-            Err(error) if error.is::<Interrupted>() || STOP.load(Ordering::Relaxed) => {
+            Err(_) if is_stopped() => {
                 went.code = ExitCode::from(130);
                 (Outcome::Interrupted, None)
             }
@@ -118,10 +139,13 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
         };
         samples.scenario_ended(&name, outcome, took, error);
     }
-    if STOP.load(Ordering::Relaxed) {
+    if is_stopped() {
+        went.code = ExitCode::from(130);
         went.partial = Some("interrupted".into());
     } else if !failed.is_empty() {
         went.partial = Some(format!("failed: {}", failed.join(", ")));
+    } else if !late.is_empty() {
+        went.partial = Some(format!("no time was left for {}", late.join(", ")));
     }
     went
 }
@@ -132,7 +156,7 @@ fn measure(args: &Args, parts: &Parts, samples: &mut Samples) -> Went {
 /// When something to run with is missing, or no output can be written.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let parts = setup::parts(&args.image, &args.peers)?;
-    setup::stop_on_signals()?;
+    interrupt::watch_signals()?;
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("output folder {}", args.out.display()))?;
     let host = host::facts(host::versions(&parts.peers));
@@ -140,9 +164,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let went = measure(args, &parts, &mut samples);
     // Machines that scenarios shared end here: they are no noise of the host's.
     drop(parts);
-    samples.end(Some(host::noise()), went.partial);
+    // Who has pressed ^C does not wait for it.
+    let noise_after = (!is_stopped()).then(host::noise);
+    samples.end(noise_after, went.partial);
     let analysis = Analysis::of_records(samples.records(), None);
-    print!("{}", report::markdown(&analysis));
+    // A closed terminal takes no table; the files have it.
+    let _ = std::io::stdout().write_all(report::markdown(&analysis).as_bytes());
     report::write(&analysis, &args.out)?;
     eprintln!(
         "ratoon-bench: the page: {}",

@@ -19,6 +19,7 @@ use ratoon_protocol::{Call, CodeEnd, CodeRun, CodeStatus, FreezeParams};
 use ratoon_vmm_api::MetricsReply;
 use tempfile::TempDir;
 
+use crate::host;
 use crate::machine::{Parts, go_on};
 use crate::scenario::exec;
 
@@ -137,18 +138,38 @@ pub struct Warm {
     pub first_pause: Duration,
 }
 
+/// A machine that has booted and was never frozen.
+struct Booted {
+    /// Dropped before its folder is.
+    vm: Vm,
+    client: RuntimeClient,
+    sandboxes: Sandboxes,
+}
+
+impl Booted {
+    /// Its first freeze: nothing else is to be going on, since its pause is told.
+    fn freeze(self) -> Result<Warm> {
+        let first_pause = self.sandboxes.snapshot(&self.vm, Warm::SNAPSHOT, false)?;
+        Ok(Warm {
+            sandboxes: self.sandboxes,
+            first_pause,
+            original: Mutex::new(Some((self.vm, self.client))),
+        })
+    }
+}
+
 impl Warm {
     /// The snapshot's name.
     pub const SNAPSHOT: &str = "bench";
 
-    fn boot(parts: &Parts, memory_mib: u64) -> Result<Self> {
+    /// Boots it; [`Booted::freeze`] makes the snapshot.
+    fn boot(parts: &Parts, memory_mib: u64) -> Result<Booted> {
         let sandboxes = Sandboxes::new(parts)?;
         let (vm, client) = sandboxes.boot(memory_mib)?;
-        let first_pause = sandboxes.snapshot(&vm, Self::SNAPSHOT, false)?;
-        Ok(Self {
+        Ok(Booted {
+            vm,
+            client,
             sandboxes,
-            first_pause,
-            original: Mutex::new(Some((vm, client))),
         })
     }
 
@@ -175,30 +196,35 @@ impl WarmMachines {
         if let Some(warm) = made.get(&memory_mib) {
             return Ok(Arc::clone(warm));
         }
-        let warm = Arc::new(Warm::boot(parts, memory_mib)?);
+        let warm = Arc::new(Warm::boot(parts, memory_mib)?.freeze()?);
         made.insert(memory_mib, Arc::clone(&warm));
         Ok(warm)
     }
 
-    /// Makes those of these sizes, as many at a time as the host has processors: a boot takes one. What fails is left
-    /// out.
+    /// Makes those of these sizes, as many at a time as the host has processors: a boot takes one. They are frozen
+    /// one after the other, while nothing else goes on. What fails is left out.
     pub fn make(&self, parts: &Parts, sizes: &BTreeSet<u64>) {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let processors = host::processors();
         let sizes: Vec<u64> = sizes.iter().copied().collect();
         for some in sizes.chunks(processors) {
             if go_on().is_err() {
                 return;
             }
-            std::thread::scope(|scope| {
-                for &mib in some {
-                    scope.spawn(move || {
-                        if let Ok(warm) = Warm::boot(parts, mib) {
-                            let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                            made.insert(mib, Arc::new(warm));
-                        }
-                    });
-                }
+            let booted: Vec<_> = std::thread::scope(|scope| {
+                let boots: Vec<_> = some
+                    .iter()
+                    .map(|&mib| (mib, scope.spawn(move || Warm::boot(parts, mib))))
+                    .collect();
+                let ends = boots.into_iter();
+                ends.map(|(mib, boot)| (mib, boot.join())).collect()
             });
+            for (mib, booted) in booted {
+                let booted = booted.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                if let Ok(warm) = booted.and_then(Booted::freeze) {
+                    let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    made.insert(mib, Arc::new(warm));
+                }
+            }
         }
     }
 }

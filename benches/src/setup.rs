@@ -2,8 +2,8 @@
 //! measured. It fails with what is missing and how to get it.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use ratoon_engine::Programs;
@@ -11,7 +11,7 @@ use ratoon_engine::dirs::Dirs;
 use ratoon_engine::image::ImageStore;
 use ratoon_engine::initramfs;
 
-use crate::machine::{Parts, STOP};
+use crate::machine::Parts;
 
 /// Peers that adapters exist for.
 const PEERS: [&str; 3] = ["firecracker", "cloud-hypervisor", "qemu"];
@@ -52,6 +52,22 @@ pub fn on_path(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
+/// Whether KVM can be opened: told before anything is measured.
+fn kvm(device: &Path) -> Result<()> {
+    let name = device.display();
+    let hint = "`ratoon doctor` says how to mend it";
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(device)
+        .with_context(|| format!("{name}: {hint}"))?;
+    // Documentation/admin-guide/devices.txt: misc device 232.
+    if opened.metadata()?.rdev() != rustix::fs::makedev(10, 232) {
+        bail!("{name} is not KVM's device: {hint}");
+    }
+    Ok(())
+}
+
 /// Finds what machines are made of.
 ///
 /// # Errors
@@ -73,11 +89,7 @@ pub fn parts(image: &str, peers: &[(String, PathBuf)]) -> Result<Parts> {
             kernel.display()
         );
     }
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .context("/dev/kvm: `ratoon doctor` says how to mend it")?;
+    kvm(Path::new("/dev/kvm"))?;
     let mut peers: BTreeMap<String, PathBuf> = peers.iter().cloned().collect();
     if let Some(qemu) = on_path("qemu-system-x86_64") {
         peers.entry("qemu".into()).or_insert(qemu);
@@ -104,19 +116,15 @@ pub fn parts(image: &str, peers: &[(String, PathBuf)]) -> Result<Parts> {
     })
 }
 
-/// Lets SIGINT and SIGTERM set [`STOP`].
-///
-/// # Errors
-/// When they cannot be caught.
-pub fn stop_on_signals() -> Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-    ])?;
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            STOP.store(true, Ordering::Relaxed);
-        }
-    });
-    Ok(())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_kvm_is_told_from_what_is_missing() {
+        let why = |device: &str| format!("{:#}", kvm(Path::new(device)).unwrap_err());
+        assert!(why("/no/such/kvm").contains("No such file"));
+        assert!(why("/dev/null").contains("/dev/null is not KVM's device"));
+        assert!(why("/dev/null").contains("ratoon doctor"));
+    }
 }

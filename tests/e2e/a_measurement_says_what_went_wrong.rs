@@ -11,6 +11,7 @@ use ratoon_tests::{Done, PATIENCE, finish, program};
 
 crate::promises!(
     an_interrupted_run_keeps_its_samples_and_reports_them_as_partial,
+    an_interrupt_does_not_wait_for_a_guest_and_leaves_nothing,
     a_full_disk_ends_the_run_with_the_samples_so_far_as_root,
     without_kvm_the_harness_says_how_to_mend_it_as_root,
 );
@@ -98,6 +99,43 @@ fn an_interrupted_run_keeps_its_samples_and_reports_them_as_partial() {
     // The same from the samples alone.
     let again = run(&["report", &text(out.path())]).ok();
     assert!(again.stdout.contains("report.html"), "{}", again.stdout);
+}
+
+fn an_interrupt_does_not_wait_for_a_guest_and_leaves_nothing() {
+    let (out, temp) = (
+        tempfile::tempdir().expect("a directory"),
+        tempfile::tempdir().expect("a directory"),
+    );
+    let child = bench(&["--out", &text(out.path()), "boot"])
+        .env("TMPDIR", temp.path())
+        .spawn()
+        .expect("ratoon-bench can be started");
+    let from = Instant::now();
+    let boots = || {
+        let machines = fs::read_dir(temp.path()).expect("a directory").flatten();
+        let mut sockets = machines.map(|machine| machine.path().join("control"));
+        sockets.any(|socket| socket.exists())
+    };
+    // From here on it takes seconds more where guest kernels are emulated.
+    while !boots() {
+        assert!(from.elapsed() < PATIENCE, "no guest boots");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
+    let from = Instant::now();
+    let done = finish(child);
+    let took = from.elapsed();
+    assert_eq!(done.code(), 130, "{}", done.stderr);
+    // It is a fraction of a second; the rest is for a host with much else to do.
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(
+        done.stdout.contains("boot: interrupted."),
+        "{}",
+        done.stdout
+    );
+    let left: Vec<_> = fs::read_dir(temp.path()).expect("a directory").collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 fn a_full_disk_ends_the_run_with_the_samples_so_far_as_root() {

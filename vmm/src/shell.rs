@@ -10,10 +10,11 @@
 //! mapped over it. What a shell has made does not depend on the generation, so that nothing of one is in it.
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use ratoon_vmm_api::HostClass;
 use vm_memory::GuestMemoryMmap;
 
+use crate::memory;
 use crate::start::{StartError, make_vcpus, open_kvm};
-use crate::{host, memory};
 
 /// A VM that waits for its state.
 pub struct Shell {
@@ -30,7 +31,7 @@ impl Shell {
     /// # Errors
     /// No KVM, no permission, no memory.
     pub fn make(vcpus: u32, memory_mib: u64) -> Result<Self, StartError> {
-        let class = host::detect();
+        let class = HostClass::detect();
         let kvm = open_kvm()?;
         let memory = memory::reserve(memory_mib)?;
         let vm = kvm.create_vm().map_err(crate::start::kvm_step("a VM"))?;

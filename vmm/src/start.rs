@@ -39,7 +39,7 @@ use crate::state::{DeviceState, MachineState, StateError, VcpuState};
 use crate::stats::StatsReader;
 use crate::vcpu::Vcpus;
 use crate::wiring::{self, command_line, wire};
-use crate::{cpuid, generation, host};
+use crate::{cpuid, generation};
 
 /// Where Intel's virtualization wants three unused pages: just below the BIOS area.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -157,7 +157,7 @@ impl Configured {
     /// A checked configuration, on the host as it is found to be. `main_ns` is CLOCK_MONOTONIC when
     /// the process began.
     pub fn new(config: VmConfig, main_ns: u64) -> Self {
-        let class = host::detect();
+        let class = HostClass::detect();
         if class == HostClass::Emulated {
             tracing::info!(
                 "this host has no hardware virtualization: guest kernels are emulated, with \

@@ -30,12 +30,17 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 const EXACT: Tolerance = tolerance(0.0, 2.0);
 const COUNT: Tolerance = tolerance(5.0, 5.0);
-/// On a busy host up to 18 % more was seen; what a guest does by the clock is in its counts.
+/// Up to 19 % was seen between runs on a busy host; what a guest does by the clock is in its counts.
 const GUEST: Tolerance = tolerance(25.0, 500.0);
 const EXITS: Tolerance = tolerance(25.0, 10.0);
-const MEMORY: Tolerance = tolerance(5.0, 64.0);
-const GUEST_MEMORY: Tolerance = tolerance(10.0, 256.0);
-const RATIO: Tolerance = tolerance(15.0, 0.05);
+/// 1 %.
+const FAULTS: Tolerance = tolerance(10.0, 10.0);
+/// 4 %.
+const MEMORY: Tolerance = tolerance(10.0, 64.0);
+/// 5 %. (What a child of a fork has written is no figure: 36 %.)
+const GUEST_MEMORY: Tolerance = tolerance(20.0, 256.0);
+/// 15 %.
+const RATIO: Tolerance = tolerance(25.0, 0.05);
 
 const START: &str = "vmm/src/start.rs, and `strace -f` of a VMM";
 const SIZE: &str = "smaps of a VMM: `ratoon bench memory` tells it by part";
@@ -83,7 +88,6 @@ fn median(values: &mut [f64]) -> f64 {
 pub fn measure(parts: &Parts) -> Result<Vec<Measured>> {
     let mut figures = Figures(Vec::new());
     eprintln!("ratoon-bench: gate: a VMM's start …");
-    start(parts, &mut figures)?;
     traced(parts, &mut figures)?;
     instructions(parts, &mut figures)?;
     eprintln!("ratoon-bench: gate: calls, restore, fork …");
@@ -96,33 +100,6 @@ pub fn measure(parts: &Parts) -> Result<Vec<Measured>> {
     drop(client);
     vm.end()?;
     Ok(figures.0)
-}
-
-/// Page faults of the thread that starts the VM, until it runs.
-fn start(parts: &Parts, figures: &mut Figures) -> Result<()> {
-    let mut faults = Vec::new();
-    for _ in 0..ROUNDS {
-        let mut vm = Ratoon::spawn(parts, &Shape::of(128))?;
-        vm.running()?;
-        faults.push(page_faults(vm.pid())? as f64);
-        vm.stop()?;
-    }
-    let name = "start: page faults of the VMM's first thread";
-    figures.add(name, "count", Ok(least(&faults)), COUNT, START);
-    Ok(())
-}
-
-/// Minor and major faults of a process's first thread (proc(5), fields 10 and 12 of stat).
-fn page_faults(pid: u32) -> Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat"))
-        .context("page faults of the VMM")?;
-    // The second field is a name in brackets, which may hold anything.
-    let fields = stat.rsplit_once(") ").context("a line of stat")?.1;
-    let mut fields = fields.split(' ');
-    let mut field = |number: usize| fields.nth(number).and_then(|text| text.parse::<u64>().ok());
-    let minor = field(7).context("minor faults")?;
-    let major = field(1).context("major faults")?;
-    Ok(minor + major)
 }
 
 /// A program that runs the VMM under another.
@@ -321,7 +298,7 @@ fn private(vm: &Vm) -> Result<(f64, f64)> {
 
 /// Memory of a child that has run a statement.
 fn forks(warm: &Warm, vm: &Vm, client: &mut RuntimeClient, figures: &mut Figures) -> Result<()> {
-    let (mut own, mut guest) = (Vec::new(), Vec::new());
+    let mut own = Vec::new();
     // The first freeze is another: memory is shared before it.
     for round in 0..=TRACED_ROUNDS {
         let engine = warm.sandboxes.engine();
@@ -329,16 +306,12 @@ fn forks(warm: &Warm, vm: &Vm, client: &mut RuntimeClient, figures: &mut Figures
         let mut child = forked.children.pop().context("one child")??;
         cell(&mut child.runtime()?, "1 + 1")?;
         if round > 0 {
-            let (vmm, memory) = private(&child)?;
-            own.push(vmm);
-            guest.push(memory);
+            own.push(private(&child)?.0);
         }
         child.end()?;
     }
     let name = "fork: a child's VMM, private memory after a statement";
     figures.add(name, "KiB", Ok(median(&mut own)), MEMORY, SIZE);
-    let name = "fork: a child's guest memory, written after a statement";
-    figures.add(name, "KiB", Ok(median(&mut guest)), GUEST_MEMORY, CLONES);
     Ok(())
 }
 
@@ -367,7 +340,7 @@ fn restores(warm: &Warm, command: Option<f64>, figures: &mut Figures) -> Result<
     let name = "restore to the end of true: VM exits";
     figures.add(name, "count", of(&exits), EXITS, CLONES);
     let name = "restore to the end of true: guest page faults that KVM took";
-    figures.add(name, "count", of(&faults), EXITS, CLONES);
+    figures.add(name, "count", of(&faults), FAULTS, CLONES);
     let name = "restore to the end of true, of true alone: guest-kernel instructions";
     let ratio = of(&instructions).and_then(|all| Ok(all / counted(command)?));
     figures.add(name, "ratio", ratio, RATIO, CLONES);
@@ -407,10 +380,5 @@ mod tests {
         let error = counter("<not supported>,,instructions:u,0,100.00,,\n").expect_err("none");
         assert!(error.to_string().contains("<not supported>"), "{error}");
         assert!(counter("").is_err());
-    }
-
-    #[test]
-    fn this_process_has_page_faults() {
-        assert!(page_faults(std::process::id()).expect("faults") > 0);
     }
 }

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::stats::number;
-use crate::{host, setup};
+use crate::{host, interrupt, setup};
 
 /// The version of the baseline's shape.
 const SCHEMA: u32 = 1;
@@ -37,7 +37,7 @@ pub fn run(path: &Path, renew: bool, image: &str) -> Result<ExitCode> {
         Baseline::read(path)?
     };
     let parts = setup::parts(image, &[])?;
-    setup::stop_on_signals()?;
+    interrupt::watch_signals()?;
     let measured = measure::measure(&parts)?;
     let host = host::facts_without_noise();
     let (text, open) = check(&baseline, &host.class, &measured);

@@ -11,6 +11,7 @@
 //! How it fails: a peer that crashes, hangs, refuses or cannot do a thing is n/a for it from then on, with
 //! its last words; never a figure that was not measured, and never the end of the run.
 
+mod alarm;
 mod cloud_hypervisor;
 mod firecracker;
 mod http;
@@ -28,11 +29,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ratoon_vmm::host;
+use ratoon_vmm_api::HostClass;
 
 pub use place::{Place, Running};
 pub use saved::{SavedPeers, Woken, wake};
 
-use crate::machine::{Parts, STOP};
+use crate::interrupt::is_stopped;
+use crate::machine::Parts;
 use crate::record::Text;
 use crate::samples::Samples;
 
@@ -106,7 +109,7 @@ pub trait Adapter: Debug + Sync {
 /// The kernel's words for peers: ours without pvpanic, whose device they do not have. They add their
 /// own virtio-mmio devices.
 fn words() -> String {
-    let class = host::boot_args(host::detect());
+    let class = host::boot_args(HostClass::detect());
     format!(
         "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable no_timer_check \
          random.trust_cpu=on {class} ratoon.ready=console"
@@ -132,16 +135,13 @@ impl<'p> Guest<'p> {
     }
 }
 
-/// How long a guest of a peer may take for anything.
-pub const PATIENCE: Duration = Duration::from_secs(240);
-
-/// The adapters of these programs, by the names of [`crate::machine::Parts::peers`].
-pub fn adapters(programs: &BTreeMap<String, PathBuf>) -> Vec<Box<dyn Adapter>> {
+/// The adapters of these programs, by the names of [`crate::machine::Parts::peers`]; their APIs may take so long.
+pub fn adapters(programs: &BTreeMap<String, PathBuf>, patience: Duration) -> Vec<Box<dyn Adapter>> {
     let adapter = |(name, program): (&String, &PathBuf)| {
         let program = std::path::absolute(program).unwrap_or_else(|_| program.clone());
         match name.as_str() {
-            "firecracker" => Some(firecracker::adapter(program, PATIENCE)),
-            "cloud-hypervisor" => Some(cloud_hypervisor::adapter(program, PATIENCE)),
+            "firecracker" => Some(firecracker::adapter(program, patience)),
+            "cloud-hypervisor" => Some(cloud_hypervisor::adapter(program, patience)),
             "qemu" => Some(qemu::adapter(program)),
             _ => None,
         }
@@ -197,7 +197,7 @@ impl<'p> Peers<'p> {
         };
         match work(self.standing[index]) {
             Ok(done) => Ok(Some(done)),
-            Err(error) if STOP.load(std::sync::atomic::Ordering::Relaxed) => Err(error),
+            Err(error) if is_stopped() => Err(error),
             Err(error) => {
                 let name: Text = self.standing.remove(index).name().into();
                 samples.missing(self.scenario, name, format!("{error:#}"))?;

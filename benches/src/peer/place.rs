@@ -19,6 +19,7 @@ use ratoon_engine::runtime::RuntimeClient;
 use ratoon_protocol::RUNTIME_PORT;
 use tempfile::TempDir;
 
+use super::alarm::Alarm;
 use super::{Adapter, Guest};
 use crate::clock::monotonic_ns;
 use crate::machine::{Process, Ready, Seen, explain, go_on, last_words, new_dir, watch};
@@ -157,9 +158,11 @@ impl Place {
         let child = command
             .spawn()
             .with_context(|| format!("starting {}", command.get_program().display()))?;
+        let process = Process(child);
         Ok(Running {
+            alarm: Alarm::of(&process.0, self.patience)?,
             place: self,
-            process: Process(child),
+            process,
             ready,
             spawned_ns,
         })
@@ -174,6 +177,8 @@ impl Place {
 #[derive(Debug)]
 pub struct Running<'p> {
     place: &'p Place,
+    /// Before the process: it is not watched when it is reaped.
+    alarm: Alarm,
     process: Process,
     ready: Option<UnixListener>,
     /// CLOCK_MONOTONIC right before the process was made, in nanoseconds.
@@ -221,6 +226,17 @@ impl Running<'_> {
         RuntimeClient::connect(&self.place.vsock(), self.place.patience)
             .context("calling the runtime")
             .map_err(|error| self.explain(error))
+    }
+
+    /// Asks something of it; when that takes longer than it may, it is killed. An error has its last words.
+    ///
+    /// # Errors
+    /// That of the question.
+    pub fn asked<T>(&mut self, question: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.alarm.set();
+        let answer = question();
+        self.alarm.rest();
+        answer.map_err(|error| self.explain(error))
     }
 
     /// An error if it has ended.

@@ -7,14 +7,16 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ratoon_engine::runtime::RuntimeClient;
 use ratoon_engine::vm::freeze;
 
-use super::{Adapter, Guest, PATIENCE, Place, Running};
+use super::{Adapter, Guest, Place, Running};
 use crate::clock::monotonic_ns;
-use crate::machine::{Parts, STOP};
+use crate::interrupt::is_stopped;
+use crate::machine::Parts;
 use crate::sandbox::{child, still, warm_up};
 use crate::scenario::exec;
 
@@ -35,37 +37,51 @@ pub struct Woken<'p> {
 }
 
 impl SavedPeers {
-    /// The one of this peer, of so much memory; made when it is asked for first.
+    /// The one of this peer, of so much memory; made when it is asked for first. All that is asked of it may take
+    /// `patience`.
     ///
     /// # Errors
     /// What made it impossible.
-    pub fn of(&self, peer: &dyn Adapter, parts: &Parts, memory_mib: u64) -> Result<Arc<Place>> {
+    pub fn of(
+        &self,
+        peer: &dyn Adapter,
+        parts: &Parts,
+        memory_mib: u64,
+        patience: Duration,
+    ) -> Result<Arc<Place>> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(made) = all.get(peer.name()) {
             return made.clone().map_err(anyhow::Error::msg);
         }
-        let made = make(peer, parts, memory_mib).map(Arc::new);
-        if STOP.load(std::sync::atomic::Ordering::Relaxed) {
+        let made = make(peer, parts, memory_mib, patience).map(Arc::new);
+        if is_stopped() {
             return made;
         }
         let kept = made.map_err(|error| format!("{error:#}"));
         all.insert(peer.name(), kept.clone());
         kept.map_err(anyhow::Error::msg)
     }
+
+    /// It could not even boot: nobody is to wait for that again.
+    pub fn cannot_boot(&self, peer: &'static str, why: &str) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(peer).or_insert_with(|| Err(why.to_owned()));
+    }
 }
 
-fn make(peer: &dyn Adapter, parts: &Parts, memory_mib: u64) -> Result<Place> {
-    let place = Place::new(PATIENCE)?;
+fn make(peer: &dyn Adapter, parts: &Parts, memory_mib: u64, patience: Duration) -> Result<Place> {
+    let place = Place::new(patience)?;
     {
         let guest = Guest::of(peer, parts, memory_mib, &place)?;
         let mut running = place.boot(peer, &guest)?;
         let mut client = running.hello()?.client;
-        let prepared = warm_up(&mut client)
+        running.asked(|| warm_up(&mut client))?;
+        running.asked(|| {
             // Nothing is left to be written to the disk that all its children have.
-            .and_then(|()| exec(&mut client, &["sync"], &mut io::sink()))
-            .and_then(|()| still(&mut client))
-            .and_then(|()| peer.save(&place).context("saving its machine"));
-        prepared.map_err(|error| running.explain(error))?;
+            exec(&mut client, &["sync"], &mut io::sink())?;
+            still(&mut client)?;
+            peer.save(&place).context("saving its machine")
+        })?;
     }
     Ok(place)
 }
@@ -77,8 +93,8 @@ fn make(peer: &dyn Adapter, parts: &Parts, memory_mib: u64) -> Result<Place> {
 pub fn wake<'p>(peer: &dyn Adapter, place: &'p Place) -> Result<Woken<'p>> {
     let (mut running, running_ns) = place.restore(peer)?;
     let mut client = running.connect()?;
-    let woken = freeze::wake(&mut client, &child()?).map_err(anyhow::Error::from);
-    woken.map_err(|error| running.explain(error))?;
+    let waking = child()?;
+    running.asked(|| Ok(freeze::wake(&mut client, &waking)?))?;
     Ok(Woken {
         running,
         client,

@@ -128,7 +128,7 @@ fn a_peer_that_failed_is_missing_with_its_words_and_is_not_asked_again() {
     let dir = tempfile::tempdir().unwrap();
     let programs = ["firecracker", "qemu", "something else"]
         .map(|name| (name.to_owned(), dir.path().join("none")));
-    let all = adapters(&programs.into());
+    let all = adapters(&programs.into(), SHORT);
     let file = dir.path().join("samples.jsonl");
     let mut samples = Samples::create(&file, &Host::default(), true).unwrap();
     let mut peers = Peers::of(&all, "restore", Ability::Restore, &mut samples).unwrap();
@@ -162,11 +162,48 @@ fn what_could_not_be_saved_once_is_not_tried_again() {
     let text = format!("echo once >> {}; exit 1", count.display());
     let peer = firecracker::adapter(script(dir.path(), &text), SHORT);
     let words = [0, 1].map(|_| {
-        let error = parts.saved.of(peer.as_ref(), &parts, 64).unwrap_err();
+        let error = parts
+            .saved
+            .of(peer.as_ref(), &parts, 64, SHORT)
+            .unwrap_err();
         format!("{error:#}")
     });
     assert_eq!(words[0], words[1]);
     assert_eq!(std::fs::read_to_string(count).unwrap(), "once\n");
+}
+
+#[test]
+fn who_cannot_boot_is_not_booted_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = parts(dir.path());
+    let peer = firecracker::adapter("/no/such/peer".into(), SHORT);
+    parts.saved.cannot_boot("firecracker", "it hung");
+    let error = parts.saved.of(peer.as_ref(), &parts, 64, SHORT);
+    assert_eq!(format!("{:#}", error.unwrap_err()), "it hung");
+}
+
+#[test]
+fn a_peer_that_hangs_while_it_is_asked_is_ended_with_its_last_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = parts(dir.path());
+    let text = "echo stuck >&2; exec sleep 1000";
+    let peer = firecracker::adapter(script(dir.path(), text), SHORT);
+    let place = Place::new(SHORT).unwrap();
+    let guest = Guest::of(peer.as_ref(), &parts, 64, &place).unwrap();
+    let mut running = place.boot(peer.as_ref(), &guest).unwrap();
+    let pid = running.pid();
+    let ended = || ratoon_engine::vm::process::ProcessRef::of(pid as i32).is_none();
+    let error = running.asked::<()>(|| {
+        // As a call of the runtime does: it waits until the machine has gone.
+        while !ended() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bail!("the connection was closed")
+    });
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(error.contains("signal: 9"), "{error}");
+    assert!(error.contains("the connection was closed"), "{error}");
+    assert!(error.contains("stuck"), "{error}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub fn markdown(analysis: &Analysis) -> String {
     out.push_str(
         "Nearest-rank percentiles of all samples, nothing trimmed; in brackets the 95 % bootstrap \
          interval; n/a: too few samples to tell.\n\n\
-         | scenario | what | up to | system | unit | n | p50 | p90 | p95 | p99 | p99.9 | max | of ours |\n\
+         | scenario | what | up to | system | unit | n | p50 | p90 | p95 | p99 | p99.9 | max | times ours |\n\
          |---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     for group in &analysis.groups {

@@ -75,11 +75,14 @@ fn head(out: &mut String, analysis: &Analysis) {
         _ => "",
     };
     let quick = if analysis.quick { ", a quick run" } else { "" };
+    let commit = match host.commit.as_str() {
+        "" => String::new(),
+        commit => format!(", commit <code>{}</code>", escape(commit)),
+    };
     let _ = write!(
         out,
-        "<p class=\"soft\">{}, commit <code>{}</code>, {} x {}{class}{quick}</p>\n<nav><a href=\"#all\">All</a>",
+        "<p class=\"soft\">{}{commit}, {} x {}{class}{quick}</p>\n<nav><a href=\"#all\">All</a>",
         escape(&host.date),
-        escape(&host.commit),
         host.cpus,
         escape(&host.cpu),
     );

@@ -24,7 +24,7 @@ const METRIC_HELLO: &str = "spawn to HELLO";
 /// # Errors
 /// When our VM does not come up. A peer that fails is n/a.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let mut peers = Peers::of(&adapters, NAME, Ability::Boot, samples)?;
     let names = peers.names_with_ours();
     for round in plan.budget.rounds(plan.rounds(5, 1)) {
@@ -34,7 +34,15 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
                 boot_ours(plan, samples, round)?;
                 continue;
             }
-            let booted = peers.attempt(name, samples, |peer| boot_peer(peer, plan))?;
+            let booted = peers.attempt(name, samples, |peer| {
+                let booted = boot_peer(peer, plan);
+                if let Err(error) = &booted {
+                    plan.parts
+                        .saved
+                        .cannot_boot(peer.name(), &format!("{error:#}"));
+                }
+                booted
+            })?;
             if let Some(booted) = booted {
                 booted.add(name, samples, round)?;
             }
@@ -76,7 +84,7 @@ impl Booted {
 }
 
 fn boot_peer(peer: &dyn Adapter, plan: &Plan<'_>) -> Result<Booted> {
-    let place = Place::new(peer::PATIENCE)?;
+    let place = Place::new(plan.patience())?;
     let guest = Guest::of(peer, plan.parts, MIB, &place)?;
     let mut running = place.boot(peer, &guest)?;
     if peer.has_vsock() {

@@ -28,7 +28,7 @@ const MOST_EMULATED: usize = 8;
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     let warm = plan.parts.warm.of(plan.parts, MIB)?;
     let sizes = if plan.quick { &SIZES[1..2] } else { &SIZES[..] };
-    let is_emulated = ratoon_vmm::host::detect() == HostClass::Emulated;
+    let is_emulated = HostClass::detect() == HostClass::Emulated;
     let fits = |count: &&usize| !is_emulated || **count <= MOST_EMULATED;
     let sizes: Vec<usize> = sizes.iter().filter(fits).copied().collect();
     if is_emulated && !plan.quick {

@@ -35,6 +35,8 @@ pub enum Choice {
     Block,
     /// The socket device: throughput and round trips.
     Vsock,
+    /// The network device: TCP over a tap; needs root.
+    Net,
     /// `ratoon run`, whole, the second time.
     Run,
     /// What an agent costs beyond its model and its tools.
@@ -48,17 +50,18 @@ pub enum Choice {
 const SHARES: [(Choice, u32, Option<u32>); 15] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 25, Some(8)),
-    (Choice::Boot, 90, Some(26)),
-    (Choice::Restore, 220, Some(30)),
+    (Choice::Boot, 80, Some(26)),
+    (Choice::Restore, 200, Some(30)),
     (Choice::Exec, 40, Some(8)),
     (Choice::Memory, 40, Some(6)),
     (Choice::Pause, 40, None),
     (Choice::Burst, 40, Some(7)),
     (Choice::Sustained, 50, None),
     (Choice::Density, 30, None),
-    (Choice::Fork, 140, None),
+    (Choice::Fork, 200, None),
     (Choice::Block, 40, None),
     (Choice::Vsock, 40, None),
+    (Choice::Net, 40, None),
     (Choice::Run, 30, None),
     (Choice::Agent, 150, None),
 ];
@@ -94,8 +97,19 @@ impl Choice {
             // They are the user's: `ratoon agent run` has the image's warm machine.
             Self::Agent => &[],
             Self::Fork => &[512],
-            Self::Null | Self::Start | Self::Boot | Self::Block | Self::Vsock | Self::All => &[],
+            Self::Null
+            | Self::Start
+            | Self::Boot
+            | Self::Block
+            | Self::Vsock
+            | Self::Net
+            | Self::All => &[],
         }
+    }
+
+    /// Whether it boots a machine of its own, which nothing can cut.
+    pub fn boots(self) -> bool {
+        matches!(self, Self::Boot | Self::Block | Self::Vsock | Self::Net)
     }
 
     /// As users name it.
@@ -123,6 +137,7 @@ impl Choice {
             Self::Fork => super::fork::run(plan, samples),
             Self::Block => super::block::run(plan, samples),
             Self::Vsock => super::vsock::run(plan, samples),
+            Self::Net => super::net::run(plan, samples),
             Self::Run => super::run::run(plan, samples),
             Self::Agent => super::agent::run(plan, samples),
             // Never in a plan: it stands for the others.

@@ -37,10 +37,12 @@ const COUNTERS: [(&str, &str); 4] = [
     ("irq_injections", "interrupts"),
 ];
 
-/// In the guest: starts each program in turn so often; prints milliseconds.
+/// In the guest: starts each program in turn so often, or for so many seconds; prints milliseconds.
 const LOCAL: &str = r#"
 import os, sys, time
-for _ in range(int(sys.argv[1])):
+over = time.monotonic() + float(sys.argv[2])
+for round in range(int(sys.argv[1])):
+    if round and time.monotonic() > over: break
     for name, argv in ("true", ["true"]), ("sh -c true", ["sh", "-c", "true"]):
         start = time.monotonic()
         os.waitpid(os.posix_spawnp(argv[0], argv, os.environ), 0)
@@ -60,8 +62,9 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     samples.add(&what, 0, resident)?;
     beside_peers(plan, samples, &vm, &mut client)?;
     if !plan.quick {
-        local(&mut client, samples, plan.rounds(30, 5))?;
-        code(&vm, &mut client, samples, plan.rounds(50, 10))?;
+        let part = plan.budget.part(0.5);
+        local(&mut client, samples, plan.rounds(30, 5), part.left())?;
+        code(plan, &vm, &mut client, samples)?;
     }
     drop(client);
     vm.end()?;
@@ -96,12 +99,12 @@ fn beside_peers(
     vm: &Vm,
     client: &mut RuntimeClient,
 ) -> Result<()> {
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let mut peers = Peers::of(&adapters, NAME, Ability::Calls, samples)?;
     let mut places = BTreeMap::new();
     for name in peers.names_with_ours() {
         let place = peers.attempt(name, samples, |peer| {
-            plan.parts.saved.of(peer, plan.parts, MIB)
+            plan.parts.saved.of(peer, plan.parts, MIB, plan.patience())
         })?;
         places.extend(place.map(|place| (name, place)));
     }
@@ -127,11 +130,13 @@ fn beside_peers(
                 let Some(machine) = machines.get_mut(name) else {
                     continue;
                 };
-                let from = Instant::now();
+                let client = &mut machine.client;
                 let ms = peers.attempt(name, samples, |_| {
-                    let called = call(&mut machine.client);
-                    called.map_err(|error| machine.running.explain(error))?;
-                    Ok(from.elapsed().as_secs_f64() * 1e3)
+                    machine.running.asked(|| {
+                        let from = Instant::now();
+                        call(client)?;
+                        Ok(from.elapsed().as_secs_f64() * 1e3)
+                    })
                 })?;
                 if let Some(ms) = ms.filter(|_| round > 0) {
                     samples.add(&series(NAME, name, what, "ms", readiness), round, ms)?;
@@ -197,11 +202,17 @@ pub fn counters(metrics: &MetricsReply) -> [Option<u64>; COUNTERS.len()] {
     COUNTERS.map(|(name, _)| sum(name))
 }
 
-fn local(client: &mut RuntimeClient, samples: &mut Samples, rounds: usize) -> Result<()> {
+fn local(
+    client: &mut RuntimeClient,
+    samples: &mut Samples,
+    rounds: usize,
+    time: Duration,
+) -> Result<()> {
     go_on()?;
     let mut printed = Vec::new();
-    let rounds = rounds.to_string();
-    exec(client, &["python3", "-c", LOCAL, &rounds], &mut printed)?;
+    let (rounds, seconds) = (rounds.to_string(), time.as_secs().to_string());
+    let argv = ["python3", "-c", LOCAL, &rounds, &seconds];
+    exec(client, &argv, &mut printed)?;
     let printed = String::from_utf8(printed).context("what the guest's program prints")?;
     for (index, line) in printed.lines().enumerate() {
         let (name, ms) = line.split_once('\t').context("name and milliseconds")?;
@@ -217,7 +228,7 @@ fn local(client: &mut RuntimeClient, samples: &mut Samples, rounds: usize) -> Re
     Ok(())
 }
 
-fn code(vm: &Vm, client: &mut RuntimeClient, samples: &mut Samples, n: usize) -> Result<()> {
+fn code(plan: &Plan<'_>, vm: &Vm, client: &mut RuntimeClient, samples: &mut Samples) -> Result<()> {
     for (round, what) in ["first Python context", "second Python context"]
         .into_iter()
         .enumerate()
@@ -235,7 +246,7 @@ fn code(vm: &Vm, client: &mut RuntimeClient, samples: &mut Samples, n: usize) ->
         started.add(samples, what, 0, Readiness::R4)?;
     }
     // The first cell imports and compiles what later ones have.
-    for round in 0..=n {
+    for round in plan.budget.rounds(plan.rounds(50, 10) + 1) {
         let params = CodeRun {
             code: format!("x = {round}; x + 1"),
             context: Some("c0".into()),

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ratoon_engine::fork::{ForkSpec, Forked};
@@ -15,6 +15,7 @@ use ratoon_engine::vm::launch::Vm;
 use super::phases::Timeline;
 use super::{Plan, exec, series, verdict};
 use crate::budget::Budget;
+use crate::host::processors;
 use crate::machine::{go_on, monotonic_ns};
 use crate::proc;
 use crate::samples::{Readiness, Samples, number, percentile};
@@ -22,7 +23,8 @@ use crate::sandbox::{Sandboxes, Warm, cell, metrics, pid};
 
 const NAME: &str = "fork";
 const MIB: u64 = 512;
-const WIDE: u32 = 100;
+const FEW: u32 = 10;
+const MANY: u32 = 100;
 const DEPTHS: [usize; 3] = [1, 8, 64];
 const DIRTY_MIB: usize = 100;
 const PAUSE_TARGETS_MS: [(u32, f64); 2] = [(50, 2.0), (99, 5.0)];
@@ -31,18 +33,32 @@ const R1_TARGETS_MS: [(&str, f64); 2] = [
     ("fork(1): guest at rest to R1, shells", 1.5),
 ];
 const PRIVATE_TARGET_KIB: f64 = 1.5 * 1024.0;
-/// Children that are asked at once: as many as the host has processors, and one that waits.
-const AT_ONCE: usize = 3;
 
 /// Runs it.
 ///
 /// # Errors
 /// When a machine does not come up.
 pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    one_child(plan, &plan.budget.part(0.45), samples)?;
-    deep(plan, &plan.budget.part(0.35), samples)?;
-    for (shells, share) in [(false, 0.5), (true, 1.0)] {
-        wide(plan, &plan.budget.part(share), samples, shells)?;
+    one_child(plan, &plan.budget.part(0.3), samples)?;
+    deep(plan, &plan.budget.part(0.3), samples)?;
+    let few = plan.budget.part(0.15);
+    let mut seconds = wide(plan, &few, samples, FEW, false)?;
+    if plan.quick {
+        return Ok(());
+    }
+    for shells in [false, true] {
+        if plan.runs.is_none() && !plan.budget.fits(seconds) {
+            let how = if shells { ", shells" } else { "" };
+            let why = format!(
+                "fork({MANY}){how}: it would take some {:.0} s, and the scenario has {:.0} s left \
+                 (`--time` gives more, `--runs 1 fork` takes as long as it takes)",
+                seconds.as_secs_f64(),
+                plan.budget.left().as_secs_f64()
+            );
+            samples.missing(NAME, "ratoon", why)?;
+            continue;
+        }
+        seconds = wide(plan, &plan.budget, samples, MANY, shells)?;
     }
     Ok(())
 }
@@ -155,7 +171,7 @@ fn once(
     }
     // A new shell is ready before the next round.
     drop(family);
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(100));
     Ok(())
 }
 
@@ -206,14 +222,26 @@ fn deep(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples) -> Result<(
     Ok(())
 }
 
-fn wide(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, shells: bool) -> Result<()> {
-    let count = if plan.quick { 10 } else { WIDE };
+/// So many children at once; returns how long [`MANY`] are to take.
+fn wide(
+    plan: &Plan<'_>,
+    budget: &Budget<'_>,
+    samples: &mut Samples,
+    count: u32,
+    shells: bool,
+) -> Result<Duration> {
     let warm = plan.parts.warm.of(plan.parts, MIB)?;
     let (vm, mut client) = warm.sandboxes.restore(Warm::SNAPSHOT)?;
     let how = if shells { ", shells" } else { "" };
     let ready = if shells { count as usize } else { 0 };
     let sandboxes = warm.sandboxes.beside(MIB, ready)?;
-    for round in budget.rounds(plan.rounds(3, 1)) {
+    let mut took = Duration::ZERO;
+    for round in 0..plan.rounds(3, 1) {
+        // A round cannot be cut: a next one has to fit.
+        if round > 0 && plan.runs.is_none() && !budget.fits(took) {
+            break;
+        }
+        let begun = Instant::now();
         go_on()?;
         // What a guest needs by itself: one that is warm, as often as there are children.
         let alone = Mutex::new(Vec::new());
@@ -267,12 +295,11 @@ fn wide(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, shells: boo
         add("true in all", r4, Readiness::R4)?;
         add("all ended", ended, Readiness::None)?;
         let alone = alone.into_inner().unwrap_or_default();
-        let median = |pick: fn(&(std::time::Duration, std::time::Duration)) -> f64| {
+        let median = |pick: fn(&(Duration, Duration)) -> f64| {
             let values: Vec<f64> = alone.iter().map(pick).collect();
             percentile(&values, 50).unwrap_or_default()
         };
-        // Two processors share the work.
-        let share = f64::from(count) / 2.0;
+        let share = f64::from(count) / processors() as f64;
         let own_statement = median(|it| it.0.as_secs_f64() * 1e3) * share;
         let own_true = median(|it| it.1.as_secs_f64() * 1e3) * share;
         let mut ratio = |what: &str, value: f64| {
@@ -282,6 +309,7 @@ fn wide(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, shells: boo
         };
         ratio("a statement in all", statement / own_statement)?;
         ratio("true in all", r4 / own_true)?;
+        took = begun.elapsed();
     }
     let what = format!("private, VMM, one of {count} children after a statement{how}");
     let worst = samples.of(NAME, "ratoon", &what).iter().copied();
@@ -293,7 +321,7 @@ fn wide(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, shells: boo
     ));
     drop(client);
     vm.end()?;
-    Ok(())
+    Ok(took * MANY / count)
 }
 
 fn push<T>(list: &Mutex<Vec<T>>, value: T) {
@@ -310,7 +338,8 @@ fn in_all(
     let todo = Mutex::new(children.iter_mut());
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
+        // As many at once as the host has processors, and one that waits.
+        for _ in 0..=processors() {
             scope.spawn(|| {
                 loop {
                     let next = todo.lock().map_or(None, |mut todo| todo.next());

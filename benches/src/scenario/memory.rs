@@ -23,6 +23,8 @@ const MIB: u64 = 256;
 const BOOTED: &str = "booted, 128 MiB";
 const CLONE: &str = "clone of 256 MiB";
 const CLONES: usize = 20;
+/// What clones share is private to none of them: one alone would say nothing.
+const CLONES_LEAST: usize = 3;
 const RESIDENT_TARGET_KIB: f64 = 3.0 * 1024.0;
 const PRIVATE_TARGET_KIB: f64 = 1.5 * 1024.0;
 
@@ -111,7 +113,8 @@ fn clones(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
     let warm = plan.parts.warm.of(plan.parts, MIB)?;
     let budget = plan.budget.part(0.7);
     let mut clones = Vec::new();
-    for _ in budget.rounds(plan.rounds(CLONES, 5)) {
+    let most = plan.rounds(CLONES, 5).max(CLONES_LEAST);
+    while clones.len() < most && (clones.len() < CLONES_LEAST || budget.more()) {
         go_on()?;
         let (vm, mut client) = warm.sandboxes.restore(Warm::SNAPSHOT)?;
         exec(&mut client, &["true"], &mut io::sink())?;
@@ -147,17 +150,21 @@ fn clones(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
 }
 
 fn of_peers(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let mut peers = Peers::of(&adapters, NAME, Ability::Restore, samples)?;
     let names = peers.names_with_ours();
     for round in plan.budget.rounds(plan.rounds(3, 1)) {
         for &name in &names {
             go_on()?;
             let memory = peers.attempt(name, samples, |peer| {
-                let place = plan.parts.saved.of(peer, plan.parts, MIB)?;
+                let place = plan
+                    .parts
+                    .saved
+                    .of(peer, plan.parts, MIB, plan.patience())?;
                 let mut woken = peer::wake(peer, &place)?;
-                let ran = exec(&mut woken.client, &["true"], &mut io::sink());
-                ran.map_err(|error| woken.running.explain(error))?;
+                let client = &mut woken.client;
+                let ran = || exec(client, &["true"], &mut io::sink());
+                woken.running.asked(ran)?;
                 proc::of_peer(woken.running.pid(), MIB)
             })?;
             if let Some(memory) = memory {

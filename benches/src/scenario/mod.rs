@@ -9,6 +9,7 @@ pub mod density;
 pub mod exec;
 pub mod fork;
 pub mod memory;
+pub mod net;
 pub mod null;
 pub mod pause;
 pub mod phases;
@@ -20,6 +21,7 @@ pub mod sustained;
 pub mod vsock;
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use ratoon_engine::runtime::{ExecIo, RuntimeClient};
@@ -43,7 +45,17 @@ pub struct Plan<'a> {
     pub budget: Budget<'a>,
 }
 
+/// How long a peer may take for anything, at least and at most.
+const PEERS_PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(240)];
+
 impl Plan<'_> {
+    /// How long a peer may take for anything: a part of the scenario's time, so that one that hangs does not
+    /// take all of a run's.
+    fn patience(&self) -> Duration {
+        let [least, most] = PEERS_PATIENCE;
+        self.budget.left().clamp(least, most)
+    }
+
     /// How many rounds a scenario does.
     fn rounds(&self, full: usize, quick: usize) -> usize {
         self.runs.unwrap_or(if self.quick { quick } else { full })

@@ -44,8 +44,10 @@ impl Timeline {
         // Of a boot the runtime speaks first.
         if it.wake_ns != 0 && it.wake_ns < it.answer_ns {
             ends.push(("phase: wake", it.wake_ns, R1));
+            ends.push(("phase: answer", it.answer_ns, R3));
+        } else {
+            ends.push(("phase: guest boots and calls", it.answer_ns, R3));
         }
-        ends.push(("phase: answer", it.answer_ns, R3));
         if let Some(answered_ns) = self.answered_ns {
             ends.push(("phase: answer taken", answered_ns, R3));
         }
@@ -125,7 +127,7 @@ mod tests {
         boot.answered_ns = None;
         let names: Vec<_> = boot.lengths().iter().map(|(name, ..)| *name).collect();
         assert!(!names.contains(&"phase: wake"));
-        assert_eq!(names.last(), Some(&"phase: answer"));
+        assert_eq!(names.last(), Some(&"phase: guest boots and calls"));
         boot.phases.answer_ns = 0;
         boot.phases.wake_ns = 0;
         assert_eq!(boot.lengths().len(), 8);

@@ -91,7 +91,7 @@ fn one_size(plan: &Plan<'_>, budget: &Budget<'_>, samples: &mut Samples, mib: u6
             snapshot: COMPRESSED,
         });
     }
-    let adapters = peer::adapters(&plan.parts.peers);
+    let adapters = peer::adapters(&plan.parts.peers, plan.patience());
     let adapters = if mib == SIZES[0] { &adapters[..] } else { &[] };
     let mut peers = Peers::of(adapters, NAME, Ability::Restore, samples)?;
     let names = peers.names_with_ours();
@@ -242,11 +242,16 @@ fn restored(sandboxes: &Sandboxes, snapshot: &str) -> Result<Restored> {
 }
 
 fn restored_peer(peer: &dyn Adapter, plan: &Plan<'_>, mib: u64) -> Result<Restored> {
-    let place = plan.parts.saved.of(peer, plan.parts, mib)?;
+    let place = plan
+        .parts
+        .saved
+        .of(peer, plan.parts, mib, plan.patience())?;
     let mut woken = peer::wake(peer, &place)?;
-    let ended = exec(&mut woken.client, &["true"], &mut io::sink());
-    let ended = ended.map(|()| monotonic_ns());
-    let ended = ended.map_err(|error| woken.running.explain(error))?;
+    let client = &mut woken.client;
+    let ended = woken.running.asked(|| {
+        exec(client, &["true"], &mut io::sink())?;
+        Ok(monotonic_ns())
+    })?;
     let spawned = woken.running.spawned_ns;
     Ok(Restored {
         before: None,

@@ -16,6 +16,7 @@ use anyhow::Result;
 
 use super::{Plan, exec, series};
 use crate::arrivals::poisson;
+use crate::host::processors;
 use crate::machine::go_on;
 use crate::samples::{Readiness, Samples, number};
 use crate::sandbox::{Sandboxes, Warm};
@@ -69,7 +70,7 @@ pub fn run(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
 
 /// Restores a second that the host can do, its processors shared by as many callers.
 fn capacity(sandboxes: &Sandboxes) -> Result<f64> {
-    let callers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let callers = processors();
     const EACH: usize = 2;
     one(sandboxes)?;
     let from = Instant::now();

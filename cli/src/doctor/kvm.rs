@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
+use ratoon_vmm_api::HostClass;
 
 use super::Finding;
 
@@ -80,9 +81,7 @@ fn capabilities(kvm: &Kvm) -> Finding {
 }
 
 fn kind() -> Finding {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let module = Path::new("/sys/module/kvm_pvm").exists();
-    if is_hardware(&info, module) {
+    if HostClass::detect() == HostClass::Hardware {
         Finding::ok("kvm kind", "hardware virtualization")
     } else {
         Finding::warn(
@@ -91,30 +90,5 @@ fn kind() -> Finding {
              kernel about a thousand times slower; booting takes some 10 s",
             "a host with VT-x or AMD-V; nothing needs to be set here",
         )
-    }
-}
-
-/// Whether guests run on VT-x or AMD-V.
-fn is_hardware(cpuinfo: &str, kvm_pvm: bool) -> bool {
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
-    let has_extension = flags.is_some_and(|line| {
-        line.split_whitespace()
-            .any(|flag| flag == "vmx" || flag == "svm")
-    });
-    has_extension && !kvm_pvm
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hardware_means_vmx_or_svm_and_not_kvm_pvm() {
-        let with = "processor : 0\nflags\t\t: fpu vmx sse\n";
-        let without = "processor : 0\nflags\t\t: fpu vmxish sse\n";
-        assert!(is_hardware(with, false));
-        assert!(!is_hardware(with, true));
-        assert!(!is_hardware(without, false));
-        assert!(!is_hardware("", false));
     }
 }

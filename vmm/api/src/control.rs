@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::Run;
+use crate::{HostClass, Run};
 
 /// Where a VM is in its life.
 ///
@@ -28,16 +28,6 @@ pub enum VmState {
     Stopped,
     /// It ended because something went wrong.
     Failed,
-}
-
-/// What kind of KVM the host has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum HostClass {
-    /// VT-x or AMD-V.
-    Hardware,
-    /// Guest kernels run in KVM's instruction emulator (`kvm_pvm`): slow, and worked around.
-    Emulated,
 }
 
 /// Why a VM ended.

@@ -8,6 +8,7 @@
 
 mod config;
 mod control;
+mod host;
 mod inherit;
 
 pub use config::{
@@ -17,7 +18,7 @@ pub use config::{
 };
 pub use control::{
     BirthRequest, ErrorReply, ExitReport, FreezeReply, FreezeRequest, FrozenDisk, FrozenLayer,
-    FrozenMeta, HostClass, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats,
-    VmState,
+    FrozenMeta, MetricsReply, Outcome, Phases, StatusReply, TouchedReply, VcpuStats, VmState,
 };
+pub use host::HostClass;
 pub use inherit::{Inherited, send_descriptors};

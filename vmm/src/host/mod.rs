@@ -1,5 +1,6 @@
 //! What kind of KVM this host has, and all that is special about hosts without hardware
-//! virtualization (`docs/host-without-vt.md`). Chosen once at start; on hardware nothing here acts.
+//! virtualization (`docs/host-without-vt.md`). Chosen once at start
+//! ([`HostClass::detect`]); on hardware nothing here acts.
 //!
 //! On an *emulated* host (KVM's `kvm_pvm`) guest user code runs on the CPU and guest kernel code in
 //! KVM's instruction emulator. Three things follow: [`boot_args`] keeps the guest kernel off
@@ -9,32 +10,7 @@
 pub mod fallback;
 pub mod slice;
 
-use std::path::Path;
-
 pub use ratoon_vmm_api::HostClass;
-
-/// Looks at the host, once at start.
-pub fn detect() -> HostClass {
-    detect_in(Path::new("/sys/module"))
-}
-
-fn detect_in(modules: &Path) -> HostClass {
-    if modules.join("kvm_pvm").exists() {
-        return HostClass::Emulated;
-    }
-    if modules.join("kvm_intel").exists() || modules.join("kvm_amd").exists() {
-        return HostClass::Hardware;
-    }
-    // Another build of KVM: ask the CPU.
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
-    match flags {
-        Some(flags) if !flags.split(' ').any(|flag| flag == "vmx" || flag == "svm") => {
-            HostClass::Emulated
-        }
-        _ => HostClass::Hardware,
-    }
-}
 
 /// Kernel arguments that this kind of host needs, empty on hardware.
 ///
@@ -69,15 +45,6 @@ pub fn kvm_features(class: HostClass, features: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_kvm_module_decides_the_class() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("kvm_intel")).unwrap();
-        assert_eq!(detect_in(dir.path()), HostClass::Hardware);
-        std::fs::create_dir(dir.path().join("kvm_pvm")).unwrap();
-        assert_eq!(detect_in(dir.path()), HostClass::Emulated);
-    }
 
     #[test]
     fn hardware_gets_no_workaround() {
