@@ -47,7 +47,7 @@ pub enum Choice {
 
 /// Scenarios in the order in which they run, each with its share of the time of a full run and of
 /// a quick one, in seconds on the slowest host. None: not a part of a quick run, unless named.
-const SHARES: [(Choice, u32, Option<u32>); 15] = [
+const SHARES: [(Choice, u32, Option<u32>); 16] = [
     (Choice::Null, 1, Some(1)),
     (Choice::Start, 25, Some(8)),
     (Choice::Boot, 80, Some(26)),
