@@ -135,6 +135,11 @@ impl Bridge {
         vms::hand_over(dir, &token)
     }
 
+    /// A VM that is about to go calls no more models. The bridge ends when it was the last.
+    pub fn remove(&self, dir: &VmDir) {
+        vms::forget(&self.store, dir);
+    }
+
     /// What a run has used, by branch.
     ///
     /// # Errors
