@@ -12,18 +12,19 @@
 //! An answer may come before the request's end (a body that is too large): what the client still sends is read then
 //! and thrown away, since closing over unread bytes would take the answer from it.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 
 use crate::bridge::{Bridge, Broken, Connection};
-use crate::clock;
+use crate::clock::{self, Moment};
 use crate::http::{Framing, MAX_HEAD_BYTES, MAX_HEADERS, Malformed};
 use crate::stop::{Stop, Waited, wait};
 
@@ -32,7 +33,7 @@ use crate::stop::{Stop, Waited, wait};
 const MAX_CONNECTIONS: usize = 60;
 /// Connections that wait to be told that they are too many; more are closed.
 const MAX_REFUSED: usize = 256;
-/// How long one of them is listened to.
+/// How long one of them may take to read its answer.
 const BRIEF: Duration = Duration::from_secs(1);
 /// How long a client that has its answer is listened to.
 const LINGER: Duration = Duration::from_secs(10);
@@ -118,22 +119,38 @@ pub fn serve(listener: &TcpListener) -> io::Result<()> {
     }
 }
 
-/// A thread that tells connections that they are too many, one after the other.
+/// A thread that tells connections that they are too many, and closes them a little later: at once would take the
+/// answer from a client that is still asking.
 fn refuser() -> io::Result<SyncSender<TcpStream>> {
     let (sender, clients) = sync_channel::<TcpStream>(MAX_REFUSED);
+    let tell = move || {
+        let mut told: VecDeque<(TcpStream, Moment)> = VecDeque::new();
+        loop {
+            let next = match told.front() {
+                None => clients.recv().map_err(RecvTimeoutError::from),
+                Some((_, until)) => clients.recv_timeout(until.saturating_sub(clock::now())),
+            };
+            match next {
+                Ok(client) => {
+                    let _ = client.set_nonblocking(true);
+                    refuse(&client, 429, "too many connections at once: wait");
+                    let _ = client.shutdown(Shutdown::Write);
+                    told.push_back((client, clock::now() + BRIEF));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            while let Some((_, until)) = told.front()
+                && (*until <= clock::now() || told.len() > MAX_REFUSED)
+            {
+                told.pop_front();
+            }
+        }
+    };
     std::thread::Builder::new()
         .name("refuser".into())
         .stack_size(STACK_BYTES)
-        .spawn(move || {
-            for client in clients {
-                let _ = client.set_read_timeout(Some(BRIEF));
-                let _ = client.set_write_timeout(Some(BRIEF));
-                // It asks first, as a rule; whatever it asks.
-                let _ = (&client).read(&mut [0; PIECE]);
-                refuse(&client, 429, "too many connections at once: wait");
-                linger(&client, BRIEF);
-            }
-        })?;
+        .spawn(tell)?;
     Ok(sender)
 }
 
