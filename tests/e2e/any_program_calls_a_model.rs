@@ -482,7 +482,7 @@ fn the_vendors_sdks_and_an_agent_run_as_they_are() {
         .filter(|line| !line.ends_with(" ok"))
         .collect();
     assert!(wrong.is_empty(), "{wrong:#?}\n{done:?}");
-    assert_eq!(done.stdout.lines().count(), 16 + 12, "{done:?}");
+    assert_eq!(done.stdout.lines().count(), 15 + 12, "{done:?}");
 
     let mini = [
         "-m",

@@ -67,7 +67,7 @@ def main():
         buffer = io.BytesIO()
         with gzip.GzipFile(fileobj=sys.stdout.buffer, mode="wb", compresslevel=6, mtime=0) as stream, \
                 tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar, \
-                zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as pure:
+                zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as pure:
             def add(name, data):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
