@@ -38,8 +38,8 @@ pub struct Run {
     pub prompt: String,
     /// `PROVIDER/NAME`.
     pub model: String,
-    /// The model's tools.
-    pub profile: Profile,
+    /// The model's tools; none when the run is a program's that has its own loop.
+    pub profile: Option<Profile>,
     /// The bridge's configuration.
     pub config: PathBuf,
     /// Where the bridge records it.
@@ -75,6 +75,9 @@ pub struct Branch {
     /// Steps when it ended.
     #[serde(default)]
     pub steps: u32,
+    /// The exit code of the program whose run it is, when that has ended.
+    #[serde(default)]
+    pub exit_code: Option<u8>,
     /// What its scorer gave it.
     #[serde(default)]
     pub score: Option<f64>,
@@ -151,7 +154,7 @@ fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> 
 
 impl Run {
     /// A run that begins now, without branches.
-    pub fn new(id: String, prompt: String, model: String, profile: Profile) -> Self {
+    pub fn new(id: String, prompt: String, model: String, profile: Option<Profile>) -> Self {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self {
             format: FORMAT,
@@ -353,7 +356,7 @@ mod tests {
 
     fn run(runs: &Runs, vm: &str) -> Run {
         let id = runs.begin().unwrap();
-        let mut run = Run::new(id, "fix it".into(), "a/b".into(), Profile::Minimal);
+        let mut run = Run::new(id, "fix it".into(), "a/b".into(), Some(Profile::Minimal));
         run.branches.push(Branch {
             name: "main".into(),
             vm: vm.into(),

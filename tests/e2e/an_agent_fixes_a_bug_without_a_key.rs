@@ -2,13 +2,15 @@
 //! back as a patch. The model is a script; bridge, machine and the loop in it are real.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ratoon_scripted_model::{Fault, Script, Server, Turn};
 use ratoon_tests::{Done, PATIENCE, Ratoon, finish, program};
 use serde_json::{Value, json};
+
+use crate::search::{KEY, search};
 
 crate::promises![
     a_bug_is_fixed_and_the_patch_is_all_that_comes_back,
@@ -21,8 +23,6 @@ crate::promises![
     the_key_is_in_no_file_and_in_no_machine,
 ];
 
-/// The host's key, which nobody but the bridge and the model's server may ever have.
-const KEY: &str = "sk-ant-the/Hosts+own_key-0123456789";
 /// How long an event may be waited for.
 const SOON: Duration = PATIENCE;
 
@@ -585,59 +585,4 @@ fn the_key_is_in_no_file_and_in_no_machine() {
     scene.ratoon.run(["rm", "-f", "box"]).ok();
     scene.ratoon.run(["snapshots", "rm", "after"]).ok();
     scene.over();
-}
-
-/// Looks for the key in every file of a folder, plain and in base64 and hexadecimal; gives how much there is.
-fn search(folder: &Path) -> u64 {
-    use std::io::Read;
-    let hex: String = KEY.bytes().map(|byte| format!("{byte:02x}")).collect();
-    // As `base64` writes it.
-    let base64 = "c2stYW50LXRoZS9Ib3N0cytvd25fa2V5LTAxMjM0NTY3OD";
-    let forms = [KEY.as_bytes(), hex.as_bytes(), base64.as_bytes()];
-    let longest = forms.map(<[u8]>::len).into_iter().max().unwrap_or(0);
-    let mut searched = 0;
-    for entry in fs::read_dir(folder).expect("a folder") {
-        let entry = entry.expect("an entry");
-        let kind = entry.file_type().expect("a kind");
-        if kind.is_dir() {
-            searched += search(&entry.path());
-        }
-        if !kind.is_file() {
-            continue;
-        }
-        let mut file = fs::File::open(entry.path()).expect("a file");
-        let mut piece = vec![0; 4 << 20];
-        let mut kept = 0;
-        loop {
-            let read = file.read(&mut piece[kept..]).expect("it can be read");
-            if read == 0 {
-                break;
-            }
-            searched += read as u64;
-            let len = kept + read;
-            // Most of a machine's memory is nothing.
-            if piece[..len].iter().any(|byte| *byte != 0) {
-                for form in forms {
-                    let found = find(&piece[..len], form);
-                    assert!(!found, "the key is in {}", entry.path().display());
-                }
-            }
-            kept = longest.min(len);
-            piece.copy_within(len - kept..len, 0);
-        }
-    }
-    searched
-}
-
-fn find(bytes: &[u8], wanted: &[u8]) -> bool {
-    let first = wanted[0];
-    let mut at = 0;
-    while let Some(next) = bytes[at..].iter().position(|byte| *byte == first) {
-        at += next;
-        if bytes[at..].starts_with(wanted) {
-            return true;
-        }
-        at += 1;
-    }
-    false
 }

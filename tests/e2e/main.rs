@@ -26,11 +26,13 @@ mod a_warm_image_starts_where_its_warm_up_ended;
 mod an_agent_fixes_a_bug_without_a_key;
 mod an_agent_works_in_a_machine;
 mod an_image_is_never_written;
+mod any_program_calls_a_model;
 mod bad_input_is_refused_by_name;
 mod commands_run_in_a_running_machine;
 mod memory_is_fetched_when_it_is_touched;
 mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
+mod search;
 mod shared;
 mod soak;
 mod times;
@@ -84,6 +86,7 @@ fn main() {
         an_agent_fixes_a_bug_without_a_key::trials(),
         an_agent_works_in_a_machine::trials(),
         an_image_is_never_written::trials(),
+        any_program_calls_a_model::trials(),
         commands_run_in_a_running_machine::trials(),
         memory_is_fetched_when_it_is_touched::trials(),
         memory_that_a_guest_frees_goes_back::trials(),

@@ -251,7 +251,15 @@ impl Random {
 ///
 /// # Panics
 /// When it takes longer; it is killed then.
-pub fn finish(mut child: Child) -> Done {
+pub fn finish(child: Child) -> Done {
+    finish_within(child, PATIENCE)
+}
+
+/// The same, with another patience.
+///
+/// # Panics
+/// When it takes longer; it is killed then.
+pub fn finish_within(mut child: Child, patience: Duration) -> Done {
     let collect = |stream: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -263,7 +271,7 @@ pub fn finish(mut child: Child) -> Done {
     };
     let stdout = collect(child.stdout.take().map(|s| Box::new(s) as _));
     let stderr = collect(child.stderr.take().map(|s| Box::new(s) as _));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience;
     let status = loop {
         if let Some(status) = child.try_wait().expect("it is our child") {
             break status;
@@ -272,7 +280,7 @@ pub fn finish(mut child: Child) -> Done {
             let _ = child.kill();
             let _ = child.wait();
             panic!(
-                "took longer than {PATIENCE:?}; stdout {:?}, stderr {:?}",
+                "took longer than {patience:?}; stdout {:?}, stderr {:?}",
                 stdout.join(),
                 stderr.join()
             );

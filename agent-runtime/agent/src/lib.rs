@@ -20,6 +20,7 @@ mod history;
 mod http;
 mod inbox;
 mod json;
+mod keeper;
 mod proxy;
 mod repetition;
 mod sse;
@@ -29,4 +30,5 @@ mod tools;
 mod wire;
 
 pub use agent::run_loop;
-pub use proxy::serve as serve_proxy;
+pub use keeper::{keep as keep_proxy, serve_for as serve_proxy_for};
+pub use proxy::serve_at as serve_proxy;

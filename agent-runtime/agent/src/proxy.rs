@@ -7,22 +7,36 @@
 //!
 //! A connection here is one there. What goes to the bridge is read as HTTP, so that each request's head is found and
 //! gets the token of that moment; nothing else is changed: what may not go on is for the bridge to refuse. What comes
-//! back is copied. How it fails: bytes that are no HTTP, and a bridge that is not there, are answered with an error and
-//! the connection ends; so it does when the machine wakes as another, and SDKs connect anew.
+//! back is copied. How it fails: bytes that are no HTTP, a connection too many, and a bridge that is not there are
+//! answered with an error and the connection ends; so it does when the machine wakes as another, and SDKs connect anew.
+//! An answer may come before the request's end (a body that is too large): what the client still sends is read then
+//! and thrown away, since closing over unread bytes would take the answer from it.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
-use crate::bridge::{Bridge, Broken, Connection};
-use crate::clock;
-use crate::http::{Framing, MAX_HEAD_BYTES, MAX_HEADERS, Malformed};
-use crate::stop::Stop;
+use rustix::event::PollFlags;
 
-/// Connections at once.
-const MAX_CONNECTIONS: usize = 128;
+use crate::bridge::{Bridge, Broken, Connection};
+use crate::clock::{self, Moment};
+use crate::http::{Framing, MAX_HEAD_BYTES, MAX_HEADERS, Malformed};
+use crate::stop::{Stop, Waited, wait};
+
+/// Connections at once: fewer than the bridge serves of one machine (`bridge/src/server.rs`), which says nothing to
+/// those that are too many.
+const MAX_CONNECTIONS: usize = 60;
+/// Connections that wait to be told that they are too many; more are closed.
+const MAX_REFUSED: usize = 256;
+/// How long one of them may take to read its answer.
+const BRIEF: Duration = Duration::from_secs(1);
+/// How long a client that has its answer is listened to.
+const LINGER: Duration = Duration::from_secs(10);
 const STACK_BYTES: usize = 192 << 10;
 const PIECE: usize = 16 << 10;
 /// How long a client may take to take what it is sent. It may be silent as long as it likes: it waits for an answer.
@@ -30,17 +44,48 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// How long the bridge may take to read.
 const SENDING: Duration = Duration::from_secs(60);
 
+/// Takes the port.
+///
+/// # Errors
+/// When it is not free, or the environment names no bridge.
+pub fn listen(port: u16) -> io::Result<TcpListener> {
+    Bridge::of_environment().map_err(io::Error::other)?;
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
+        let text = format!("127.0.0.1:{port} cannot be listened at: {error}");
+        io::Error::new(error.kind(), text)
+    })
+}
+
+/// Says where it listens.
+///
+/// # Errors
+/// When the listener has no address.
+pub fn say(listener: &TcpListener) -> io::Result<()> {
+    let mut out = io::stdout();
+    let address = listener.local_addr()?;
+    // Whoever started it may not care.
+    let _ = writeln!(out, "listening on {address}").and_then(|()| out.flush());
+    Ok(())
+}
+
+/// Serves at a port until the process ends.
+///
+/// # Errors
+/// Those of [`listen`] and [`serve`].
+pub fn serve_at(port: u16) -> io::Result<()> {
+    let listener = listen(port)?;
+    say(&listener)?;
+    serve(&listener)
+}
+
 /// Serves until the process ends.
 ///
 /// # Errors
-/// When the port is not free, or the environment names no bridge.
-pub fn serve(port: u16) -> io::Result<()> {
+/// When the environment names no bridge, or there is no thread.
+pub fn serve(listener: &TcpListener) -> io::Result<()> {
     let bridge = Arc::new(Bridge::of_environment().map_err(io::Error::other)?);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-    let mut out = io::stdout();
-    // Whoever started it may not care.
-    let _ = writeln!(out, "listening on {}", listener.local_addr()?).and_then(|()| out.flush());
     let open = Arc::new(AtomicUsize::new(0));
+    let too_many = refuser()?;
     loop {
         let client = match listener.accept() {
             Ok((client, _)) => client,
@@ -51,9 +96,10 @@ pub fn serve(port: u16) -> io::Result<()> {
                 continue;
             }
         };
-        let place = Place::take(&open);
-        let Some(place) = place else {
-            refuse(&client, 503, "too many connections at once");
+        let Some(place) = Place::take(&open) else {
+            if let Err(TrySendError::Disconnected(_)) = too_many.try_send(client) {
+                return Err(io::Error::other("the thread that refuses has ended"));
+            }
             continue;
         };
         let bridge = bridge.clone();
@@ -65,12 +111,47 @@ pub fn serve(port: u16) -> io::Result<()> {
                 if let Err(why) = connection(&bridge, &client) {
                     refuse(&client, why.status(), &why.to_string());
                 }
-                let _ = client.shutdown(Shutdown::Both);
+                linger(&client, LINGER);
             });
         if let Err(error) = serving {
             eprintln!("ratoon-agent: no thread for a connection: {error}");
         }
     }
+}
+
+/// A thread that tells connections that they are too many, and closes them a little later: at once would take the
+/// answer from a client that is still asking.
+fn refuser() -> io::Result<SyncSender<TcpStream>> {
+    let (sender, clients) = sync_channel::<TcpStream>(MAX_REFUSED);
+    let tell = move || {
+        let mut told: VecDeque<(TcpStream, Moment)> = VecDeque::new();
+        loop {
+            let next = match told.front() {
+                None => clients.recv().map_err(RecvTimeoutError::from),
+                Some((_, until)) => clients.recv_timeout(until.saturating_sub(clock::now())),
+            };
+            match next {
+                Ok(client) => {
+                    let _ = client.set_nonblocking(true);
+                    refuse(&client, 429, "too many connections at once: wait");
+                    let _ = client.shutdown(Shutdown::Write);
+                    told.push_back((client, clock::now() + BRIEF));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            while let Some((_, until)) = told.front()
+                && (*until <= clock::now() || told.len() > MAX_REFUSED)
+            {
+                told.pop_front();
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("refuser".into())
+        .stack_size(STACK_BYTES)
+        .spawn(tell)?;
+    Ok(sender)
 }
 
 /// A connection's place among all.
@@ -112,13 +193,19 @@ impl Refused {
 }
 
 fn refuse(mut client: &TcpStream, status: u16, why: &str) {
+    let (kind, wait) = match status {
+        429 => ("rate_limit_error", "retry-after: 1\r\n"),
+        400 => ("invalid_request_error", ""),
+        _ => ("api_error", ""),
+    };
+    // In the form of each API: their errors differ only in what they have besides.
     let body = serde_json::json!({
         "type": "error",
-        "error": {"type": "api_error", "message": why, "code": "ratoon_proxy"},
+        "error": {"type": kind, "message": why, "param": null, "code": "ratoon_proxy"},
     })
     .to_string();
     let head = format!(
-        "HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\nconnection: close\r\n{wait}x-ratoon-error: proxy\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     // Who has gone hears nothing.
@@ -126,22 +213,45 @@ fn refuse(mut client: &TcpStream, status: u16, why: &str) {
     let _ = client.write_all(body.as_bytes());
 }
 
+/// Ends a connection: nothing more is said, and what the client says is thrown away until it ends, too.
+fn linger(mut client: &TcpStream, time: Duration) {
+    let until = clock::now() + time;
+    let _ = client.shutdown(Shutdown::Write);
+    let mut piece = [0; PIECE];
+    loop {
+        let left = until.saturating_sub(clock::now());
+        if left.is_zero() || client.set_read_timeout(Some(left)).is_err() {
+            return;
+        }
+        match client.read(&mut piece) {
+            Ok(read) if read > 0 => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => return,
+        }
+    }
+}
+
 /// Serves a client. An error may still be told: nothing has been.
 fn connection(bridge: &Bridge, client: &TcpStream) -> Result<(), Refused> {
     let _ = client.set_nodelay(true);
     let _ = client.set_write_timeout(Some(PATIENCE));
+    let new_stop = || Stop::new().map_err(|error| Refused::NoBridge(error.into()));
+    // Set when there are no more answers.
+    let over = Arc::new(new_stop()?);
     let mut from_client = Requests {
         client,
         read: Vec::new(),
+        over: &over,
     };
     let Some(first) = from_client.head()? else {
         return Ok(());
     };
     let token = bridge.token().map_err(Refused::NoToken)?;
-    let stop = Arc::new(Stop::new().map_err(|error| Refused::NoBridge(error.into()))?);
+    // Set when answers are not to be waited for.
+    let stop = Arc::new(new_stop()?);
     let upstream = Arc::new(bridge.connect(&stop).map_err(Refused::NoBridge)?);
     let back = {
-        let (upstream, stop) = (upstream.clone(), stop.clone());
+        let (upstream, stop, over) = (upstream.clone(), stop.clone(), over.clone());
         let client = client
             .try_clone()
             .map_err(|error| Refused::NoBridge(error.into()))?;
@@ -149,21 +259,25 @@ fn connection(bridge: &Bridge, client: &TcpStream) -> Result<(), Refused> {
             .name("answers".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                copy_back(&upstream, &client, &stop);
+                if !copy_back(&upstream, &client, &stop) && !stop.is_set() {
+                    refuse(&client, 502, "the bridge ended the connection");
+                }
                 // No more answers: no more requests either.
-                let _ = client.shutdown(Shutdown::Both);
-                stop.set();
+                let _ = client.shutdown(Shutdown::Write);
+                over.set();
             })
             .map_err(|error| Refused::NoBridge(error.into()))?
     };
     let mut next = Some((first, token));
     while let Some((head, token)) = next {
-        if from_client
-            .forward(&head, &token, &upstream, &stop)
-            .is_err()
-        {
-            // The bridge may have said why it reads no more.
-            break;
+        match from_client.forward(&head, &token, &upstream, &stop) {
+            Ok(()) => {}
+            // The bridge listens no more: it may have answered.
+            Err(Unsent::Upstream) => break,
+            Err(Unsent::Client) => {
+                stop.set();
+                break;
+            }
         }
         // What is wrong with a later request can only be told by the connection's end: an answer may be on its way.
         next = match (from_client.head(), bridge.token()) {
@@ -177,16 +291,30 @@ fn connection(bridge: &Bridge, client: &TcpStream) -> Result<(), Refused> {
     }
     // The bridge ends a call whose client has gone, and what it costs with it.
     upstream.ends_here();
+    from_client.throw_away();
     let _ = back.join();
     Ok(())
 }
 
-fn copy_back(upstream: &Connection, mut client: &TcpStream, stop: &Stop) {
+/// Whether anything came back.
+fn copy_back(upstream: &Connection, mut client: &TcpStream, stop: &Stop) -> bool {
     let mut piece = vec![0; PIECE];
+    let mut has_come = false;
     while let Ok(read) = upstream.receive(&mut piece, None, stop)
         && read > 0
-        && client.write_all(&piece[..read]).is_ok()
-    {}
+    {
+        has_come = true;
+        if client.write_all(&piece[..read]).is_err() {
+            break;
+        }
+    }
+    has_come
+}
+
+/// Whose fault it is that a request could not be sent on.
+enum Unsent {
+    Client,
+    Upstream,
 }
 
 /// A request's head.
@@ -200,14 +328,27 @@ struct Head {
 struct Requests<'a> {
     client: &'a TcpStream,
     read: Vec<u8>,
+    /// No more are wanted.
+    over: &'a Stop,
 }
 
 impl Requests<'_> {
     fn more(&mut self) -> io::Result<bool> {
+        let client = [(self.client.as_fd(), PollFlags::IN)];
+        if matches!(wait(&client, None, self.over)?, Waited::Stopped) {
+            return Ok(false);
+        }
         let mut piece = [0; PIECE];
         let read = self.client.read(&mut piece)?;
         self.read.extend_from_slice(&piece[..read]);
         Ok(read > 0)
+    }
+
+    /// Reads on until no more requests are wanted, or none come: so the client comes to read its answer.
+    fn throw_away(&mut self) {
+        while let Ok(true) = self.more() {
+            self.read.clear();
+        }
     }
 
     /// The next head; none when the client has no more.
@@ -269,10 +410,13 @@ impl Requests<'_> {
         token: &str,
         upstream: &Connection,
         stop: &Stop,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Unsent> {
         let mut bytes = head.bytes.clone();
         bytes.extend_from_slice(format!("x-ratoon-token: {token}\r\n\r\n").as_bytes());
-        let send = |bytes: &[u8]| upstream.send(bytes, Some(clock::now() + SENDING), stop);
+        let send = |bytes: &[u8]| {
+            let sent = upstream.send(bytes, Some(clock::now() + SENDING), stop);
+            sent.map_err(|_| Unsent::Upstream)
+        };
         send(&bytes)?;
         let Some(mut framing) = head.body.clone() else {
             return Ok(());
@@ -280,14 +424,18 @@ impl Requests<'_> {
         let mut ended = framing == Framing::Length(0);
         let mut meant = Vec::new();
         while !ended {
-            if self.read.is_empty() && !self.more()? {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            if self.read.is_empty() && !self.more().map_err(|_| Unsent::Client)? {
+                // No more are wanted, or the client has gone in the middle.
+                return Err(match self.over.is_set() {
+                    true => Unsent::Upstream,
+                    false => Unsent::Client,
+                });
             }
             let taken;
             meant.clear();
             (taken, ended) = framing
                 .take(&self.read, &mut meant)
-                .map_err(|error| io::Error::other(error.to_string()))?;
+                .map_err(|_| Unsent::Client)?;
             send(&self.read[..taken])?;
             self.read.drain(..taken);
         }

@@ -3,9 +3,9 @@
 mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
-use std::process::Child;
-use std::time::Duration;
+use std::net::{Shutdown, TcpStream};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use common::Host;
 use ratoon_scripted_model::{Fault, Turn};
@@ -18,11 +18,11 @@ struct Proxy {
 
 impl Proxy {
     fn start(host: &Host) -> Self {
-        let mut process = host
-            .command("proxy")
-            .args(["--port", "0"])
-            .spawn()
-            .expect("ratoon-agent");
+        Self::of(host.command("proxy").args(["--port", "0"]))
+    }
+
+    fn of(command: &mut Command) -> Self {
+        let mut process = command.spawn().expect("ratoon-agent");
         let mut line = String::new();
         BufReader::new(process.stdout.as_mut().expect("a pipe"))
             .read_line(&mut line)
@@ -32,6 +32,15 @@ impl Proxy {
             address: address.expect("where it listens").to_owned(),
             process,
         }
+    }
+
+    /// The processes that it has started.
+    fn children(&self) -> Vec<i32> {
+        let pid = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        let numbers = children.split_whitespace().map(str::parse);
+        numbers.map(|pid| pid.expect("a number")).collect()
     }
 
     fn connect(&self) -> BufReader<TcpStream> {
@@ -225,4 +234,158 @@ fn a_client_that_goes_ends_its_call() {
         host.calls_in_flight() == 0
     });
     assert!(ended, "nobody reads it, and it goes on");
+}
+
+/// One of the errors that an SDK of either vendor knows.
+fn is_an_error(body: &str, kind: &str) -> bool {
+    let Ok(body) = serde_json::from_str::<Value>(body) else {
+        return false;
+    };
+    body["error"]["type"] == kind && body["error"]["message"].is_string()
+}
+
+#[test]
+fn two_hundred_connections_at_once_are_each_answered_and_the_bridge_stays_small() {
+    let host = Host::start([Turn::text("One.").repeated()]);
+    let proxy = Proxy::start(&host);
+    let whole = request(&hi(false), "");
+    let mut streams: Vec<_> = (0..200).map(|_| proxy.connect()).collect();
+    for stream in &mut streams {
+        send(stream, &whole);
+    }
+    let mut answers = [0, 0];
+    for stream in &mut streams {
+        match answer(stream) {
+            (200, _) => answers[0] += 1,
+            (429, body) => {
+                assert!(is_an_error(&body, "rate_limit_error"), "{body}");
+                answers[1] += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(answers[0] > 0 && answers[1] > 0, "{answers:?}");
+    drop(streams);
+    // All have their places again.
+    let mut stream = proxy.connect();
+    let served = (0..100).any(|_| {
+        send(&mut stream, &whole);
+        let is_served = answer(&mut stream).0 == 200;
+        if !is_served {
+            std::thread::sleep(Duration::from_millis(100));
+            stream = proxy.connect();
+        }
+        is_served
+    });
+    assert!(served, "places were lost");
+    let memory = host.bridge_memory_kib();
+    assert!(memory < 32 << 10, "the bridge took {memory} KiB");
+    host.check();
+}
+
+#[test]
+fn a_body_that_is_too_large_is_told_though_it_is_still_sent() {
+    let host = Host::start([Turn::text("One.")]);
+    let proxy = Proxy::start(&host);
+    let len = 64 << 20;
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len}\r\n\r\n");
+    for chunked in [false, true] {
+        let mut stream = proxy.connect();
+        let mut sending = stream.get_ref().try_clone().expect("a socket");
+        let head = match chunked {
+            false => head.clone(),
+            true => head.replace(
+                &format!("content-length: {len}"),
+                "transfer-encoding: chunked",
+            ),
+        };
+        let sender = std::thread::spawn(move || {
+            let piece = vec![b' '; 1 << 20];
+            let mut all = sending.write_all(head.as_bytes());
+            for _ in 0..64 {
+                if chunked {
+                    all = all.and_then(|()| sending.write_all(b"100000\r\n"));
+                }
+                all = all.and_then(|()| sending.write_all(&piece));
+                if chunked {
+                    all = all.and_then(|()| sending.write_all(b"\r\n"));
+                }
+            }
+            let _ = sending.shutdown(Shutdown::Write);
+            all
+        });
+        let (status, body) = answer(&mut stream);
+        assert_eq!(status, 413, "{body}");
+        assert!(is_an_error(&body, "invalid_request_error"), "{body}");
+        // Who sends everything before reading anything gets there, too.
+        sender.join().expect("it ends").expect("all is taken");
+    }
+    let mut stream = proxy.connect();
+    send(&mut stream, request(&hi(false), ""));
+    assert_eq!(answer(&mut stream).0, 200);
+    let memory = host.bridge_memory_kib();
+    assert!(memory < 32 << 10, "the bridge took {memory} KiB");
+    host.check();
+}
+
+#[test]
+fn a_bridge_that_ends_a_connection_without_a_word_is_told() {
+    let host = Host::start([]);
+    let path = host.folder.path().join("silent");
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.expect("a connection").read(&mut [0; 100]);
+        }
+    });
+    let mut command = host.command("proxy");
+    let place = format!("unix:{}", path.display());
+    let proxy = Proxy::of(command.args(["--port", "0"]).env("RATOON_BRIDGE", place));
+    let mut stream = proxy.connect();
+    send(&mut stream, request(&hi(false), ""));
+    let (status, body) = answer(&mut stream);
+    assert_eq!(status, 502, "{body}");
+    assert!(is_an_error(&body, "api_error"), "{body}");
+}
+
+#[test]
+fn a_proxy_that_dies_is_started_again_and_goes_with_its_keeper() {
+    let host = Host::start([Turn::text("One.").repeated()]);
+    let mut proxy = Proxy::of(host.command("proxy").args(["--keep", "--port", "0"]));
+    let ask = |proxy: &Proxy| {
+        let mut stream = proxy.connect();
+        send(&mut stream, request(&hi(false), ""));
+        answer(&mut stream).0
+    };
+    assert_eq!(ask(&proxy), 200);
+    let kill = |pid: i32| {
+        let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is ours");
+    };
+    for _ in 0..2 {
+        let [child] = proxy.children()[..] else {
+            panic!("{:?}", proxy.children());
+        };
+        kill(child);
+        // One that is dying may still take a connection with it.
+        let until = Instant::now() + Duration::from_secs(10);
+        while proxy.children().contains(&child) {
+            assert!(Instant::now() < until, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Who comes while there is none waits: the second time there is a pause.
+        assert_eq!(ask(&proxy), 200);
+        assert_ne!(proxy.children(), [child]);
+    }
+    let [child] = proxy.children()[..] else {
+        panic!("{:?}", proxy.children());
+    };
+    proxy.process.kill().expect("it is ours");
+    proxy.process.wait().expect("it ends");
+    let until = Instant::now() + Duration::from_secs(10);
+    while std::fs::metadata(format!("/proc/{child}")).is_ok() {
+        assert!(Instant::now() < until, "the proxy outlives its keeper");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

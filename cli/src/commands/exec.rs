@@ -7,10 +7,12 @@ use std::time::Duration;
 use ratoon_client::RuntimeError;
 use ratoon_client::blocking::{Client, ExecIo};
 use ratoon_engine::Engine;
+use ratoon_engine::bridge::Keeper;
 use ratoon_engine::vm::command;
 use ratoon_engine::vm::store::Entry;
 use ratoon_protocol::{ErrorCode, ExecParams, ExitReport};
 
+use super::agent::program::Bound;
 use crate::failure::Failure;
 use crate::guest::{self, RawTerminal};
 use crate::interrupt::Interrupts;
@@ -91,7 +93,10 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         }
     }
     let mut client = guest::connect(&entry)?;
+    let bound = Bound::again(engine, &entry.dir, &mut client);
+    let keeper = keep(engine, &entry, bound.as_ref(), &mut params)?;
     let report = exec(&mut client, &params, (&entry, args.interactive))?;
+    drop(keeper);
     ratoon_engine::working_set::note(&entry.dir);
     if args.usage
         && let Some(usage) = report.usage
@@ -118,6 +123,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
 pub fn shell(engine: &Engine, args: &ShellArgs) -> Result<ExitCode, Failure> {
     let entry = guest::find(engine, &args.vm)?;
     let mut client = guest::connect(&entry)?;
+    let bound = Bound::again(engine, &entry.dir, &mut client);
+    let mut in_all = ExecParams::default();
+    let _keeper = keep(engine, &entry, bound.as_ref(), &mut in_all)?;
     let params = |shell: &str| ExecParams {
         argv: vec![shell.into(), "-l".into()],
         cwd: args.workdir.clone(),
@@ -127,6 +135,7 @@ pub fn shell(engine: &Engine, args: &ShellArgs) -> Result<ExitCode, Failure> {
             .ok()
             .map(|term| ("TERM".into(), term))
             .into_iter()
+            .chain(in_all.env.clone())
             .collect(),
         ..ExecParams::default()
     };
@@ -137,6 +146,25 @@ pub fn shell(engine: &Engine, args: &ShellArgs) -> Result<ExitCode, Failure> {
         result => result.map_err(|error| failed(error, &entry, "/bin/bash"))?,
     };
     Ok(ExitCode::from(report.status.shell_code()))
+}
+
+/// In a machine whose programs may call models: they find them, while this lives.
+fn keep(
+    engine: &Engine,
+    entry: &Entry,
+    bound: Option<&Bound>,
+    params: &mut ExecParams,
+) -> Result<Option<Keeper>, Failure> {
+    let Some(bound) = bound else {
+        return Ok(None);
+    };
+    // What the caller names is put in their place.
+    for (name, value) in &bound.variables {
+        if !params.env.iter().any(|(named, _)| named == name) {
+            params.env.push((name.clone(), value.clone()));
+        }
+    }
+    Ok(Some(bound.keep(engine, vec![entry.dir.clone()])?))
 }
 
 fn exec(

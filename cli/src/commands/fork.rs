@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ratoon_engine::Engine;
@@ -11,9 +11,11 @@ use ratoon_engine::fork::{ChildError, ForkError, ForkSpec, Forked, MAX_CHILDREN}
 use ratoon_engine::runtime::{ExecIo, RuntimeError};
 use ratoon_engine::vm::cgroup::Limits;
 use ratoon_engine::vm::launch::{LaunchError, Vm};
+use ratoon_engine::vm::record::VmDir;
 use ratoon_protocol::ExecParams;
 use serde::Serialize;
 
+use super::agent::program::Forking;
 use super::snapshot;
 use crate::failure::{FAILED, Failure};
 use crate::interrupt::Interrupts;
@@ -126,7 +128,7 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
             .collect(),
         None => Vec::new(),
     };
-    let spec = ForkSpec {
+    let mut spec = ForkSpec {
         count: args.count,
         deadline: args.deadline,
         names,
@@ -144,10 +146,13 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     };
     let spinner = Spinner::start(format!("forking {}", args.vm));
     let cancel = Some(interrupts.cancel());
+    let mut forking = None;
     let forked = match args.snapshot {
         true => engine.fork_snapshot(&args.vm, &spec, cancel),
         false => {
             let entry = guest::find_live(engine, &args.vm)?;
+            forking = Forking::of(engine, &entry.dir, args.count);
+            spec.agent = forking.as_ref().map(|it| Arc::clone(&it.agent));
             engine.fork(&entry.dir, &spec, cancel)
         }
     };
@@ -173,13 +178,31 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         reports.push(report);
     }
     let all_started = vms.iter().all(Option::is_some);
+    let dirs = vms.iter().enumerate();
+    let dirs = dirs.filter_map(|(index, vm)| Some((index, vm.as_ref()?.dir().clone())));
+    let dirs: BTreeMap<usize, VmDir> = dirs.collect();
+    if let Some(forking) = &forking {
+        forking.begun(engine, &dirs);
+    }
     if !args.command.is_empty() {
-        run_in_all(args, &mut vms, &mut reports, &interrupts)?;
+        let bound = forking.as_ref().map(|it| &it.bound);
+        let env = bound.map_or_else(Vec::new, |bound| bound.variables.clone());
+        let keeper = bound
+            .map(|bound| bound.keep(engine, dirs.values().cloned().collect()))
+            .transpose()?;
+        run_in_all((args, &env), &mut vms, &mut reports, &interrupts)?;
+        drop(keeper);
     }
     let ended = interrupts.ended();
     if (args.command.is_empty() || args.keep) && ended.is_none() {
         for vm in vms.into_iter().flatten() {
             vm.detach();
+        }
+    } else if let Some(forking) = &forking {
+        for (index, dir) in &dirs {
+            let code = reports[*index].exit_code;
+            let code = code.and_then(|code| u8::try_from(code).ok());
+            forking.bound.over(engine, dir, code);
         }
     }
     show(args, &generation, pause, &reports)?;
@@ -226,7 +249,7 @@ fn begun(index: usize, child: Result<Vm, ChildError>) -> (Option<Vm>, Report) {
 
 /// Runs the command in all children, many at once.
 fn run_in_all(
-    args: &Args,
+    (args, env): (&Args, &[(String, String)]),
     vms: &mut [Option<Vm>],
     reports: &mut [Report],
     interrupts: &Interrupts,
@@ -244,7 +267,7 @@ fn run_in_all(
                 let next = todo.lock().map_or(None, |mut todo| todo.pop());
                 let Some((vm, report)) = next else { break };
                 if interrupts.ended().is_none() {
-                    run_in(args, vm, report);
+                    run_in(args, env, vm, report);
                 }
             }
         };
@@ -257,7 +280,7 @@ fn run_in_all(
     })
 }
 
-fn run_in(args: &Args, vm: &mut Vm, report: &mut Report) {
+fn run_in(args: &Args, env: &[(String, String)], vm: &mut Vm, report: &mut Report) {
     let index = report.index;
     let (mut out, mut err) = (
         Lines::new(args, index, false),
@@ -265,6 +288,7 @@ fn run_in(args: &Args, vm: &mut Vm, report: &mut Report) {
     );
     let params = ExecParams {
         argv: args.command.clone(),
+        env: env.to_vec(),
         ..ExecParams::default()
     };
     let io = ExecIo {

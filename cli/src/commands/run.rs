@@ -17,6 +17,7 @@ use ratoon_protocol::{ErrorCode, ExecParams, ExitStatus};
 use ratoon_vmm_api::NetConfig;
 use serde::Serialize;
 
+use super::agent::program;
 use crate::failure::{FAILED, Failure};
 use crate::interrupt::{Ended, Interrupts};
 use crate::progress::Spinner;
@@ -39,6 +40,7 @@ const CAPTURE_LIMIT: usize = 16 << 20;
   ratoon run -e GREETING=hello -w /tmp -u nobody -- sh -c 'echo $GREETING; id'
   ratoon run --memory 2G --cpus 4 --timeout 5m -- make -j4
   ratoon run -d --name web          # leaves the machine running, prints its id
+  ratoon run --model anthropic/sonnet -- python3 agent.py   # its SDK finds the model at 127.0.0.1
 
 ^C goes to the command first; a second ^C, or 10 s without an end, ends the VM.")]
 pub struct Args {
@@ -105,6 +107,8 @@ pub struct Args {
     /// Print one JSON document: the VM, the exit code and what the command wrote.
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub program: program::Args,
     /// The command, or arguments for the image's entrypoint; the image's own command without it.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -114,6 +118,9 @@ pub struct Args {
 #[derive(Serialize)]
 struct Report {
     id: String,
+    /// With --model: what `ratoon agent log` takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run: Option<String>,
     exit_code: u8,
     /// The signal that ended the command.
     signal: Option<i32>,
@@ -135,17 +142,46 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
                 .code(2),
         );
     }
-    let spec = command_spec(args)?;
+    let mut spec = command_spec(args)?;
+    let wanted = args.program.wanted()?;
     let interrupts = Interrupts::listen()?;
+    if let Some(wanted) = &wanted {
+        wanted.prepare(engine)?;
+    }
     let begun = Instant::now();
-    let mut started = boot(engine, args, &interrupts)?;
+    let booted = boot(engine, args, &interrupts);
+    if booted.is_err() && wanted.is_some() {
+        // It may have been started for this machine alone.
+        engine.bridge().sweep();
+    }
+    let mut started = booted?;
     let mut client = match started.vm.runtime() {
         Ok(client) => client,
         Err(error) => return Err(broken(&started.vm, &interrupts, error)),
     };
     let boot_ms = millis(begun);
+    let mut bound = None;
+    if let Some(wanted) = wanted {
+        let what = match args.detach {
+            true => format!(
+                "programs in {}",
+                args.name.as_deref().unwrap_or("a machine")
+            ),
+            false => args.command.join(" "),
+        };
+        bound = Some(wanted.bind(engine, started.vm.dir(), &mut client, &what)?);
+    }
     if args.detach {
-        return detach(started.vm, args);
+        return detach(started.vm, args, bound.as_ref());
+    }
+    let dir = started.vm.dir().clone();
+    let mut keeper = None;
+    if let Some(bound) = &bound {
+        spec.env.splice(0..0, bound.variables.clone());
+        if !args.json {
+            eprintln!("run {} in machine {}", bound.run, dir.id());
+        }
+        keeper = Some(bound.keep(engine, vec![dir.clone()])?);
     }
     let params = command::resolve(&started.command, &spec)?;
     interrupts.command(client.controller());
@@ -159,15 +195,20 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         RuntimeError::Call(error) => refused(&params, &error),
         error => broken(&started.vm, &interrupts, error),
     });
-    let id = started.vm.record().id.clone();
-    ratoon_engine::working_set::note(started.vm.dir());
+    ratoon_engine::working_set::note(&dir);
+    drop(keeper);
+    if let Some(bound) = &bound {
+        let code = result.as_ref().ok().map(|status| status.shell_code());
+        bound.over(engine, &dir, code);
+    }
     // The layer is thrown away: nothing to write back, so the guest is not asked.
     let ended = started.vm.end();
     let status = result?;
     ended?;
     if args.json {
         output::json(&Report {
-            id,
+            id: dir.id(),
+            run: bound.map(|bound| bound.run),
             exit_code: status.shell_code(),
             signal: match status {
                 ExitStatus::Signal(signal) => Some(signal),
@@ -280,12 +321,16 @@ pub fn not_started(error: StartError, interrupts: &Interrupts) -> Failure {
     }
 }
 
-fn detach(vm: Vm, args: &Args) -> Result<ExitCode, Failure> {
+fn detach(vm: Vm, args: &Args, bound: Option<&program::Bound>) -> Result<ExitCode, Failure> {
     let Some(record) = vm.detach() else {
         return Err(Failure::new("the VM is gone"));
     };
     if args.json {
-        output::json(&serde_json::json!({ "id": record.id, "name": record.name }))?;
+        let mut told = serde_json::json!({ "id": record.id, "name": record.name });
+        if let Some(bound) = bound {
+            told["run"] = bound.run.as_str().into();
+        }
+        output::json(&told)?;
     } else {
         output::line(&record.id)?;
     }

@@ -145,6 +145,11 @@ impl Bridge {
         Ok(())
     }
 
+    /// A VM that is about to go calls no more models. The bridge ends when it was the last.
+    pub fn remove(&self, dir: &VmDir) {
+        vms::forget(&self.store, dir);
+    }
+
     /// What a run has used, by branch.
     ///
     /// # Errors

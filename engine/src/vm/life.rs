@@ -305,6 +305,7 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
     let left = store.sweep()?;
     for entry in left.abandoned {
         end_for_good(&entry)?;
+        crate::bridge::forget(store, &entry.dir);
         store.remove(&entry.dir)?;
     }
     for entry in left.committed {

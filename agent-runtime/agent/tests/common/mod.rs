@@ -116,6 +116,15 @@ impl Host {
         }
     }
 
+    /// The most memory that the bridge has taken so far, in KiB.
+    pub fn bridge_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.bridge.id()));
+        let status = status.expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        number.expect("a number").parse().expect("a number")
+    }
+
     fn socket(&self) -> PathBuf {
         self.folder.path().join("vm.sock_1025")
     }

@@ -28,6 +28,10 @@ pub struct Args {
 
 pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let run = super::find(engine, &args.run)?;
+    if run.profile.is_none() {
+        let text = format!("run {} is a program's: no directory was uploaded", run.id);
+        return Err(Failure::new(text).hint("`ratoon cp VM:/path .` takes what it made"));
+    }
     let live = super::live_branch(engine, &run, args.branch.as_deref());
     let (_, entry) = match live {
         Ok(live) => live,

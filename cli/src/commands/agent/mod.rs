@@ -8,6 +8,7 @@ mod fork;
 mod log;
 mod outcome;
 mod patch;
+pub mod program;
 mod ps;
 mod resume;
 mod run;
@@ -121,6 +122,13 @@ fn live_branch(
 
 /// The process of a branch's agent, if it is at work still.
 fn at_work(run: &Run, branch: &Branch) -> Result<i32, Failure> {
+    if run.profile.is_none() {
+        let text = format!("run {} is a program's, which has its own loop", run.id);
+        return Err(Failure::new(text).hint(format!(
+            "`ratoon exec {0}` and `ratoon fork {0}` work on its machine",
+            branch.vm
+        )));
+    }
     if let Some(ending) = branch.ending {
         let how = show::word(ending);
         let text = format!("the agent of branch {} has ended: {how}", branch.name);

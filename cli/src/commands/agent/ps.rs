@@ -85,7 +85,9 @@ fn state(run: &Run, branch: &Branch, machines: &BTreeMap<String, Status>) -> Str
         (Some(ending), _) => show::word(ending).to_owned(),
         (None, Some(status)) => status.to_string(),
         (None, None) if was_forked => "forked".into(),
-        (None, None) => "gone".into(),
+        (None, None) => branch
+            .exit_code
+            .map_or_else(|| "gone".into(), |code| format!("exit code {code}")),
     }
 }
 

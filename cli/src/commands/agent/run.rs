@@ -26,7 +26,7 @@ use crate::progress::Spinner;
 use crate::{guest, output, units};
 
 /// The first branch.
-const MAIN: &str = "main";
+pub const MAIN: &str = "main";
 /// An answer has no more tokens, whatever the model could.
 const MOST_ANSWER_TOKENS: u32 = 32_000;
 /// The bridge refuses calls so long after the agent should have ended by itself: it counts from before the machine's
@@ -128,8 +128,23 @@ enum Tools {
     Minimal,
 }
 
+/// Money that is limited can only be spent on what has a price.
+pub fn has_price(config: &BridgeConfig, chosen: &Chosen) -> Result<(), Failure> {
+    if chosen.has_price {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "--max-money: {}/{} has no price in {}",
+        chosen.provider,
+        chosen.model,
+        config.path.display()
+    ))
+    .hint("add \"price\" to the model there, or limit --max-tokens-out")
+    .code(2))
+}
+
 /// Reads dollars as millionths of one.
-fn microusd(text: &str) -> Result<u64, String> {
+pub fn microusd(text: &str) -> Result<u64, String> {
     let (whole, part) = text.split_once('.').unwrap_or((text, ""));
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let fits = digits(whole) && digits(part) && !(whole.is_empty() && part.is_empty());
@@ -166,14 +181,8 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let chosen = config
         .model(&args.model)
         .map_err(|error| Failure::from(error).code(2))?;
-    if args.max_money.is_some() && !chosen.has_price {
-        return Err(Failure::new(format!(
-            "--max-money: {} has no price in {}",
-            args.model,
-            config.path.display()
-        ))
-        .hint("add \"price\" to the model there, or limit --max-tokens-out")
-        .code(2));
+    if args.max_money.is_some() {
+        has_price(&config, &chosen)?;
     }
     let program = &engine.programs().agent;
     File::open(program).map_err(|error| work::missing_program(program, &error))?;
@@ -181,7 +190,12 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     engine.bridge().ensure(&config, &keys)?;
     let id = engine.runs().begin()?;
     let profile = profile(args.profile, chosen.wire);
-    let mut run = Run::new(id.clone(), args.task.clone(), args.model.clone(), profile);
+    let mut run = Run::new(
+        id.clone(),
+        args.task.clone(),
+        args.model.clone(),
+        Some(profile),
+    );
     run.keep_steps = args.keep_steps;
     let begun = begin(engine, args, (&config, &keys), &chosen, &stop, run);
     if begun.is_err() {
@@ -301,7 +315,7 @@ fn task(args: &Args, chosen: &Chosen, run: &Run) -> Task {
         branch: MAIN.into(),
         wire: chosen.wire,
         model: chosen.model.clone(),
-        profile: run.profile,
+        profile: profile(args.profile, chosen.wire),
         prompt: args.task.clone(),
         system: None,
         directory: DIRECTORY.into(),
