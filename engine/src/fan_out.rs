@@ -5,8 +5,9 @@
 //!                                       or somebody has had enough
 //! ```
 //!
-//! All are started before the first is finished, so that none waits for another's guest. What is not there in time is dropped by
-//! the thread that works on it: after the deadline nobody waits for that.
+//! All are started before the first is finished, so that none waits for another's guest, but no more than [`MOST_BETWEEN`]: one that
+//! has started takes something of a processor. What is not there in time is dropped by the thread that works on it: after the
+//! deadline nobody waits for that.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,6 +21,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 /// Threads: a VM that starts or wakes waits for others most of the time.
 const MOST_WORKERS: usize = 32;
+/// So many are started and not finished at most; more than there are workers, or some of these would have nothing to do.
+const MOST_BETWEEN: usize = 128;
 /// How often the wait looks whether the caller has had enough.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -47,6 +50,8 @@ struct Work<E: Each> {
 
 struct Queue<T> {
     next: usize,
+    /// So many have been finished, or have failed.
+    done: usize,
     started: VecDeque<(usize, T)>,
 }
 
@@ -72,6 +77,7 @@ pub(crate) fn fan_out<E: Each>(
         count,
         queue: Mutex::new(Queue {
             next: 0,
+            done: 0,
             started: VecDeque::new(),
         }),
         over: AtomicBool::new(false),
@@ -138,6 +144,7 @@ impl<E: Each> Work<E> {
                 },
                 Step::Finish(index, item) => self.finish(index, item),
             };
+            self.queue().done += 1;
             // Nobody waits any more: what is ready too late is dropped here.
             let _ = reports.send(report);
         }
@@ -157,11 +164,11 @@ impl<E: Each> Work<E> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is to be done next. Whoever starts one comes back for another, so nothing that was started is
-    /// left when there is no step.
+    /// What is to be done next. Whoever starts or finishes one comes back for another, so nothing is left when there is
+    /// no step.
     fn step(&self) -> Option<Step<E::Item>> {
         let mut queue = self.queue();
-        if queue.next < self.count {
+        if queue.next < self.count && queue.next - queue.done < MOST_BETWEEN {
             queue.next += 1;
             return Some(Step::Start(queue.next - 1));
         }
@@ -273,6 +280,34 @@ mod tests {
         }
         let done = fan_out(100, Orderly(AtomicUsize::new(0)), None, None).unwrap();
         assert!(done.into_iter().flatten().all(|it| it.is_ok()));
+    }
+
+    #[test]
+    fn no_more_than_so_many_are_between_start_and_finish() {
+        struct Few(AtomicUsize, Arc<AtomicUsize>);
+        impl Each for Few {
+            type Item = ();
+            type Error = &'static str;
+            fn start(&self, index: usize, _: BorrowedFd<'_>) -> Result<(), &'static str> {
+                if index.is_multiple_of(3) {
+                    return Err("bad");
+                }
+                let begun = self.0.fetch_add(1, Ordering::SeqCst) + 1;
+                self.1.fetch_max(begun, Ordering::SeqCst);
+                Ok(())
+            }
+            fn finish(&self, _: usize, (): &mut ()) -> Result<(), &'static str> {
+                std::thread::yield_now();
+                self.0.fetch_sub(1, Ordering::SeqCst);
+                Ok(())
+            }
+        }
+        let most = Arc::new(AtomicUsize::new(0));
+        let few = Few(AtomicUsize::new(0), most.clone());
+        let done = fan_out(1000, few, None, None).unwrap();
+        assert_eq!(done.iter().flatten().count(), 1000);
+        assert_eq!(done.into_iter().flatten().flatten().count(), 666);
+        assert!(most.load(Ordering::SeqCst) <= MOST_BETWEEN);
     }
 
     #[test]
