@@ -71,7 +71,7 @@ pub fn say(listener: &TcpListener) -> io::Result<()> {
 /// Serves at a port until the process ends.
 ///
 /// # Errors
-/// Those of [`listen`] and [`serve`].
+/// The port is not free, or the environment names no bridge.
 pub fn serve_at(port: u16) -> io::Result<()> {
     let listener = listen(port)?;
     say(&listener)?;

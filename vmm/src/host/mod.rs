@@ -27,7 +27,7 @@ pub fn boot_args(class: HostClass) -> &'static str {
             "emulated_kernel tick_stretch=4 noreplace-smp no-kvmapf noxsave nofsgsbase noinvpcid nopcid nopku \
              clearcpuid=smap,smep,umip,popcnt,erms,fsrm,fsrs,rdrand,rdseed,xsaves,serialize,\
              movdiri,movdir64b,clwb,clflushopt,rdtscp,rdpid,cx16,waitpkg \
-             initcall_blacklist=slab_late_init,param_sysfs_builtin_init"
+             nf_conntrack.hashsize=512 initcall_blacklist=slab_late_init,param_sysfs_builtin_init"
         }
     }
 }
