@@ -38,6 +38,7 @@ const MAX_WORDS: usize = 4096;
 
 /// `--model` and what goes with it.
 #[derive(Debug, Default, clap::Args)]
+#[group(skip)]
 #[command(next_help_heading = "A model for the command (docs/agent.md, Any program)")]
 pub struct Args {
     /// Let programs in the VM call this model, as the bridge's configuration has it; several times for several.
