@@ -65,7 +65,8 @@ fn freed_memory_goes_back(more: &[&str]) {
     assert!(full > before + 20 * MIB, "{before} {full}");
     exec(&ratoon, FORGET);
     let deadline = Instant::now() + Duration::from_secs(120);
-    while resident(pid) > full - 15 * MIB {
+    // A guest gives back whole blocks: what else lies in one keeps it.
+    while resident(pid) > full - (full - before) / 2 {
         assert!(Instant::now() < deadline, "{} of {full}", resident(pid));
         std::thread::sleep(Duration::from_millis(200));
     }
