@@ -35,7 +35,7 @@ use failure::Failure;
   ratoon run -d --name web --memory 1G
   ratoon exec web -- uname -a
   ratoon shell web
-  ratoon cp notes.txt web:/root/
+  ratoon cp notes.txt web:/srv/
   ratoon code web -c 'print(6 * 7)'
   ratoon forward web 8080
   ratoon ps

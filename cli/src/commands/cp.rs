@@ -24,7 +24,7 @@ use crate::guest;
 /// archive on standard input or output. A file appears whole under its name, or not at all.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  ratoon cp notes.txt web:/root/
+  ratoon cp notes.txt web:/srv/
   ratoon cp web:/var/log/app.log .
   ratoon cp src web:/srv               # web:/srv/src, or web:/srv if that is not there
   ratoon cp -u app src web:/home/app

@@ -319,7 +319,7 @@ mod tests {
     #[test]
     fn names_that_lead_elsewhere_are_left_out() {
         assert_eq!(plain_path(b"work/a/b", "work/").as_deref(), Some("a/b"));
-        assert_eq!(plain_path(b"./work/a", "work/").as_deref(), Some("a"));
+        assert_eq!(plain_path(b"./dir/a", "dir/").as_deref(), Some("a"));
         for odd in [
             &b"work/../x"[..],
             b"work/",
