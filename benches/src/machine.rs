@@ -34,6 +34,8 @@ use crate::sandbox::WarmMachines;
 
 /// How long a guest may take to come up.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+/// How long a stream from the guest may stand still.
+const STALL: Duration = Duration::from_secs(30);
 /// How long a VMM may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a wait looks: the resolution of boot times.
@@ -343,8 +345,8 @@ pub fn accept(listener: &UnixListener) -> Result<UnixStream> {
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
-                stream.set_read_timeout(Some(BOOT_PATIENCE))?;
-                stream.set_write_timeout(Some(BOOT_PATIENCE))?;
+                stream.set_read_timeout(Some(STALL))?;
+                stream.set_write_timeout(Some(STALL))?;
                 return Ok(stream);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {

@@ -2,15 +2,14 @@
 //! back as a patch. The model is a script; bridge, machine and the loop in it are real.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ratoon_scripted_model::{Fault, Script, Server, Turn};
+use ratoon_scripted_model::{Fault, Turn};
 use ratoon_tests::{Done, PATIENCE, Ratoon, finish, program};
 use serde_json::{Value, json};
 
-use crate::search::{KEY, search};
+use crate::scene::{KEY, Scene, search};
 
 crate::promises![
     a_bug_is_fixed_and_the_patch_is_all_that_comes_back,
@@ -26,49 +25,24 @@ crate::promises![
 /// How long an event may be waited for.
 const SOON: Duration = PATIENCE;
 
-/// A model, a bridge's configuration, a directory with a bug in it, and Ratoon.
-struct Scene {
-    ratoon: Ratoon,
-    model: Server,
-    folder: tempfile::TempDir,
+/// With a directory that has a bug in it.
+fn scene(turns: impl IntoIterator<Item = Turn>) -> Scene {
+    let price = json!({"input": 3_000_000, "output": 15_000_000});
+    let model = json!({"id": "m", "max_output_tokens": 1000, "price": price});
+    let provider = json!({"wires": ["messages"], "models": [model]});
+    let scene = Scene::new(turns, provider, json!({}));
+    let work = scene.path("work");
+    fs::create_dir_all(work.join(".git")).expect("a folder");
+    fs::write(work.join(".git/config"), "[core]\n").expect("a file");
+    fs::write(work.join("calc.py"), "def add(a, b):\n    return a - b\n").expect("a file");
+    let test = "from calc import add\nassert add(2, 3) == 5, add(2, 3)\nprint('ok')\n";
+    fs::write(work.join("test_calc.py"), test).expect("a file");
+    scene
 }
 
 impl Scene {
-    fn new(turns: impl IntoIterator<Item = Turn>) -> Self {
-        let ratoon = Ratoon::warm();
-        let model = Server::start(Script::new(turns).with_key(KEY)).expect("a scripted model");
-        let folder = tempfile::tempdir().expect("a folder");
-        let scene = Self {
-            ratoon,
-            model,
-            folder,
-        };
-        fs::write(scene.path("key"), format!("{KEY}\n")).expect("a file");
-        let price = json!({"input": 3_000_000, "output": 15_000_000});
-        let config = json!({
-            "records": scene.path("runs"),
-            "providers": [{
-                "name": "scripted", "base_url": scene.model.url(),
-                "key": {"command": ["cat", scene.path("key")]}, "wires": ["messages"],
-                "models": [{"id": "m", "max_output_tokens": 1000, "price": price}],
-            }],
-        });
-        fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
-        let work = scene.path("work");
-        fs::create_dir_all(work.join(".git")).expect("a folder");
-        fs::write(work.join(".git/config"), "[core]\n").expect("a file");
-        fs::write(work.join("calc.py"), "def add(a, b):\n    return a - b\n").expect("a file");
-        let test = "from calc import add\nassert add(2, 3) == 5, add(2, 3)\nprint('ok')\n";
-        fs::write(work.join("test_calc.py"), test).expect("a file");
-        scene
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     /// `ratoon agent run` on the directory.
-    fn run(&self, args: &[&str]) -> Command {
+    fn run_agent(&self, args: &[&str]) -> Command {
         let mut command = self
             .ratoon
             .command(["agent", "run", "--model", "scripted/m"]);
@@ -85,17 +59,11 @@ impl Scene {
     }
 
     fn done(&self, args: &[&str]) -> Done {
-        finish(self.run(args).spawn().expect("ratoon can be started"))
+        finish(self.run_agent(args).spawn().expect("ratoon can be started"))
     }
 
     fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).expect("it is there")
-    }
-
-    /// Nothing of ours is left, and the model has nothing to complain of.
-    fn over(self) {
-        assert_eq!(self.model.violations(), [""; 0]);
-        self.ratoon.nothing_is_left();
     }
 }
 
@@ -123,7 +91,7 @@ const PATCH: &str = "diff --git a/calc.py b/calc.py\n--- a/calc.py\n+++ b/calc.p
     def add(a, b):\n-    return a - b\n+    return a + b\n";
 
 fn a_bug_is_fixed_and_the_patch_is_all_that_comes_back() {
-    let scene = Scene::new(fixes());
+    let scene = scene(fixes());
     let patch = scene.path("fix.patch");
     let done = scene
         .done(&[
@@ -181,7 +149,7 @@ fn a_bug_is_fixed_and_the_patch_is_all_that_comes_back() {
 
 fn the_best_of_two_children_takes_its_parents_place() {
     let wild = "sed -i 's/a - b/5/' calc.py; touch wild";
-    let scene = Scene::new([
+    let scene = scene([
         Turn::tool("bash", json!({"command": "cat calc.py"})).at(0),
         Turn::tool("bash", json!({"command": wild}))
             .at(1)
@@ -264,7 +232,7 @@ fn snapshots(scene: &Scene) -> Vec<String> {
 fn a_step_that_was_kept_is_tried_once_more() {
     let wild = "echo wild > wild; echo 'def add(a, b): return 5' > calc.py";
     let look = Turn::tool("bash", json!({"command": "cat calc.py; export SEEN=yes"}));
-    let scene = Scene::new([
+    let scene = scene([
         look.at(0),
         Turn::tool("bash", json!({"command": wild})).at(1),
         Turn::tool(
@@ -375,7 +343,7 @@ fn kill_machine(scene: &Scene) {
 
 fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_twice() {
     let late = |turn: Turn| turn.broken(Fault::Late { ms: 20_000 });
-    let scene = Scene::new([
+    let scene = scene([
         Turn::tool("bash", json!({"command": "cat calc.py"})).at(0),
         fix().at(1),
         // Killed in the middle of the first one; the second is for the machine that goes on.
@@ -383,7 +351,7 @@ fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_
         Turn::text("The test passes.").at(2),
     ]);
     let child = scene
-        .run(&["--keep-steps", "8", "--json"])
+        .run_agent(&["--keep-steps", "8", "--json"])
         .spawn()
         .expect("ratoon can be started");
     asked(&scene, 3);
@@ -418,7 +386,7 @@ fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_
 
 fn a_run_outlives_its_tokens_and_its_suspended_machine() {
     let waits = |what: &str| Turn::tool("bash", json!({"command": format!("sleep 7; {what}")}));
-    let scene = Scene::new([
+    let scene = scene([
         waits("cd /tmp; KEPT=yes").at(0),
         waits("sleep 7; cd /work; test $KEPT = yes && sed -i 's/a - b/a + b/' calc.py").at(1),
         waits("python3 test_calc.py").at(2),
@@ -430,7 +398,7 @@ fn a_run_outlives_its_tokens_and_its_suspended_machine() {
     fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
     // Its first tool takes longer than a token lives.
     let mut child = scene
-        .run(&["--json"])
+        .run_agent(&["--json"])
         .spawn()
         .expect("ratoon can be started");
     asked(&scene, 2);
@@ -477,7 +445,7 @@ fn bridge(ratoon: &Ratoon) -> i32 {
 }
 
 fn a_bridge_that_dies_is_started_again_and_the_agent_goes_on() {
-    let scene = Scene::new(fixes());
+    let scene = scene(fixes());
     let run = scene.done(&["-d", "--hold-before", "2"]).ok().stdout;
     wait_for(&scene, run.trim(), "the answer", |log| {
         log.contains("complete (200)")
@@ -511,9 +479,9 @@ fn cut(log: &str) -> usize {
 
 fn a_cancelled_agent_ends_and_leaves_nothing() {
     let waits = "echo begun; sleep 1000";
-    let scene = Scene::new([Turn::tool("bash", json!({"command": waits})).at(0)]);
+    let scene = scene([Turn::tool("bash", json!({"command": waits})).at(0)]);
     let child = scene
-        .run(&["--json"])
+        .run_agent(&["--json"])
         .spawn()
         .expect("ratoon can be started");
     let end = Instant::now() + SOON;
@@ -538,7 +506,7 @@ fn interrupt(child: &Child) {
 
 fn the_key_is_in_no_file_and_in_no_machine() {
     let look = "cat /proc/*/environ /proc/*/cmdline /run/ratoon/* 2> /dev/null | tr '\\0' ' '; env";
-    let scene = Scene::new([
+    let scene = scene([
         Turn::tool("bash", json!({"command": look})).at(0),
         Turn::text("Nothing here.").at(1),
     ]);
@@ -547,7 +515,7 @@ fn the_key_is_in_no_file_and_in_no_machine() {
     let mut config: Value = serde_json::from_str(&config).expect("JSON");
     config["providers"][0]["key"] = json!({"fd": 3});
     fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
-    let run = scene.run(&["--keep", "--json"]);
+    let run = scene.run_agent(&["--keep", "--json"]);
     let mut command = Command::new("sh");
     command
         .args(["-c", "exec 3< \"$0\"; exec \"$@\""])

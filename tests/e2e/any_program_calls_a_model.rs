@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use ratoon_scripted_model::{Fault, Script, Server, ToolCall, Turn};
-use ratoon_tests::{Done, Ratoon, cache, finish, finish_within, program};
+use ratoon_scripted_model::{Fault, ToolCall, Turn};
+use ratoon_tests::{Done, cache, finish, finish_within, program};
 use serde_json::{Value, json};
 
-use crate::search::{KEY, search};
+use crate::scene::{Scene, search};
 
 crate::promises![
     a_program_calls_its_model_by_the_usual_variables,
@@ -26,43 +26,18 @@ const LONG: Duration = Duration::from_secs(1200);
 const CALL: &str = "curl -s $OPENAI_BASE_URL/chat/completions -H \"Authorization: Bearer $OPENAI_API_KEY\" \
     -d \"{\\\"model\\\":\\\"$RATOON_MODEL\\\",\\\"messages\\\":[{\\\"role\\\":\\\"user\\\",\\\"content\\\":\\\"hi\\\"}]}\"";
 
-/// A model, a bridge's configuration, and Ratoon.
-struct Scene {
-    ratoon: Ratoon,
-    model: Server,
-    folder: tempfile::TempDir,
+fn scene(turns: impl IntoIterator<Item = Turn>) -> Scene {
+    let model = json!({"id": "m", "upstream": "real-m", "max_output_tokens": 1000});
+    Scene::new(
+        turns,
+        json!({"wires": ["messages", "chat", "responses"], "models": [model]}),
+        json!({"body_bytes": 256 << 10, "attempts": 2, "vm_requests_a_minute": 10_000}),
+    )
 }
 
 impl Scene {
-    fn new(turns: impl IntoIterator<Item = Turn>) -> Self {
-        let ratoon = Ratoon::warm();
-        let model = Server::start(Script::new(turns).with_key(KEY)).expect("a scripted model");
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = |name: &str| folder.path().join(name);
-        fs::write(path("key"), format!("{KEY}\n")).expect("a file");
-        let config = json!({
-            "records": path("runs"),
-            "limits": {"body_bytes": 256 << 10, "attempts": 2, "vm_requests_a_minute": 10_000},
-            "providers": [{
-                "name": "scripted", "base_url": model.url(), "key": {"command": ["cat", path("key")]},
-                "wires": ["messages", "chat", "responses"],
-                "models": [{"id": "m", "upstream": "real-m", "max_output_tokens": 1000}],
-            }],
-        });
-        fs::write(path("bridge.json"), config.to_string()).expect("a file");
-        Self {
-            ratoon,
-            model,
-            folder,
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     /// `ratoon run --model` with these flags, and the command.
-    fn run(&self, flags: &[&str], command: &[&str]) -> Done {
+    fn run_program(&self, flags: &[&str], command: &[&str]) -> Done {
         let mut run = self.ratoon.command(["run", "--model", "scripted/m"]);
         run.arg("--bridge-config")
             .arg(self.path("bridge.json"))
@@ -92,12 +67,6 @@ impl Scene {
         let child = exec.spawn().expect("ratoon can be started");
         finish_within(child, LONG).ok();
     }
-
-    /// Nothing of ours is left, and the model has nothing to complain of.
-    fn over(self) {
-        assert_eq!(self.model.violations(), [""; 0]);
-        self.ratoon.nothing_is_left();
-    }
 }
 
 fn answer(done: &Done) -> String {
@@ -107,8 +76,8 @@ fn answer(done: &Done) -> String {
 }
 
 fn a_program_calls_its_model_by_the_usual_variables() {
-    let scene = Scene::new([Turn::text("Hello.").repeated()]);
-    let done = scene.run(
+    let scene = scene([Turn::text("Hello.").repeated()]);
+    let done = scene.run_program(
         &["--memory", "256M", "--max-calls", "1"],
         &["sh", "-c", &format!("{CALL}; exit 7")],
     );
@@ -140,7 +109,7 @@ fn a_program_calls_its_model_by_the_usual_variables() {
         (&["--max-money", "1"], "has no price"),
         (&["--max-calls", "0"], "--max-calls"),
     ] {
-        let refused = scene.run(flags, &["true"]);
+        let refused = scene.run_program(flags, &["true"]);
         assert_eq!(refused.code(), 2, "{refused:?}");
         assert!(refused.stderr.contains(words), "{refused:?}");
     }
@@ -149,9 +118,9 @@ fn a_program_calls_its_model_by_the_usual_variables() {
 }
 
 fn forks_and_restored_machines_call_with_tokens_of_their_own() {
-    let scene = Scene::new([Turn::text("Hello.").repeated()]);
+    let scene = scene([Turn::text("Hello.").repeated()]);
     scene
-        .run(
+        .run_program(
             &[
                 "-d",
                 "--name",
@@ -224,7 +193,7 @@ fn forks_and_restored_machines_call_with_tokens_of_their_own() {
         "{refused}"
     );
     let done = scene
-        .run(&["--snapshot", "ready", "--json"], &["sh", "-c", CALL])
+        .run_program(&["--snapshot", "ready", "--json"], &["sh", "-c", CALL])
         .ok();
     assert!(done.stdout.contains("Hello."), "{done:?}");
     scene.ratoon.run(["snapshots", "rm", "ready"]).ok();
@@ -236,9 +205,9 @@ fn programs() -> PathBuf {
 }
 
 fn a_hostile_program_gets_named_errors_and_nothing_else() {
-    let scene = Scene::new([Turn::text("Hello.").repeated()]);
+    let scene = scene([Turn::text("Hello.").repeated()]);
     let run = scene
-        .run(&["-d", "--name", "box", "--memory", "256M", "--json"], &[])
+        .run_program(&["-d", "--name", "box", "--memory", "256M", "--json"], &[])
         .ok();
     let run: Value = serde_json::from_str(&run.stdout).expect("JSON");
     let run = run["run"].as_str().expect("a run");
@@ -437,9 +406,9 @@ fn packages() -> PathBuf {
 
 fn the_vendors_sdks_and_an_agent_run_as_they_are() {
     let packages = packages();
-    let scene = Scene::new(cases());
+    let scene = scene(cases());
     scene
-        .run(&["-d", "--name", "box", "--memory", "768M"], &[])
+        .run_program(&["-d", "--name", "box", "--memory", "768M"], &[])
         .ok();
     // Memory in large pages costs fewer faults, which take most of the time where guests are emulated.
     scene

@@ -32,7 +32,7 @@ mod commands_run_in_a_running_machine;
 mod memory_is_fetched_when_it_is_touched;
 mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
-mod search;
+mod scene;
 mod shared;
 mod soak;
 mod times;

@@ -30,8 +30,9 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 const EXACT: Tolerance = tolerance(0.0, 2.0);
 const COUNT: Tolerance = tolerance(5.0, 5.0);
-/// Up to 19 % was seen between runs on a busy host; what a guest does by the clock is in its counts.
-const GUEST: Tolerance = tolerance(25.0, 500.0);
+/// Up to 19 % was seen between runs on a busy host; what a guest does by the clock is in its counts, and so is
+/// whether it had time to fall idle before a call: some 4000, which is much of a ping.
+const GUEST: Tolerance = tolerance(25.0, 6000.0);
 const EXITS: Tolerance = tolerance(25.0, 10.0);
 /// 1 %.
 const FAULTS: Tolerance = tolerance(10.0, 10.0);

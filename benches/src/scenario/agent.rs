@@ -224,11 +224,9 @@ fn bridge_alone(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             let with = ask(&mut to_bridge, &mut bridged, &token.0, streamed)?;
             let without = ask(&mut to_model, &mut direct, &token.0, streamed)?;
             if round > 0 {
-                let added = series(NAME, "ratoon", what, "ms", Readiness::None);
-                samples.add(&added, round, ms(with) - ms(without))?;
+                add(samples, what, round, ms(with) - ms(without))?;
                 let model = format!("{}, without", what.trim_end_matches(", added"));
-                let model = series(NAME, "ratoon", model, "ms", Readiness::None);
-                samples.add(&model, round, ms(without))?;
+                add(samples, &model, round, ms(without))?;
             }
         }
         judge(samples, what, target, "ms");
@@ -349,14 +347,16 @@ fn steps(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             ),
             ("step: beyond model and tool", own + all - bridge),
         ] {
-            samples.add(
-                &series(NAME, "ratoon", what, "ms", Readiness::None),
-                round,
-                value,
-            )?;
+            add(samples, what, round, value)?;
         }
     }
     Ok(())
+}
+
+/// A time of ours, in milliseconds.
+fn add(samples: &mut Samples, what: &str, round: usize, value: f64) -> Result<()> {
+    let series = series(NAME, "ratoon", what, "ms", Readiness::None);
+    samples.add(&series, round, value)
 }
 
 /// First byte and whole of each answer, in milliseconds, as the only run's record has them.
@@ -429,11 +429,7 @@ fn fork(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             ("fork: to the first call in flight", at[0]),
             ("fork: to four calls in flight", at[CHILDREN - 1]),
         ] {
-            samples.add(
-                &series(NAME, "ratoon", what, "ms", Readiness::None),
-                round,
-                value,
-            )?;
+            add(samples, what, round, value)?;
         }
     }
     Ok(())

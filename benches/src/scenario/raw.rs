@@ -96,10 +96,11 @@ pub fn run<S: Read + Write>(
             Ok(())
         });
         let theirs = exec(client, &argv, &mut io::sink());
-        match ours.join() {
-            // The guest's own words explain ours.
-            Ok(ours) => theirs.and(ours),
-            Err(panic) => std::panic::resume_unwind(panic),
+        match (ours.join(), theirs) {
+            // One side's failure is the other's, too: who was first is not known.
+            (Ok(Err(ours)), Err(theirs)) => Err(ours.context(format!("{theirs:#}"))),
+            (Ok(ours), theirs) => theirs.and(ours),
+            (Err(panic), _) => std::panic::resume_unwind(panic),
         }
     })
 }
@@ -118,7 +119,10 @@ fn bulk(
     let mut left = bytes;
     while left > 0 {
         let most = left.min(PIECE);
-        let len = stream.read(&mut piece[..most])?;
+        let read = stream.read(&mut piece[..most]);
+        let len = read.with_context(|| {
+            format!("{TO_HOST}: turn {turn}: {left} of {bytes} bytes are missing")
+        })?;
         if len == 0 {
             bail!("the guest closed its connection");
         }
@@ -126,12 +130,13 @@ fn bulk(
     }
     haul.end(samples, TO_HOST, bytes, turn)?;
     let haul = Haul::begin(scenario, vm)?;
-    for _ in 0..bytes / PIECE {
-        stream.write_all(&piece)?;
+    for number in 0..bytes / PIECE {
+        let written = stream.write_all(&piece);
+        written.with_context(|| format!("{TO_GUEST}: turn {turn}: piece {number}"))?;
     }
     stream
         .read_exact(&mut [0])
-        .context("the guest's word that it has all")?;
+        .with_context(|| format!("{TO_GUEST}: turn {turn}: the guest's word that it has all"))?;
     haul.end(samples, TO_GUEST, bytes, turn)
 }
 

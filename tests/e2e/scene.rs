@@ -1,10 +1,52 @@
-//! Looks for the host's key where nobody may have it.
+//! A model, a bridge and its configuration beside a Ratoon; and the host's key, looked for where nobody may have it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use ratoon_scripted_model::{Script, Server, Turn};
+use ratoon_tests::Ratoon;
+use serde_json::{Value, json};
 
 /// The host's key, which nobody but the bridge and the model's server may ever have.
 pub const KEY: &str = "sk-ant-the/Hosts+own_key-0123456789";
+
+/// A model, a bridge's configuration, and Ratoon.
+pub struct Scene {
+    pub ratoon: Ratoon,
+    pub model: Server,
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    /// The configuration's only model is `scripted/m`. `provider` and `limits` say the rest of it.
+    pub fn new(turns: impl IntoIterator<Item = Turn>, provider: Value, limits: Value) -> Self {
+        let scene = Self {
+            ratoon: Ratoon::warm(),
+            model: Server::start(Script::new(turns).with_key(KEY)).expect("a scripted model"),
+            folder: tempfile::tempdir().expect("a folder"),
+        };
+        fs::write(scene.path("key"), format!("{KEY}\n")).expect("a file");
+        let mut provider = provider;
+        provider["name"] = json!("scripted");
+        provider["base_url"] = json!(scene.model.url());
+        provider["key"] = json!({"command": ["cat", scene.path("key")]});
+        let config =
+            json!({"records": scene.path("runs"), "limits": limits, "providers": [provider]});
+        fs::write(scene.path("bridge.json"), config.to_string()).expect("a file");
+        scene
+    }
+
+    /// A file of its own.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Nothing of ours is left, and the model has nothing to complain of.
+    pub fn over(self) {
+        assert_eq!(self.model.violations(), [""; 0]);
+        self.ratoon.nothing_is_left();
+    }
+}
 
 /// Looks for the key in every file of a folder, plain and in base64 and hexadecimal; gives how much there is.
 pub fn search(folder: &Path) -> u64 {
