@@ -263,7 +263,7 @@ impl Vsock {
     }
 
     /// Takes the queues out, does `work`, puts them back; then raises the interrupt, once.
-    fn with_queues(
+    pub(super) fn with_queues(
         &mut self,
         work: impl FnOnce(&mut Self, &mut Queues) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
@@ -276,6 +276,9 @@ impl Vsock {
             self.drop_all();
         }
         queues.interrupt();
+        if queues.is_late() {
+            self.streams.tick(true);
+        }
         self.queues = Some(queues);
         result
     }

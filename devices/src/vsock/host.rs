@@ -31,18 +31,18 @@ impl Vsock {
                 return Ok(());
             }
             for seen in seen {
-                self.event(seen);
+                self.event(queues, seen)?;
             }
         }
         // More may wait, and the event loop is told of news only.
         queues.again(RX)
     }
 
-    fn event(&mut self, seen: Seen) {
+    fn event(&mut self, queues: &mut Queues, seen: Seen) -> Result<(), DeviceError> {
         if Streams::is_listener(seen.token) {
             self.accept();
         } else if self.streams.is_timer(seen.token) {
-            self.expire(Instant::now());
+            return self.ticked(queues, Instant::now());
         } else if self.streams.handshakes.contains_key(&seen.token) {
             self.handshake(seen.token);
             // The line and the end of the stream can come as one event.
@@ -50,6 +50,14 @@ impl Vsock {
         } else {
             self.stream_event(seen);
         }
+        Ok(())
+    }
+
+    /// The timer ticked.
+    fn ticked(&mut self, queues: &mut Queues, now: Instant) -> Result<(), DeviceError> {
+        queues.notify_late()?;
+        self.expire(now);
+        Ok(())
     }
 
     /// What happened to a connection's stream.
@@ -151,7 +159,9 @@ impl Vsock {
     /// As if the timer ticked after `time`.
     #[cfg(test)]
     pub(super) fn pass_time(&mut self, time: Duration) {
-        self.expire(Instant::now() + time);
+        let now = Instant::now() + time;
+        self.with_queues(|device, queues| device.ticked(queues, now))
+            .unwrap();
     }
 
     #[cfg(test)]

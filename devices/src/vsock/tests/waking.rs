@@ -104,6 +104,27 @@ fn an_answer_to_packets_comes_with_the_interrupt_for_them() {
 }
 
 #[test]
+fn a_guest_that_waits_for_its_send_buffer_gets_it_back() {
+    let mut guest = Guest::new();
+    let host = accepted(&mut guest, 5000, 52);
+    let interrupts = guest.interrupts;
+    // Half of Linux's send buffer is less than two of these.
+    guest.send(data_header(5000, 52, 65_536), &pattern(65_536), &[]);
+    guest.settle();
+    assert_eq!(guest.interrupts - interrupts, 1);
+    // Little that is left is told after a second, once.
+    guest.send(data_header(5000, 52, 100), &pattern(100), &[]);
+    guest.settle();
+    assert_eq!(guest.interrupts - interrupts, 1);
+    for _ in 0..2 {
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        guest.settle();
+        assert_eq!(guest.interrupts - interrupts, 2);
+    }
+    read_some(&host);
+}
+
+#[test]
 fn the_host_is_taken_in_turn() {
     let mut guest = Guest::new();
     let (first, first_port) = opened(&mut guest, 1024);
