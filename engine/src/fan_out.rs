@@ -5,8 +5,8 @@
 //!                                       or somebody has had enough
 //! ```
 //!
-//! All are started before the first is finished, so that none waits for another's guest, but no more than [`MOST_BETWEEN`]: one that
-//! has started takes something of a processor. What is not there in time is dropped by the thread that works on it: after the
+//! All are started before the first is finished, so that none waits for another's guest; of more than [`MOST_BETWEEN`] only
+//! [`FEW_BETWEEN`] at a time. What is not there in time is dropped by the thread that works on it: after the
 //! deadline nobody waits for that.
 
 use std::collections::VecDeque;
@@ -21,8 +21,11 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 /// Threads: a VM that starts or wakes waits for others most of the time.
 const MOST_WORKERS: usize = 32;
-/// So many are started and not finished at most; more than there are workers, or some of these would have nothing to do.
+/// Up to so many are all started before the first is finished.
 const MOST_BETWEEN: usize = 128;
+/// Of more than that so many are started and not finished at a time. Each takes something of a processor, and where
+/// guest kernels are emulated a hundred that wait for their turn do little else than catch up with their clocks.
+const FEW_BETWEEN: usize = 12;
 /// How often the wait looks whether the caller has had enough.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -165,10 +168,15 @@ impl<E: Each> Work<E> {
     }
 
     /// What is to be done next. Whoever starts or finishes one comes back for another, so nothing is left when there is
-    /// no step.
+    /// no step for him.
     fn step(&self) -> Option<Step<E::Item>> {
         let mut queue = self.queue();
-        if queue.next < self.count && queue.next - queue.done < MOST_BETWEEN {
+        let most = if self.count > MOST_BETWEEN {
+            FEW_BETWEEN
+        } else {
+            MOST_BETWEEN
+        };
+        if queue.next < self.count && queue.next - queue.done < most {
             queue.next += 1;
             return Some(Step::Start(queue.next - 1));
         }
@@ -307,7 +315,7 @@ mod tests {
         let done = fan_out(1000, few, None, None).unwrap();
         assert_eq!(done.iter().flatten().count(), 1000);
         assert_eq!(done.into_iter().flatten().flatten().count(), 666);
-        assert!(most.load(Ordering::SeqCst) <= MOST_BETWEEN);
+        assert!(most.load(Ordering::SeqCst) <= FEW_BETWEEN);
     }
 
     #[test]
