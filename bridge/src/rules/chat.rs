@@ -78,6 +78,7 @@ const MESSAGE: Shape = Shape::Union(&Union {
                 // What SDKs and agents give back of an answer, and no provider needs.
                 drop("annotations"),
                 drop("provider_specific_fields"),
+                drop("parsed"),
                 refuse("audio", "spoken answers are not allowed here"),
                 refuse("function_call", "use tool_calls instead"),
             ],
@@ -159,7 +160,11 @@ const TOOL_CALL: Shape = Shape::Union(&Union {
                 need("id", Shape::Text),
                 need(
                     "function",
-                    Shape::Object(&[need("name", Shape::Text), need("arguments", Shape::Text)]),
+                    Shape::Object(&[
+                        need("name", Shape::Text),
+                        need("arguments", Shape::Text),
+                        drop("parsed_arguments"),
+                    ]),
                 ),
                 drop("index"),
             ],

@@ -21,7 +21,11 @@ pub const RESPONSES: &[Field] = &[
     keep("top_logprobs", Shape::Number),
     keep(
         "reasoning",
-        Shape::Object(&[keep("effort", Shape::Text), keep("summary", Shape::Text)]),
+        Shape::Object(&[
+            keep("effort", Shape::Text),
+            keep("summary", Shape::Text),
+            keep("context", Shape::Text),
+        ]),
     ),
     keep(
         "text",
@@ -83,7 +87,10 @@ const ITEM: Shape = Shape::Union(&Union {
             &[
                 CALL_ID,
                 need("name", Shape::Text),
+                keep("namespace", Shape::Text),
                 need("arguments", Shape::Text),
+                // OpenAI's SDK for Node has read them, and gives that back, too.
+                drop("parsed_arguments"),
                 ID,
                 STATUS,
             ],
@@ -94,6 +101,7 @@ const ITEM: Shape = Shape::Union(&Union {
             &[
                 CALL_ID,
                 need("name", Shape::Text),
+                keep("namespace", Shape::Text),
                 need("input", Shape::Text),
                 ID,
                 STATUS,
@@ -141,6 +149,15 @@ const ITEM: Shape = Shape::Union(&Union {
             "apply_patch_call_output",
             &[CALL_ID, keep("output", Shape::Text), ID, STATUS],
         ),
+        // Tools that are offered from here on: Codex has those of newer models here, and none in `tools`.
+        (
+            "additional_tools",
+            &[
+                need("role", Shape::Is(&["developer"])),
+                need("tools", Shape::List(&TOOL)),
+                ID,
+            ],
+        ),
     ],
     withheld: &[],
 });
@@ -167,6 +184,7 @@ const PART: Shape = Shape::Union(&Union {
                 need("text", Shape::Text),
                 drop("annotations"),
                 drop("logprobs"),
+                drop("parsed"),
             ],
         ),
         ("refusal", &[need("refusal", Shape::Text)]),
@@ -210,40 +228,58 @@ const LOCAL: Shape = Shape::Union(&Union {
     withheld: &[],
 });
 
+const FUNCTION: (&str, &[Field]) = (
+    "function",
+    &[
+        need("name", Shape::Text),
+        keep("description", Shape::Text),
+        keep("parameters", Shape::Free),
+        keep("strict", Shape::Bool),
+    ],
+);
+const CUSTOM: (&str, &[Field]) = (
+    "custom",
+    &[
+        need("name", Shape::Text),
+        keep("description", Shape::Text),
+        keep("format", Shape::Free),
+    ],
+);
+const WITHHELD: &[&str] = &[
+    "web_search*",
+    "file_search",
+    "code_interpreter",
+    "computer*",
+    "image_generation",
+    "mcp",
+    "tool_search",
+];
 const TOOL: Shape = Shape::Union(&Union {
     tag: "type",
     absent: None,
     variants: &[
-        (
-            "function",
-            &[
-                need("name", Shape::Text),
-                keep("description", Shape::Text),
-                keep("parameters", Shape::Free),
-                keep("strict", Shape::Bool),
-            ],
-        ),
-        (
-            "custom",
-            &[
-                need("name", Shape::Text),
-                keep("description", Shape::Text),
-                keep("format", Shape::Free),
-            ],
-        ),
+        FUNCTION,
+        CUSTOM,
         ("local_shell", &[]),
         ("shell", &[need("environment", LOCAL)]),
         ("apply_patch", &[]),
+        // A name before the names of functions; they run where all others do, with us.
+        (
+            "namespace",
+            &[
+                need("name", Shape::Text),
+                keep("description", Shape::Text),
+                need("tools", Shape::List(&NAMED)),
+            ],
+        ),
     ],
-    withheld: &[
-        "web_search*",
-        "file_search",
-        "code_interpreter",
-        "computer*",
-        "image_generation",
-        "mcp",
-        "tool_search",
-    ],
+    withheld: WITHHELD,
+});
+const NAMED: Shape = Shape::Union(&Union {
+    tag: "type",
+    absent: None,
+    variants: &[FUNCTION, CUSTOM],
+    withheld: WITHHELD,
 });
 
 const TOOL_CHOICE: Shape = Shape::Either(&[

@@ -40,6 +40,69 @@ fn fields_that_mean_nothing_here_are_left_out() {
             r#"{"input":[{"type":"reasoning","summary":[],"encrypted_content":"e"},{"type":"function_call","call_id":"a","name":"f","arguments":"{}"}]}"#
         )
     );
+    // What OpenAI's SDK for Node adds to an answer, and gives back with it.
+    let body = r#"{"messages":[{"role":"assistant","content":"x","parsed":null,"tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}","parsed_arguments":{}}}]}]}"#;
+    assert_eq!(
+        rebuilt(chat::CHAT, body).as_deref(),
+        Ok(
+            r#"{"messages":[{"role":"assistant","content":"x","tool_calls":[{"type":"function","id":"a","function":{"name":"f","arguments":"{}"}}]}]}"#
+        )
+    );
+    let body = r#"{"input":[{"type":"message","role":"assistant","content":[{"type":"output_text","text":"x","parsed":{"a":1}}]},{"type":"function_call","call_id":"a","name":"f","arguments":"{}","parsed_arguments":{}}]}"#;
+    assert_eq!(
+        rebuilt(responses::RESPONSES, body).as_deref(),
+        Ok(
+            r#"{"input":[{"type":"message","role":"assistant","content":[{"type":"output_text","text":"x"}]},{"type":"function_call","call_id":"a","name":"f","arguments":"{}"}]}"#
+        )
+    );
+}
+
+#[test]
+fn what_codex_sends_is_taken_without_the_providers_own_tools() {
+    let body = concat!(
+        r#"{"input":[{"type":"additional_tools","id":"at_1","role":"developer","tools":[{"type":"web_search","external_web_access":true},"#,
+        r#"{"type":"namespace","name":"n","description":"","tools":[{"type":"custom","name":"exec","format":{"type":"grammar"}},{"type":"mcp","server_url":"http://x"},{"type":"function","name":"g","strict":false,"parameters":{}}]}]},"#,
+        r#"{"type":"function_call","call_id":"a","name":"g","namespace":"n","arguments":"{}"}],"#,
+        r#""tools":[{"type":"tool_search","execution":"client","parameters":{}},{"type":"function","name":"f","strict":false}],"#,
+        r#""reasoning":{"summary":"auto","context":"all_turns"},"include":["reasoning.encrypted_content"],"#,
+        r#""client_metadata":{"session_id":"s"},"prompt_cache_key":"s"}"#
+    );
+    let raw = check(body.as_bytes()).expect("JSON");
+    let mut rebuild = Rebuild::default();
+    rebuild.open(raw, responses::RESPONSES).expect("allowed");
+    assert_eq!(
+        String::from_utf8_lossy(&rebuild.body),
+        concat!(
+            r#"{"input":[{"type":"additional_tools","role":"developer","tools":["#,
+            r#"{"type":"namespace","name":"n","description":"","tools":[{"type":"custom","name":"exec","format":{"type":"grammar"}},{"type":"function","name":"g","strict":false,"parameters":{}}]}]},"#,
+            r#"{"type":"function_call","call_id":"a","name":"g","namespace":"n","arguments":"{}"}],"#,
+            r#""tools":[{"type":"function","name":"f","strict":false}],"#,
+            r#""reasoning":{"summary":"auto","context":"all_turns"},"include":["reasoning.encrypted_content"]"#
+        )
+    );
+    assert_eq!(rebuild.withheld, ["web_search", "mcp", "tool_search"]);
+    for (tool, told) in [
+        (
+            r#"{"type":"namespace","name":"n","tools":[{"type":"namespace","name":"m","tools":[]}]}"#,
+            "tools[0].tools[0].type: \"namespace\" is none that may be sent",
+        ),
+        (
+            r#"{"type":"namespace","name":"n","tools":[{"type":"shell","environment":{"type":"container_auto"}}]}"#,
+            "tools[0].tools[0].type: \"shell\" is none that may be sent",
+        ),
+        (
+            r#"{"type":"namespace","name":"n","server_url":"http://x","tools":[]}"#,
+            "tools[0]: the field \"server_url\" is none that may be sent",
+        ),
+    ] {
+        let body = format!(r#"{{"input":"x","tools":[{tool}]}}"#);
+        assert_eq!(
+            rebuilt(responses::RESPONSES, &body)
+                .as_ref()
+                .map_err(String::as_str),
+            Err(told)
+        );
+    }
 }
 
 #[test]
