@@ -21,12 +21,12 @@ crate::promises![
 ];
 
 /// How long importing an SDK may take, where guests are emulated and others work, too.
-const LONG: Duration = Duration::from_secs(1200);
+pub(crate) const LONG: Duration = Duration::from_secs(1200);
 /// A call, by the variables alone.
 const CALL: &str = "curl -s $OPENAI_BASE_URL/chat/completions -H \"Authorization: Bearer $OPENAI_API_KEY\" \
     -d \"{\\\"model\\\":\\\"$RATOON_MODEL\\\",\\\"messages\\\":[{\\\"role\\\":\\\"user\\\",\\\"content\\\":\\\"hi\\\"}]}\"";
 
-fn scene(turns: impl IntoIterator<Item = Turn>) -> Scene {
+pub(crate) fn scene(turns: impl IntoIterator<Item = Turn>) -> Scene {
     let model = json!({"id": "m", "upstream": "real-m", "max_output_tokens": 1000});
     Scene::new(
         turns,
@@ -37,7 +37,7 @@ fn scene(turns: impl IntoIterator<Item = Turn>) -> Scene {
 
 impl Scene {
     /// `ratoon run --model` with these flags, and the command.
-    fn run_program(&self, flags: &[&str], command: &[&str]) -> Done {
+    pub(crate) fn run_program(&self, flags: &[&str], command: &[&str]) -> Done {
         let mut run = self.ratoon.command(["run", "--model", "scripted/m"]);
         run.arg("--bridge-config")
             .arg(self.path("bridge.json"))
@@ -54,12 +54,12 @@ impl Scene {
     }
 
     /// What a run has as JSON.
-    fn told(&self, args: &[&str]) -> Value {
+    pub(crate) fn told(&self, args: &[&str]) -> Value {
         serde_json::from_str(&self.ratoon.run(args).ok().stdout).expect("JSON")
     }
 
     /// Gives a file to a command in the machine.
-    fn give(&self, file: &Path, command: &str) {
+    pub(crate) fn give(&self, file: &Path, command: &str) {
         let mut exec = self
             .ratoon
             .command(["exec", "box", "--", "sh", "-c", command]);
@@ -200,7 +200,7 @@ fn forks_and_restored_machines_call_with_tokens_of_their_own() {
     scene.over();
 }
 
-fn programs() -> PathBuf {
+pub(crate) fn programs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("programs")
 }
 
@@ -314,7 +314,7 @@ fn broken(status: u16, retry_after: Option<&str>, message: &str) -> Fault {
 }
 
 /// What the programs of `tests/programs` are told.
-fn cases() -> Vec<Turn> {
+pub(crate) fn cases() -> Vec<Turn> {
     let city = |name: &str| json!({"city": name});
     let invalid = Turn {
         tools: vec![ToolCall {

@@ -32,6 +32,7 @@ mod commands_run_in_a_running_machine;
 mod memory_is_fetched_when_it_is_touched;
 mod memory_that_a_guest_frees_goes_back;
 mod nothing_is_left_behind;
+mod programs_from_npm_call_a_model;
 mod scene;
 mod shared;
 mod soak;
@@ -90,6 +91,7 @@ fn main() {
         commands_run_in_a_running_machine::trials(),
         memory_is_fetched_when_it_is_touched::trials(),
         memory_that_a_guest_frees_goes_back::trials(),
+        programs_from_npm_call_a_model::trials(),
         nothing_is_left_behind::trials(),
         warm_shells_cost_a_child_no_process::trials(),
     ];

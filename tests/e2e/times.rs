@@ -13,6 +13,7 @@ const TOLD: usize = 10;
 /// the end.
 const LONGEST: &[&str] = &[
     "the_vendors_sdks_and_an_agent_run_as_they_are",
+    "the_vendors_sdks_for_node_and_codex_run_as_they_are",
     // These boot for themselves, while others wait for the suite's warm generation.
     "the_users_warm_up_is_in_every_later_run",
     "a_booted_machine_gives_freed_memory_back",
