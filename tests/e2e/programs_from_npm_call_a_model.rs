@@ -95,8 +95,6 @@ fn the_vendors_sdks_for_node_and_codex_run_as_they_are() {
     let flags = ["-d", "--name", "box", "--image", IMAGE, "--memory", "512M"];
     scene.run_program(&flags, &[]).ok();
     let exec = |command: &[&str]| run(scene.ratoon.command(["exec", "box", "--"]).args(command));
-    // Memory in large pages costs fewer faults, which take most of the time where guests are emulated.
-    exec(&["sh", "-c", "echo always > /sys/kernel/mm/transparent_hugepage/enabled"]);
 
     // In one process, for starting Node takes longest.
     let done = exec(&["node", "/opt/programs/sdks.mjs"]);
