@@ -6,7 +6,7 @@
 //! ```
 //!
 //! All are started before the first is finished, so that none waits for another's guest; of more than [`MOST_BETWEEN`] only
-//! [`FEW_BETWEEN`] at a time. What is not there in time is dropped by the thread that works on it: after the
+//! few at a time. What is not there in time is dropped by the thread that works on it: after the
 //! deadline nobody waits for that.
 
 use std::collections::VecDeque;
@@ -19,13 +19,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use crate::vm::turns;
+
 /// Threads: a VM that starts or wakes waits for others most of the time.
 const MOST_WORKERS: usize = 32;
 /// Up to so many are all started before the first is finished.
 const MOST_BETWEEN: usize = 128;
-/// Of more than that so many are started and not finished at a time. Each takes something of a processor, and where
-/// guest kernels are emulated a hundred that wait for their turn do little else than catch up with their clocks.
-const FEW_BETWEEN: usize = 12;
+/// Of more than that so many for each that is woken at a time are started and not finished. Each takes something of a
+/// processor, and where guest kernels are emulated a hundred that wait for their turn do little else than catch up with
+/// their clocks.
+const FEW_BETWEEN: usize = 3;
 /// How often the wait looks whether the caller has had enough.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -127,6 +130,14 @@ pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
+/// How many of `count` are started and not finished at a time.
+fn most_between(count: usize) -> usize {
+    match count > MOST_BETWEEN {
+        true => (FEW_BETWEEN * turns::at_once()).min(MOST_BETWEEN),
+        false => MOST_BETWEEN,
+    }
+}
+
 enum Step<T> {
     Start(usize),
     Finish(usize, T),
@@ -171,11 +182,7 @@ impl<E: Each> Work<E> {
     /// no step for him.
     fn step(&self) -> Option<Step<E::Item>> {
         let mut queue = self.queue();
-        let most = if self.count > MOST_BETWEEN {
-            FEW_BETWEEN
-        } else {
-            MOST_BETWEEN
-        };
+        let most = most_between(self.count);
         if queue.next < self.count && queue.next - queue.done < most {
             queue.next += 1;
             return Some(Step::Start(queue.next - 1));
@@ -315,7 +322,7 @@ mod tests {
         let done = fan_out(1000, few, None, None).unwrap();
         assert_eq!(done.iter().flatten().count(), 1000);
         assert_eq!(done.into_iter().flatten().flatten().count(), 666);
-        assert!(most.load(Ordering::SeqCst) <= FEW_BETWEEN);
+        assert!(most.load(Ordering::SeqCst) <= most_between(1000));
     }
 
     #[test]

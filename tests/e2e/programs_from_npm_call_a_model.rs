@@ -126,7 +126,7 @@ fn the_vendors_sdks_for_node_and_codex_run_as_they_are() {
         types(&last["input"]).ends_with(&[json!("function_call"), json!("function_call_output")]),
         "{last}"
     );
-    // Its search at the provider was left out, and nothing else of what it offers.
+    // Its search at the provider was left out (`over` looks); tools of its own and groups of them were not.
     let tools = types(&last["tools"]);
     assert!(
         tools.contains(&json!("function")) && tools.contains(&json!("namespace")),

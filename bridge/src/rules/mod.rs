@@ -193,13 +193,14 @@ impl Rebuild {
         Ok(owned)
     }
 
+    /// Whether it means something still: not when all of a list that it needs was withheld.
     fn fields<'a>(
         &mut self,
         raw: Raw<'a>,
         table: &[Field],
         tag: Option<(&str, &str)>,
         owned: &mut Owned<'a>,
-    ) -> Result<(), Breach> {
+    ) -> Result<bool, Breach> {
         if json::kind(raw) != Kind::Object {
             return Err(Breach::new(format!(
                 "is {}, not an object",
@@ -209,6 +210,7 @@ impl Rebuild {
         let given = json::fields(raw)?;
         self.body.push(b'{');
         let mut first = true;
+        let mut means_something = true;
         if let Some((name, value)) = tag {
             self.key(name, &mut first);
             self.string(value);
@@ -237,6 +239,7 @@ impl Rebuild {
                     if self.withheld.len() > before.2 && self.body.ends_with(b":[]") {
                         self.body.truncate(before.0);
                         first = before.1;
+                        means_something &= !matches!(field.rule, Rule::Need(_));
                     }
                 }
                 Rule::Drop => {}
@@ -252,7 +255,7 @@ impl Rebuild {
                 return Err(Breach::new("is missing").below(field.name));
             }
         }
-        Ok(())
+        Ok(means_something)
     }
 
     fn value(&mut self, raw: Raw<'_>, shape: &Shape) -> Result<(), Breach> {
@@ -370,9 +373,9 @@ impl Rebuild {
             .any(|(name, _)| name == union.tag)
             .then_some((union.tag, tag.as_str()));
         let mut owned = Vec::new();
-        self.fields(raw, table, written, &mut owned)?;
+        let means_something = self.fields(raw, table, written, &mut owned)?;
         self.body.push(b'}');
-        Ok(true)
+        Ok(means_something)
     }
 
     fn base64(&mut self, text: &str) -> Result<(), Breach> {

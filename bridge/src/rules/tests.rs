@@ -81,6 +81,19 @@ fn what_codex_sends_is_taken_without_the_providers_own_tools() {
         )
     );
     assert_eq!(rebuild.withheld, ["web_search", "mcp", "tool_search"]);
+    // Groups of which nothing is left go, too.
+    let body = concat!(
+        r#"{"input":[{"type":"additional_tools","role":"developer","tools":[{"type":"web_search"}]},"#,
+        r#"{"type":"function_call_output","call_id":"a","output":"x"}],"#,
+        r#""tools":[{"type":"namespace","name":"n","tools":[{"type":"mcp","server_url":"http://x"}]},{"type":"function","name":"f"}]}"#
+    );
+    assert_eq!(
+        rebuilt(responses::RESPONSES, body).as_deref(),
+        Ok(concat!(
+            r#"{"input":[{"type":"function_call_output","call_id":"a","output":"x"}],"#,
+            r#""tools":[{"type":"function","name":"f"}]}"#
+        ))
+    );
     for (tool, told) in [
         (
             r#"{"type":"namespace","name":"n","tools":[{"type":"namespace","name":"m","tools":[]}]}"#,

@@ -276,7 +276,7 @@ impl Vsock {
             self.drop_all();
         }
         queues.interrupt();
-        if queues.is_late() {
+        if result.is_ok() && queues.is_late() {
             self.streams.tick(true);
         }
         self.queues = Some(queues);

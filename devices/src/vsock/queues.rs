@@ -128,7 +128,11 @@ impl Queues {
     /// Raises the interrupt when a batch of this turn wanted it.
     pub(super) fn interrupt(&mut self) {
         if std::mem::take(&mut self.interrupt_due) {
-            // The driver looks at all queues then.
+            // The driver looks at all queues then. What was used until now counts as told: the queue's own count of it
+            // has 16 bits, and after as many packets that were never asked about it would say "no need" for ever.
+            if self.untold.0 > 0 {
+                let _ = self.queues[TX].needs_notification(&self.memory);
+            }
             self.untold = (0, 0);
             self.interrupt.used_buffer();
         }

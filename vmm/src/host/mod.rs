@@ -19,7 +19,7 @@ pub use ratoon_vmm_api::HostClass;
 /// kernel's (docs/kernel.md); others ignore it. `noreplace-smp` leaves out the rewriting of all lock
 /// prefixes on one processor, the blacklist many sysfs files: millions of instructions each.
 /// `tick_stretch` (our kernel's too) makes a busy vCPU tick every 40 ms: a tick costs 2800 instructions.
-/// `lazy_fair_server` (ours, too) keeps the scheduler's timer from waking an idle guest a second after each sleep.
+/// `lazy_fair_server` (ours, too) keeps a timer of the scheduler's from waking an idle guest a second after each piece of work.
 /// `no-kvmapf` saves 4000 at each restore, which else wakes all that wait for a page of the host's.
 pub fn boot_args(class: HostClass) -> &'static str {
     match class {
