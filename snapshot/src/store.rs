@@ -3,6 +3,7 @@
 //! All changes of what is there (a rename, a removal, a name) are made with the store's lock held.
 //! Nothing waits for a copy: those happen in folders that nobody else looks into.
 
+use std::cmp::Reverse;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -96,12 +97,14 @@ impl Store {
                 Err(error) => listing.damaged.push(Damaged { id, error }),
             }
         }
-        listing.snapshots.sort_by(|a, b| {
-            let by_time = b
-                .manifest
-                .created_unix_seconds
-                .cmp(&a.manifest.created_unix_seconds);
-            by_time.then_with(|| a.id.cmp(&b.id))
+        // Several may be of one second, and build on each other.
+        let written = |snapshot: &Snapshot| {
+            let manifest = self.folder(snapshot.id).join(files::MANIFEST);
+            manifest.metadata().and_then(|it| it.modified()).ok()
+        };
+        listing.snapshots.sort_by_cached_key(|it| {
+            let time = (it.manifest.created_unix_seconds, written(it));
+            (Reverse(time), it.id)
         });
         Ok(listing)
     }

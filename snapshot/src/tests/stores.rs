@@ -27,6 +27,23 @@ fn a_snapshot_is_found_by_name_id_and_prefix() {
 }
 
 #[test]
+fn the_newest_comes_first_also_among_those_of_one_second() {
+    let mut lab = Lab::new();
+    let mut wanted = Vec::new();
+    for number in 0..8_u8 {
+        lab.memory[7] = number;
+        let name = format!("s{number}");
+        lab.snapshot(&name, MemoryKind::Plain).unwrap();
+        wanted.insert(0, vec![name]);
+        // The file system's clock has a tick of its own.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let listed = lab.store.list().unwrap().snapshots;
+    let names: Vec<_> = listed.into_iter().map(|it| it.names).collect();
+    assert_eq!(names, wanted);
+}
+
+#[test]
 fn a_taken_or_bad_name_is_refused_and_leaves_nothing() {
     let mut lab = Lab::new();
     let first = lab.snapshot("it", MemoryKind::Plain).unwrap();
