@@ -20,7 +20,7 @@ const SEARCH: &str = "
 n=$((RATOON_CHILD * 250)); end=$((n + 250))
 while [ $n -lt $end ]; do
     if [ $((n % 7)) = 2 ] && [ $((n % 11)) = 6 ] && [ $((n % 13)) = 10 ]; then
-        echo $n > /root/answer
+        echo $n > /srv/answer
         exit 0
     fi
     n=$((n + 1))
@@ -84,7 +84,7 @@ fn try_one(mut child: Vm) -> Result<Option<(Vm, String)>, Box<dyn Error>> {
     if !passed {
         return Ok(None);
     }
-    let (_, answer) = shell(&mut client, "cat /root/answer")?;
+    let (_, answer) = shell(&mut client, "cat /srv/answer")?;
     Ok(Some((child, answer.trim().to_owned())))
 }
 

@@ -49,6 +49,8 @@ pub(crate) trait Each: Send + Sync + 'static {
 struct Work<E: Each> {
     each: E,
     count: usize,
+    /// So many are started and not finished at a time.
+    most: usize,
     queue: Mutex<Queue<E::Item>>,
     over: AtomicBool,
     enough: OwnedFd,
@@ -81,6 +83,7 @@ pub(crate) fn fan_out<E: Each>(
     let work = Arc::new(Work {
         each,
         count,
+        most: most_between(count),
         queue: Mutex::new(Queue {
             next: 0,
             done: 0,
@@ -182,8 +185,7 @@ impl<E: Each> Work<E> {
     /// no step for him.
     fn step(&self) -> Option<Step<E::Item>> {
         let mut queue = self.queue();
-        let most = most_between(self.count);
-        if queue.next < self.count && queue.next - queue.done < most {
+        if queue.next < self.count && queue.next - queue.done < self.most {
             queue.next += 1;
             return Some(Step::Start(queue.next - 1));
         }

@@ -404,6 +404,17 @@ fn packages() -> PathBuf {
     path
 }
 
+/// A program of checks has told of so many, each on a line, and none is wrong.
+pub(crate) fn all_are_ok(done: &Done, count: usize) {
+    let wrong: Vec<&str> = done
+        .stdout
+        .lines()
+        .filter(|line| !line.ends_with(" ok"))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}\n{done:?}");
+    assert_eq!(done.stdout.lines().count(), count, "{done:?}");
+}
+
 fn the_vendors_sdks_and_an_agent_run_as_they_are() {
     let packages = packages();
     let scene = scene(cases());
@@ -442,13 +453,7 @@ fn the_vendors_sdks_and_an_agent_run_as_they_are() {
     };
     // In one process, for they share much: both are as they come.
     let done = python(&["-c", "import openai_sdk, anthropic_sdk"]);
-    let wrong: Vec<&str> = done
-        .stdout
-        .lines()
-        .filter(|line| !line.ends_with(" ok"))
-        .collect();
-    assert!(wrong.is_empty(), "{wrong:#?}\n{done:?}");
-    assert_eq!(done.stdout.lines().count(), 15 + 12, "{done:?}");
+    all_are_ok(&done, 15 + 12);
 
     let mini = [
         "-m",

@@ -10,7 +10,7 @@ use ratoon_scripted_model::Turn;
 use ratoon_tests::{Done, cache, finish_within};
 use serde_json::{Value, json};
 
-use crate::any_program_calls_a_model::{LONG, cases, programs, scene};
+use crate::any_program_calls_a_model::{LONG, all_are_ok, cases, programs, scene};
 use crate::scene::Scene;
 
 crate::promises![the_vendors_sdks_for_node_and_codex_run_as_they_are];
@@ -98,13 +98,7 @@ fn the_vendors_sdks_for_node_and_codex_run_as_they_are() {
 
     // In one process, for starting Node takes longest.
     let done = exec(&["node", "/opt/programs/sdks.mjs"]);
-    let wrong: Vec<&str> = done
-        .stdout
-        .lines()
-        .filter(|line| !line.ends_with(" ok"))
-        .collect();
-    assert!(wrong.is_empty(), "{wrong:#?}\n{done:?}");
-    assert_eq!(done.stdout.lines().count(), 13 + 11, "{done:?}");
+    all_are_ok(&done, 13 + 11);
 
     // Its home is in memory, for it begins with databases: on an emulated disk they take a minute.
     scene.give(
