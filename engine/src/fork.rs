@@ -18,15 +18,16 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ratoon_snapshot::hold;
 use ratoon_vmm_api::{FrozenDisk, NetConfig};
 
-use self::children::{Children, Source, Stored, hold, start_from};
+use self::children::{Children, Source, Stored, start_from};
 pub use self::error::{ChildError, ForkError};
 use crate::admission;
 use crate::bridge::AgentFork;
 use crate::engine::{Engine, absolute};
 use crate::fan_out::fan_out;
-use crate::lineage::ROOT;
+use crate::lineage::{self, ROOT};
 use crate::renewal::StaleRuntime;
 use crate::runtime::RuntimeClient;
 use crate::snapshots::{RestoreSpec, SnapshotError};
@@ -306,13 +307,13 @@ impl Engine {
             ));
         }
         if let Some(folder) = &record.restored_from {
-            let held = hold(folder).map_err(|source| ForkError::System {
-                what: "the snapshot that the VM was started from",
-                source,
-            })?;
-            keep_open.push(held);
+            let held = hold(folder).map_err(SnapshotError::from)?;
+            keep_open.push(held.into());
         }
         let root = config.disks.iter().find(|disk| disk.id == ROOT);
+        let layers = root.map_or(&[][..], |root| &root.frozen);
+        let held = lineage::hold_layers(layers, self.store().root());
+        keep_open.extend(held.map_err(SnapshotError::from)?);
         let words = config.kernel_args.split_whitespace();
         // Its name is its own.
         let words: Vec<&str> = words

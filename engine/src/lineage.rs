@@ -12,13 +12,16 @@
 //! whole or more, or in too many pieces, memory is written whole. What a guest has freed is a run
 //! that is a hole in its layer's file: it hides what is below, and costs nothing.
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ratoon_devices::block::merge;
 use ratoon_snapshot::{
-    Digest, Layer, MemoryFile, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, populated,
+    Digest, Layer, MemoryFile, MemoryKind, Pages, Progress, Run, Snapshot, Store, Writer, hold,
+    populated,
 };
 use ratoon_vmm_api::{MemoryLayerConfig, layers_within};
 
@@ -342,6 +345,21 @@ pub(crate) fn memory_layers(
     Ok((layers.collect(), chunks))
 }
 
+/// Keeps the snapshots in which these layers lie, for as long as the descriptors live. `vms` is where VMs have
+/// their folders: a layer in one of those is in no snapshot.
+///
+/// # Errors
+/// [`ratoon_snapshot::Error::NotFound`] for one that has gone.
+pub(crate) fn hold_layers(
+    layers: &[PathBuf],
+    vms: &Path,
+) -> Result<Vec<OwnedFd>, ratoon_snapshot::Error> {
+    let stored = layers.iter().filter(|layer| !layer.starts_with(vms));
+    let folders: BTreeSet<_> = stored.filter_map(|layer| layer.parent()).collect();
+    let held = folders.into_iter().map(|it| Ok(hold(it)?.into()));
+    held.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -441,5 +459,37 @@ mod tests {
         // Equal gaps: fewer than allowed, never more.
         let even: Vec<Run> = (0..10).map(|at| run(at * 4, 1)).collect();
         assert_eq!(fewer(even, 5), [run(0, 37)]);
+    }
+
+    #[test]
+    fn a_layer_of_a_snapshot_keeps_it_and_one_of_a_machine_keeps_nothing() {
+        use rustix::fs::{FlockOperation, flock};
+        let temp = tempfile::tempdir().unwrap();
+        let [vms, one, other] = ["vms", "one", "other"].map(|name| temp.path().join(name));
+        for folder in [&vms, &one, &other] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(folder.join("manifest.json"), "{}").unwrap();
+        }
+        let is_kept = |folder: &Path| {
+            let manifest = File::open(folder.join("manifest.json")).unwrap();
+            flock(manifest, FlockOperation::NonBlockingLockExclusive).is_err()
+        };
+        let layer = |folder: &Path, number| folder.join(format!("root-{number}.qcow2"));
+        let in_vm = layer(&vms.join("0123456789ab"), 2);
+        let layers = [layer(&one, 0), layer(&one, 1), in_vm];
+        let held = hold_layers(&layers, &vms).unwrap();
+        assert_eq!(held.len(), 1);
+        assert_eq!(
+            [&vms, &one, &other].map(|it| is_kept(it)),
+            [false, true, false]
+        );
+        drop(held);
+        assert!(!is_kept(&one));
+        std::fs::remove_dir_all(&one).unwrap();
+        let gone = hold_layers(&layers, &vms).unwrap_err();
+        assert!(
+            matches!(gone, ratoon_snapshot::Error::NotFound { .. }),
+            "{gone}"
+        );
     }
 }

@@ -381,10 +381,10 @@ impl Engine {
         let word = |key: &str| about.labels.get(key).cloned();
         let digest = word(label::IMAGE_DIGEST).ok_or_else(|| SnapshotError::NoImage(id.clone()))?;
         let image = self.images()?.get(&digest)?;
-        let keep_open = Arc::new([
+        let mut keep_open = vec![
             OwnedFd::from(image.open_locked()?),
             OwnedFd::from(snapshot.hold()?),
-        ]);
+        ];
         if let Some((then, now)) = word(label::IMAGE_FILE).zip(file_identity(&image.disk))
             && was_changed(&then, &now)
         {
@@ -396,6 +396,8 @@ impl Engine {
         // In place, and only read. Held by name: what they build on stays while the snapshot does.
         let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
         let frozen = store.layer_files(snapshot, ROOT)?;
+        // By path: others that have the same layer do not keep it there.
+        keep_open.extend(lineage::hold_layers(&frozen, self.store().root())?);
         let ancestor = Ancestor {
             snapshot: id,
             memory_layers: memory.len() + usize::from(chunks.is_some()),
@@ -410,7 +412,7 @@ impl Engine {
             }),
             detached: spec.detached,
             boot_timeout: spec.timeout,
-            keep_open,
+            keep_open: keep_open.into(),
             machine: Machine {
                 cpus: about.vcpus,
                 memory_mib: about.memory_mib,

@@ -63,7 +63,7 @@ pub use manifest::{
 pub use memory::{Base, Mapping, MemoryFile, MemoryImage, Overlay, RunIndex};
 pub use pages::{PAGE_BYTES, Pages, Run, populated};
 pub use signature::{PublicKey, Signature, SigningKey};
-pub use snapshot::{Sizes, Snapshot};
+pub use snapshot::{Sizes, Snapshot, hold};
 pub use store::{Damaged, Listing, Removed, Store};
 pub use working_set::{has_working_set, read_working_set, record_working_set};
 pub use writer::Writer;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -91,19 +91,7 @@ impl Snapshot {
     /// # Errors
     /// [`Error::NotFound`] when it was removed meanwhile, [`Error::Io`].
     pub fn hold(&self) -> Result<File> {
-        let path = self.folder.join(files::MANIFEST);
-        let gone = || Error::NotFound {
-            wanted: self.id.to_string(),
-        };
-        let file = match File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
-            other => other.at("open", &path)?,
-        };
-        flock(&file, FlockOperation::LockShared).at("lock", &path)?;
-        if !path.exists() {
-            return Err(gone());
-        }
-        Ok(file)
+        hold(&self.folder)
     }
 
     /// Adds up its files.
@@ -121,4 +109,28 @@ impl Snapshot {
         }
         Ok(sizes)
     }
+}
+
+/// As [`Snapshot::hold`], of the one in this folder.
+///
+/// # Errors
+/// See there.
+pub fn hold(folder: &Path) -> Result<File> {
+    let path = folder.join(files::MANIFEST);
+    let gone = || Error::NotFound {
+        wanted: folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into(),
+    };
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
+        other => other.at("open", &path)?,
+    };
+    flock(&file, FlockOperation::LockShared).at("lock", &path)?;
+    if !path.exists() {
+        return Err(gone());
+    }
+    Ok(file)
 }

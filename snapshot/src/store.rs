@@ -176,7 +176,8 @@ impl Store {
     }
 
     /// The files of a disk's layers, the lowest first, their lengths checked; those of other
-    /// snapshots here among them. A layer that is in no snapshot is missing.
+    /// snapshots here among them. A layer that is in no snapshot is missing. One that several have is taken from
+    /// where the snapshot comes from, if it can be: that one stays while the snapshot does.
     ///
     /// # Errors
     /// [`Error::MissingBase`], [`Error::Damaged`], [`Error::Io`].
@@ -189,7 +190,7 @@ impl Store {
                 continue;
             };
             if known.is_empty() {
-                known = self.list()?.snapshots;
+                known = self.forebears_first(snapshot)?;
             }
             let own = |it: &&Layer| it.file.is_some() && it.blake3 == external;
             let found = known.iter().find_map(|other| {
@@ -206,6 +207,20 @@ impl Store {
             files.push(checked_layer(other, found)?);
         }
         Ok(files)
+    }
+
+    /// All snapshots, those before the others that this one comes from.
+    fn forebears_first(&self, snapshot: &Snapshot) -> Result<Vec<Snapshot>> {
+        let mut known = self.list()?.snapshots;
+        let (mut first, mut above) = (0, snapshot.manifest.about.parent);
+        while let Some(id) = above
+            && let Some(further) = known[first..].iter().position(|it| it.id == id)
+        {
+            known.swap(first, first + further);
+            above = known[first].manifest.about.parent;
+            first += 1;
+        }
+        Ok(known)
     }
 
     /// The files of a snapshot's memory, the lowest first, their lengths checked and indexes

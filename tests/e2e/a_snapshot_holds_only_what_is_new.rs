@@ -9,6 +9,7 @@ use serde_json::Value;
 crate::promises![
     a_snapshot_of_a_child_refers_to_its_base_and_restores_right,
     what_the_guest_discards_is_given_back_to_the_host,
+    what_a_machine_stands_on_stays_whichever_snapshots_are_removed,
 ];
 
 fn exec(ratoon: &Ratoon, vm: &str, line: &str) -> String {
@@ -188,5 +189,41 @@ fn what_the_guest_discards_is_given_back_to_the_host() {
     }
     assert!(after < full - (3 << 20), "{before} {full} {after}");
     ratoon.run(["rm", "-f", "vm"]).ok();
+    ratoon.nothing_is_left();
+}
+
+fn what_a_machine_stands_on_stays_whichever_snapshots_are_removed() {
+    let ratoon = Ratoon::warm();
+    let run = ["run", "-d", "--name", "first", "--memory", "256M"];
+    ratoon.run(run).ok();
+    put(&ratoon, "first", 1);
+    // A layer that both have, as neither comes from a snapshot.
+    ratoon.run(["fork", "first", "--name", "other"]).ok();
+    for (vm, name) in [("first", "one"), ("other-0", "alike"), ("first", "over")] {
+        ratoon.run(["snapshot", vm, name]).ok();
+    }
+    let owns = |name: &str| {
+        let layers = manifest(&ratoon, name)["layers"].clone();
+        let own = |layer: &&Value| layer["file"].is_string();
+        let layers = layers.as_array().expect("layers").clone();
+        let own: Vec<_> = layers.iter().filter(own).cloned().collect();
+        own.iter()
+            .map(|layer| layer["blake3"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(owns("one")[0], owns("alike")[0]);
+    ratoon.run(["restore", "over", "--name", "restored"]).ok();
+    ratoon.run(["rm", "-f", "first", "other-0"]).ok();
+    // Nothing stands on it.
+    ratoon.run(["snapshots", "rm", "alike"]).ok();
+    for (name, why) in [("one", "over"), ("over", "use")] {
+        let refused = ratoon.run(["snapshots", "rm", name]);
+        assert_ne!(refused.code(), 0, "{refused:?}");
+        assert!(refused.stderr.contains(why), "{refused:?}");
+    }
+    ratoon.run(["fork", "restored", "--name", "again"]).ok();
+    assert_kept(&ratoon, "again-0", 1);
+    ratoon.run(["rm", "-f", "restored", "again-0"]).ok();
+    ratoon.run(["snapshots", "rm", "over", "one"]).ok();
     ratoon.nothing_is_left();
 }

@@ -2,13 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ratoon_snapshot::Snapshot;
 use ratoon_vmm_api::{GenerationConfig, MemoryLayerConfig};
-use rustix::fs::{FlockOperation, flock};
 
 use super::{ChildError, END_PATIENCE, ForkSpec};
 use crate::bridge::AgentFork;
@@ -22,13 +21,6 @@ use crate::vm::launch::{self, From as StartFrom, Launch, LaunchError, Machine, V
 use crate::vm::record::{Parent, Record, VmDir};
 use crate::vm::store::Store;
 use crate::vm::turns::WAKES;
-
-/// A snapshot cannot be removed while its manifest is locked so.
-pub(super) fn hold(folder: &Path) -> std::io::Result<OwnedFd> {
-    let manifest = File::open(folder.join("manifest.json"))?;
-    flock(&manifest, FlockOperation::LockShared)?;
-    Ok(manifest.into())
-}
 
 pub(super) fn start_from(
     dir: &VmDir,

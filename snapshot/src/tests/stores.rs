@@ -150,6 +150,36 @@ fn a_linked_layer_is_the_same_file_and_nobody_writes_it() {
 }
 
 #[test]
+fn a_layer_that_several_have_is_taken_from_where_the_snapshot_comes_from() {
+    let lab = Lab::new();
+    let source = lab.folder.path().join("frozen");
+    fs::write(&source, b"a layer").unwrap();
+    let put = |parent: Option<&Snapshot>, name: &str| {
+        let mut writer = lab.store.begin().unwrap();
+        match parent.map(|parent| &parent.manifest.layers[0]) {
+            Some(it) => writer.external_layer("root", it.blake3, it.length, it.blake3),
+            None => {
+                let file = "root-0.qcow2";
+                writer.layer_linked("root", file, &source, &Quiet).unwrap();
+            }
+        }
+        writer.state(name.as_bytes()).unwrap();
+        let memory = lab.memory_file();
+        writer.memory_plain(&REGIONS, &memory, &[], &Quiet).unwrap();
+        let about = about(parent.map(|parent| parent.id));
+        writer.finish(about, Some(name), None).unwrap()
+    };
+    for top in ["a", "b", "c"].map(|name| put(None, name)) {
+        let child = put(Some(&top), &format!("child-{}", top.names[0]));
+        let grandchild = put(Some(&child), &format!("grand{}", child.names[0]));
+        for snapshot in [child, grandchild] {
+            let files = lab.store.layer_files(&snapshot, "root").unwrap();
+            assert_eq!(files, [top.folder.join("root-0.qcow2")], "{snapshot:?}");
+        }
+    }
+}
+
+#[test]
 fn a_layer_of_another_snapshot_is_found_by_its_content_and_missed_by_name() {
     let lab = Lab::new();
     let parent = lab.snapshot("parent", MemoryKind::Plain).unwrap();
