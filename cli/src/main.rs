@@ -160,6 +160,25 @@ mod tests {
     }
 
     #[test]
+    fn exec_needs_no_dashes_before_a_command_that_begins_with_none() {
+        for (words, command) in [
+            (&["-u", "nobody", "vm", "ls", "-u"][..], &["ls", "-u"][..]),
+            (&["vm", "-u", "nobody", "--", "-u"], &["-u"]),
+            (&["vm", "sh", "--", "--help"], &["sh", "--", "--help"]),
+        ] {
+            let cli = Cli::try_parse_from(["ratoon", "exec"].iter().chain(words))
+                .ok()
+                .map(|cli| cli.command);
+            match cli {
+                Some(Command::Exec(args)) => assert_eq!(args.command, command),
+                _ => panic!("not an exec: {words:?}"),
+            }
+        }
+        let error = Cli::try_parse_from(["ratoon", "exec", "vm", "--tt", "ls"]).err();
+        assert_eq!(error.map(|error| error.exit_code()), Some(2));
+    }
+
+    #[test]
     fn what_follows_bench_is_the_harness_s_untouched() {
         for words in [
             &["--quick", "start"][..],

@@ -54,9 +54,9 @@ pub struct Args {
     /// Name, id or beginning of an id.
     #[arg(value_name = "VM")]
     vm: String,
-    /// The command.
-    #[arg(last = true, required = true, value_name = "COMMAND")]
-    command: Vec<String>,
+    /// The command and its arguments; after `--` it may begin with a dash.
+    #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
 }
 
 /// Open a shell in a running VM.

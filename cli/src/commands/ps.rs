@@ -17,6 +17,9 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Print ids alone, one a line.
+    #[arg(long, short, conflicts_with = "json")]
+    quiet: bool,
 }
 
 pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
@@ -25,6 +28,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     vms.retain(|vm| args.all || vm.status.is_live() || vm.status == Status::Broken);
     if args.json {
         output::json(&vms)?;
+    } else if args.quiet {
+        let ids: String = vms.iter().map(|vm| format!("{}\n", vm.id)).collect();
+        output::write(ids.as_bytes())?;
     } else {
         let head = [
             "ID", "NAME", "IMAGE", "STATUS", "CPUS", "MEMORY", "AGE", "PID",
