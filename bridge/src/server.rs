@@ -160,15 +160,17 @@ async fn asked(
         });
     }
     let target = request.uri();
-    let wire = match (Wire::of_path(target.path()), target.query()) {
-        (Some(wire), None) if target.authority().is_none() => wire,
-        _ => {
-            let routes = Wire::ALL.map(Wire::path).join(", ");
-            return Err(Refusal::new(
-                Code::Route,
-                format!("there is no such route here; there are POST {routes}, without a query"),
-            ));
-        }
+    let wire = Wire::of_path(target.path()).filter(|wire| {
+        // The one query that the vendors' programs have; nothing of it goes on.
+        let is_known = |query| wire.is_anthropic() && query == "beta=true";
+        target.authority().is_none() && target.query().is_none_or(is_known)
+    });
+    let Some(wire) = wire else {
+        let routes = Wire::ALL.map(Wire::path).join(", ");
+        return Err(Refusal::new(
+            Code::Route,
+            format!("there is no such route here; there are POST {routes}, without a query"),
+        ));
     };
     if request.method() != Method::POST {
         return Err(Refusal::new(Code::Method, "only POST is allowed here"));

@@ -453,7 +453,7 @@ fn the_vendors_sdks_and_an_agent_run_as_they_are() {
     };
     // In one process, for they share much: both are as they come.
     let done = python(&["-c", "import openai_sdk, anthropic_sdk"]);
-    all_are_ok(&done, 15 + 12);
+    all_are_ok(&done, 15 + 13);
 
     let mini = [
         "-m",

@@ -34,6 +34,9 @@ def error_of(kind, call):
 answer = client.messages.create(**asked("case whole"))
 ok("messages", answer.content[0].text == "Grüße aus dem Norden." and answer.usage.output_tokens == 4, answer)
 
+answer = client.beta.messages.create(**asked("case whole", betas=["some-beta-2026-01-01"]))
+ok("messages of the beta client", answer.content[0].text == "Grüße aus dem Norden.", answer)
+
 with client.messages.stream(**asked("case stream")) as stream:
     text = "".join(stream.text_stream)
     last = stream.get_final_message()

@@ -12,6 +12,9 @@ const asked = (words, more = {}) => ({ model, max_tokens: 100, messages: [{ role
 let answer = await client.messages.create(asked("case whole"));
 ok("messages", answer.content[0].text === "Grüße aus dem Norden." && answer.usage.output_tokens === 4, answer);
 
+answer = await client.beta.messages.create(asked("case whole", { betas: ["some-beta-2026-01-01"] }));
+ok("messages of the beta client", answer.content[0].text === "Grüße aus dem Norden.", answer);
+
 let text = "";
 const stream = client.messages.stream(asked("case stream")).on("text", (piece) => (text += piece));
 answer = await stream.finalMessage();
