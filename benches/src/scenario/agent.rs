@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use ratoon_bridge_api::amount::Limits;
 use ratoon_bridge_api::control::{AddVm, Client, MintToken, Reply, Request};
+use ratoon_engine::vm::store::Store;
 use ratoon_scripted_model::{Fault, Script, Server, Turn};
 use serde_json::{Value, json};
 
 use super::{Plan, series, verdict};
 use crate::machine::{Process, go_on};
+use crate::proc;
 use crate::samples::{Readiness, Samples, number, percentile};
 
 const NAME: &str = "agent";
@@ -110,13 +112,38 @@ impl Place {
         command
     }
 
-    /// Peak memory of the bridge that the agents use, in MiB.
-    fn bridge_peak_mib(&self) -> Result<f64> {
+    /// The bridge that the agents use.
+    fn bridge_pid(&self) -> Result<u32> {
         let state = std::fs::read(self.path("state/ratoon/bridge/process.json"))?;
         let state: Value = serde_json::from_slice(&state)?;
         let pid = state["process"]["pid"].as_u64().context("no pid")?;
-        peak_mib(u32::try_from(pid)?)
+        Ok(u32::try_from(pid)?)
     }
+
+    /// What all machines and the bridge have used of the processors by now.
+    fn used(&self) -> Result<Used> {
+        let mut used = Used {
+            ours_ns: proc::cpu_total_ns(self.bridge_pid()?)?,
+            ..Used::default()
+        };
+        for entry in Store::new(self.path("state/ratoon/vms")).list()? {
+            let vmm = entry.record.ok().and_then(|record| record.vmm);
+            let pid = u32::try_from(vmm.context("a machine without a VMM")?.pid)?;
+            let vcpus_ns = proc::cpu(pid)?.vcpus_ns;
+            used.vcpus_ns += vcpus_ns;
+            used.ours_ns += proc::cpu_total_ns(pid)?.saturating_sub(vcpus_ns);
+        }
+        Ok(used)
+    }
+}
+
+/// Processor time, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default)]
+struct Used {
+    /// Guests' processors: their kernels and programs, and what KVM does for them.
+    vcpus_ns: u64,
+    /// All else.
+    ours_ns: u64,
 }
 
 impl Drop for Place {
@@ -400,6 +427,7 @@ fn fork(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         }
         std::thread::sleep(Duration::from_secs(2));
         let count = CHILDREN.to_string();
+        let before = place.used()?;
         let from = Instant::now();
         let child = place
             .agent(&["fork", run, "-n", &count, "--json"])
@@ -415,6 +443,8 @@ fn fork(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        let used = place.used()?;
+        let command_ns = proc::cpu_of_all_ns(child.id())?;
         let in_flight = at.last().copied().unwrap_or_default() - at[0] < 3000.0;
         let done = child.wait_with_output()?;
         if !done.status.success() {
@@ -428,6 +458,14 @@ fn fork(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         for (what, value) in [
             ("fork: to the first call in flight", at[0]),
             ("fork: to four calls in flight", at[CHILDREN - 1]),
+            (
+                "fork: processor time meanwhile, guests' vCPUs",
+                used.vcpus_ns.saturating_sub(before.vcpus_ns) as f64 / 1e6,
+            ),
+            (
+                "fork: processor time meanwhile, VMMs' other threads, engine, bridge",
+                (used.ours_ns.saturating_sub(before.ours_ns) + command_ns) as f64 / 1e6,
+            ),
         ] {
             add(samples, what, round, value)?;
         }
@@ -467,7 +505,7 @@ fn many(plan: &Plan<'_>, samples: &mut Samples) -> Result<()> {
         }
     }
     let seconds = from.elapsed().as_secs_f64();
-    let peak = place.bridge_peak_mib()?;
+    let peak = peak_mib(place.bridge_pid()?)?;
     samples.add(
         &series(NAME, "ratoon", RESIDENT, "MiB", Readiness::None),
         0,

@@ -161,10 +161,12 @@ impl Population {
                     "layers.lock",
                 ];
                 // Of what a machine has merged its record hears with the next freeze; so it does of the layer that the
-                // machine has since a freeze whose command was killed before it could write that down.
+                // machine has since a freeze whose command was killed before it could write that down. What a child
+                // was started from stays, merged or not: a relative may be put back to it.
                 plain.contains(&name.as_str())
                     || known.contains(name)
                     || name.starts_with("joined-")
+                    || name.starts_with("inherited-")
                     || self.is_written(&root.join(id).join(name))
             };
             let odd: Vec<_> = names(root.join(id))
