@@ -279,15 +279,7 @@ impl Engine {
     /// # Errors
     /// When it has gone meanwhile, or its record cannot be written.
     pub(crate) fn went_on(&self, dir: &VmDir, disks: &[FrozenDisk]) -> Result<Record, StoreError> {
-        self.store().update(dir, |record| {
-            for disk in &mut record.config.disks {
-                if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
-                    disk.frozen.clone_from(&frozen.frozen);
-                    disk.freezes.clone_from(&frozen.freezes);
-                    disk.layer = Some(frozen.layer.clone());
-                }
-            }
-        })
+        self.store().update(dir, |record| record.goes_on_in(disks))
     }
 
     /// Starts a VM from a snapshot and wakes it.

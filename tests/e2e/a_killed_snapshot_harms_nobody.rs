@@ -1,9 +1,11 @@
 //! `ratoon snapshot` that is killed, whenever it is: the machine goes on, older snapshots are whole, and
 //! nothing is left behind.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ratoon_engine::vm::control::Control;
+use ratoon_engine::vm::store::Store;
 use ratoon_tests::{Random, Ratoon};
 
 crate::promises![
@@ -31,6 +33,18 @@ fn begin(ratoon: &Ratoon, vm: &str) {
                 echo $word > /run/answers; done >/dev/null 2>&1 &";
     exec(ratoon, vm, line);
     assert_eq!(exec(ratoon, vm, GOES_ON), "kept\n");
+}
+
+/// Where a machine's disk goes on, as its record has it and as its VMM says.
+fn layer(ratoon: &Ratoon, vm: &str) -> (Option<PathBuf>, Option<PathBuf>) {
+    let entry = Store::new(ratoon.vms_dir()).find(vm).expect("it is there");
+    let record = entry.record.expect("its record");
+    let control = Control::new(entry.dir.control_socket(), Duration::from_secs(60));
+    let status = control.status().expect("its VMM answers");
+    (
+        record.config.disks[0].layer.clone(),
+        status.disks.first().map(|disk| disk.layer.clone()),
+    )
 }
 
 /// What is half written in the store.
@@ -95,6 +109,8 @@ fn a_machine_goes_on_and_older_snapshots_are_whole_whenever_a_snapshot_is_killed
         };
         assert_eq!(shown, "kept\n", "round {round}");
         assert!(!note.exists(), "round {round}");
+        let (noted, true_one) = layer(&ratoon, "first");
+        assert_eq!(noted, true_one, "round {round}");
         ratoon.run(["snapshots", "verify", "old"]).ok();
         assert_eq!(half_written(&store), [""; 0], "round {round}");
         if round % 8 == 7 {

@@ -329,7 +329,7 @@ impl Machine {
         Ok(())
     }
 
-    fn frozen_disks(&self) -> Vec<FrozenDisk> {
+    pub(crate) fn frozen_disks(&self) -> Vec<FrozenDisk> {
         let disks = lock(&self.disks);
         let layered = disks.iter().filter_map(|disk| {
             Some(FrozenDisk {

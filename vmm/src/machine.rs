@@ -181,6 +181,7 @@ impl Machine {
             memory_mib: self.config.memory_mib,
             host_class: self.class,
             uptime_ms: self.started.elapsed().as_millis() as u64,
+            disks: self.frozen_disks(),
         }
     }
 

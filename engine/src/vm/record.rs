@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::SystemTime;
 
-use ratoon_vmm_api::{ExitReport, VmConfig};
+use ratoon_vmm_api::{ExitReport, FrozenDisk, VmConfig};
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Group;
@@ -431,6 +431,17 @@ pub fn hostname(name: Option<&str>, id: &str) -> String {
 }
 
 impl Record {
+    /// Where its disks go on after a freeze.
+    pub(crate) fn goes_on_in(&mut self, disks: &[FrozenDisk]) {
+        for disk in &mut self.config.disks {
+            if let Some(frozen) = disks.iter().find(|frozen| frozen.id == disk.id) {
+                disk.frozen.clone_from(&frozen.frozen);
+                disk.freezes.clone_from(&frozen.freezes);
+                disk.layer = Some(frozen.layer.clone());
+            }
+        }
+    }
+
     /// See [`hostname`].
     pub fn hostname(&self) -> String {
         hostname(self.name.as_deref(), &self.id)

@@ -16,8 +16,10 @@ use std::fs::{File, TryLockError};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::control::Control;
 use super::freeze::{FreezeError, Waking, machine_id, transfer, wake};
 use super::record::VmDir;
+use super::store::Store;
 use crate::runtime::{RuntimeClient, RuntimeError};
 
 /// How often a wait looks whether the other process has finished.
@@ -28,6 +30,8 @@ const SETTLE: Duration = Duration::from_secs(40);
 const ASK: Duration = Duration::from_millis(100);
 /// How long [`mend_idle`] may take for one VM.
 const BRIEF: Duration = Duration::from_secs(5);
+/// How long its VMM may take to say where its disks go on.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest generation that is taken from a note, in bytes.
 const MAX_GENERATION: usize = 128;
 
@@ -148,8 +152,21 @@ fn wake_again(
                 source: RuntimeError::Call(_),
                 ..
             }) if Instant::now() < end => std::thread::sleep(ASK),
-            other => return other.map(drop),
+            woken => {
+                woken?;
+                note_disks(dir);
+                return Ok(());
+            }
         }
+    }
+}
+
+/// Whoever was killed may not have written down where the VM goes on.
+fn note_disks(dir: &VmDir) {
+    let status = Control::new(dir.control_socket(), CONTROL_TIMEOUT).status();
+    if let (Ok(status), Some(root)) = (status, dir.path().parent()) {
+        // The next freeze writes it down as well.
+        let _ = Store::new(root).update(dir, |record| record.goes_on_in(&status.disks));
     }
 }
 

@@ -160,29 +160,17 @@ impl Population {
                     "vsock.sock",
                     "layers.lock",
                 ];
-                // Of what a machine has merged its record hears with the next freeze; so it does of the layer that the
-                // machine has since a freeze whose command was killed before it could write that down. What a child
-                // was started from stays, merged or not: a relative may be put back to it.
+                // Of what a machine has merged its record hears with the next freeze. What a child was started from
+                // stays, merged or not: a relative may be put back to it.
                 plain.contains(&name.as_str())
                     || known.contains(name)
                     || name.starts_with("joined-")
                     || name.starts_with("inherited-")
-                    || self.is_written(&root.join(id).join(name))
             };
             let odd: Vec<_> = names(root.join(id))
                 .filter(|name| !is_known(name))
                 .collect();
             (!odd.is_empty()).then(|| format!("in {id}: {odd:?}; its layers: {known:?}"))
-        })
-    }
-
-    /// Whether a machine has it open.
-    fn is_written(&self, path: &Path) -> bool {
-        let mut processes = self.ratoon.processes().into_iter();
-        processes.any(|pid| {
-            let folder = format!("/proc/{pid}/fd");
-            names(&folder)
-                .any(|fd| fs::read_link(Path::new(&folder).join(fd)).is_ok_and(|it| it == path))
         })
     }
 

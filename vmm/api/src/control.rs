@@ -102,6 +102,9 @@ pub struct StatusReply {
     pub host_class: HostClass,
     /// Time since the VMM began, in milliseconds.
     pub uptime_ms: u64,
+    /// The disks that have layers, as a freeze would find them.
+    #[serde(default)]
+    pub disks: Vec<FrozenDisk>,
 }
 
 /// When each phase of the start ended: CLOCK_MONOTONIC in nanoseconds, so that another process on
@@ -223,18 +226,20 @@ pub struct FrozenMeta {
     pub disks: Vec<FrozenDisk>,
 }
 
-/// A disk of a frozen machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The layers of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FrozenDisk {
     /// Its id.
     pub id: String,
     /// All its frozen layers, the lowest first: nobody writes them again.
+    #[schema(value_type = Vec<String>)]
     pub frozen: Vec<PathBuf>,
     /// How many layers of freezes each stands for; none: one each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub freezes: Vec<u32>,
     /// Where the machine, as it goes on, writes. Not the one that was asked for when nothing had
     /// been written since the last freeze: that is not made then.
+    #[schema(value_type = String)]
     pub layer: PathBuf,
 }
 
