@@ -25,6 +25,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::files;
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, Memory, MemoryKind};
 use crate::pages::{Run, is_zero, populated_at};
+use crate::signature::{self, PublicKey};
 use crate::snapshot::Snapshot;
 use crate::store::Store;
 use crate::verify::verify_content;
@@ -122,19 +123,20 @@ impl Store {
     }
 
     /// Reads a snapshot from a file that [`Store::export`] wrote. It is verified whole before it
-    /// is in the store or has a name.
+    /// is in the store or has a name. Unless `trusted` is empty, one of these has to have signed it.
     ///
     /// # Errors
     /// [`Error::Damaged`] and [`Error::DamagedChunk`] for a file that does not hold what its
-    /// manifest says; [`Error::NewerFormat`], [`Error::MissingBase`], [`Error::BadName`],
+    /// manifest says; those of [`Snapshot::check_signature`]; [`Error::NewerFormat`], [`Error::MissingBase`], [`Error::BadName`],
     /// [`Error::NameTaken`], [`Error::Io`], [`Error::DiskFull`], [`Error::Cancelled`].
     pub fn import(
         &self,
         from: &Path,
         name: Option<&str>,
+        trusted: &[PublicKey],
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
-        self.import_from(files::open(from)?, from, name, progress)
+        self.import_from(files::open(from)?, from, name, trusted, progress)
     }
 
     /// As [`Store::import`], from an open file or pipe, which is called `from` in errors.
@@ -146,6 +148,7 @@ impl Store {
         file: File,
         from: &Path,
         name: Option<&str>,
+        trusted: &[PublicKey],
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let file = BufReader::with_capacity(1 << 20, file);
@@ -159,6 +162,9 @@ impl Store {
         };
         let (bytes, _) = input.small(files::MANIFEST, None, MAX_MANIFEST_BYTES)?;
         let manifest = Manifest::parse(&bytes, from)?;
+        if !trusted.is_empty() {
+            signature::check(&bytes, manifest.signature.as_ref(), trusted, from)?;
+        }
         // Again when it is published; asked now, because what follows can take long.
         self.check_bases(from, &manifest)?;
         if let Some(name) = name {

@@ -124,13 +124,19 @@ pub fn hold(folder: &Path) -> Result<File> {
             .to_string_lossy()
             .into(),
     };
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
-        other => other.at("open", &path)?,
-    };
-    flock(&file, FlockOperation::LockShared).at("lock", &path)?;
-    if !path.exists() {
-        return Err(gone());
+    loop {
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
+            other => other.at("open", &path)?,
+        };
+        flock(&file, FlockOperation::LockShared).at("lock", &path)?;
+        // It may have been removed before it was locked, or another one been put in its place.
+        let ours = file.metadata().at("stat", &path)?;
+        match fs::metadata(&path) {
+            Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => return Ok(file),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
+            Err(error) => return Err(Error::io("stat", &path, error)),
+            Ok(_) => {}
+        }
     }
-    Ok(file)
 }

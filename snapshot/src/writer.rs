@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
 
 use crate::chunks::write::write_chunks;
 use crate::content::{copy_sparse, hash_file};
@@ -298,8 +299,18 @@ impl Writer {
         let place = self.store.folder(id);
         match fs::rename(&self.folder, &place) {
             // The same snapshot is there already. Ours is known to be sound, that one may be
-            // damaged: they change places, and drop removes it. Who has it open goes on with it.
+            // damaged: they change places, and drop removes it, unless somebody holds it.
             Err(_) if place.is_dir() => {
+                let held = File::open(place.join(files::MANIFEST)).map(|there| {
+                    let locked = flock(&there, FlockOperation::NonBlockingLockExclusive);
+                    locked.map(|()| there)
+                });
+                if let Ok(Err(Errno::WOULDBLOCK)) = held {
+                    if let Some(pointer) = pointer {
+                        pointer.place()?;
+                    }
+                    return self.store.load(id);
+                }
                 renameat_with(CWD, &self.folder, CWD, &place, RenameFlags::EXCHANGE)
                     .at("move the snapshot to", &place)?;
             }

@@ -160,31 +160,15 @@ fn import(
     trusted: &[PublicKey],
 ) -> Result<Snapshot, Failure> {
     let progress = ImageProgress::new(cancel_on_signals()?);
-    // Without a name until its signature is checked.
-    let first_name = name.filter(|_| trusted.is_empty());
     let imported = if is_pipe(file) {
         let from = File::from(stdin().as_fd().try_clone_to_owned()?);
         let label = Path::new("standard input");
-        store.import_from(from, label, first_name, &progress)
+        store.import_from(from, label, name, trusted, &progress)
     } else {
-        store.import(file, first_name, &progress)
+        store.import(file, name, trusted, &progress)
     };
     drop(progress);
-    let imported = imported.map_err(stored)?;
-    if trusted.is_empty() {
-        return Ok(imported);
-    }
-    if let Err(error) = imported.check_signature(trusted) {
-        // One that was here before under a name stays.
-        if imported.names.is_empty() {
-            store.remove(&imported.id.to_string())?;
-        }
-        return Err(error.into());
-    }
-    match name {
-        Some(name) => Ok(store.set_name(&imported.id.to_string(), name, false)?),
-        None => Ok(imported),
-    }
+    imported.map_err(stored)
 }
 
 /// The image is not in the file: better told now than at the restore.

@@ -169,7 +169,7 @@ fn an_export_comes_back_in_another_store() {
         // A difference finds its base there from the round before.
         let other = Store::open(&lab.folder.path().join("other")).unwrap();
         let name = &snapshot.names[0];
-        let imported = other.import(&bundle, Some(name), &Quiet).unwrap();
+        let imported = other.import(&bundle, Some(name), &[], &Quiet).unwrap();
         assert_eq!(
             (imported.id, &imported.names),
             (snapshot.id, &snapshot.names)
@@ -222,7 +222,7 @@ fn an_export_that_is_ended_leaves_the_old_file_and_nothing_else() {
     let watched = watching(false);
     lab.store.export("it", &bundle, &watched).unwrap();
     assert!(watched.looked.into_inner());
-    lab.store.import(&bundle, None, &Quiet).unwrap();
+    lab.store.import(&bundle, None, &[], &Quiet).unwrap();
     match lab.store.export("it", folder.path(), &Quiet) {
         Err(Error::BadRequest { reason }) => assert!(reason.contains("is a folder"), "{reason}"),
         other => panic!("{other:?}"),
@@ -242,7 +242,7 @@ fn an_export_goes_through_a_pipe() {
                 .export_into("it", write.into(), label, &Quiet)
                 .unwrap()
         });
-        other.import_from(read.into(), label, Some("it"), &Quiet)
+        other.import_from(read.into(), label, Some("it"), &[], &Quiet)
     });
     assert_eq!(imported.unwrap().id, snapshot.id);
     other.verify("it", &Quiet).unwrap();
@@ -259,9 +259,53 @@ fn importing_again_mends_a_damaged_snapshot() {
         Err(Error::Damaged { .. }) => {}
         other => panic!("{other:?}"),
     }
-    lab.store.import(&bundle, None, &Quiet).unwrap();
+    lab.store.import(&bundle, None, &[], &Quiet).unwrap();
     assert_eq!(lab.store.verify("it", &Quiet).unwrap().id, snapshot.id);
     assert!(lab.leftovers().is_empty());
+}
+
+#[test]
+fn importing_again_leaves_a_snapshot_to_who_holds_it() {
+    let lab = Lab::new();
+    let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
+    let bundle = lab.folder.path().join("bundle.tar");
+    lab.store.export("it", &bundle, &Quiet).unwrap();
+    let held = snapshot.hold().unwrap();
+    let imported = lab.store.import(&bundle, Some("again"), &[], &Quiet);
+    assert_eq!(imported.unwrap().names, ["again", "it"]);
+    match lab.store.remove(&snapshot.id.to_string()) {
+        Err(Error::InUse { id }) => assert_eq!(id, snapshot.id.to_string()),
+        other => panic!("{other:?}"),
+    }
+    assert!(lab.leftovers().is_empty());
+    drop(held);
+    // Nobody has it: another takes its place, and is what is held from then on.
+    lab.store.import(&bundle, None, &[], &Quiet).unwrap();
+    let held = snapshot.hold().unwrap();
+    let refused = lab.store.remove(&snapshot.id.to_string()).unwrap_err();
+    assert!(matches!(refused, Error::InUse { .. }), "{refused}");
+    drop(held);
+    lab.store.remove(&snapshot.id.to_string()).unwrap();
+}
+
+#[test]
+fn an_import_that_nobody_trusted_signed_changes_nothing() {
+    let lab = Lab::new();
+    let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
+    let bundle = lab.folder.path().join("bundle.tar");
+    lab.store.export("it", &bundle, &Quiet).unwrap();
+    let key = SigningKey::create(&lab.folder.path().join("key")).unwrap();
+    let other = Store::open(&lab.folder.path().join("other")).unwrap();
+    for store in [&lab.store, &other] {
+        match store.import(&bundle, Some("other"), &[key.public()], &Quiet) {
+            Err(Error::Unsigned { path }) => assert_eq!(path, bundle),
+            other => panic!("{other:?}"),
+        }
+        assert!(leftovers(store.root()).is_empty());
+    }
+    lab.store.verify("it", &Quiet).unwrap();
+    assert_eq!(lab.store.get("it").unwrap().id, snapshot.id);
+    assert!(other.list().unwrap().snapshots.is_empty());
 }
 
 #[test]
@@ -285,7 +329,7 @@ fn an_import_without_its_base_is_refused() {
     let bundle = lab.folder.path().join("bundle.tar");
     lab.store.export("top", &bundle, &Quiet).unwrap();
     let other = Store::open(&lab.folder.path().join("other")).unwrap();
-    match other.import(&bundle, None, &Quiet) {
+    match other.import(&bundle, None, &[], &Quiet) {
         Err(Error::MissingBase { path, .. }) => assert_eq!(path, bundle),
         other => panic!("{other:?}"),
     }
@@ -308,7 +352,7 @@ fn a_changed_or_cut_export_is_refused_or_made_no_difference() {
                 let length = lab.random.below(whole.len() as u64);
                 writable(&bundle).set_len(length).unwrap();
             }
-            match other.import(&bundle, Some("it"), &Quiet) {
+            match other.import(&bundle, Some("it"), &[], &Quiet) {
                 Err(Error::Damaged { .. } | Error::DamagedChunk { .. }) => {
                     let listing = other.list().unwrap();
                     assert!(listing.snapshots.is_empty() && listing.damaged.is_empty());
@@ -354,7 +398,7 @@ fn no_name_in_an_export_becomes_a_path() {
         }
         let path = lab.folder.path().join("bundle.tar");
         fs::write(&path, bundle.into_inner().unwrap()).unwrap();
-        match lab.store.import(&path, None, &Quiet) {
+        match lab.store.import(&path, None, &[], &Quiet) {
             Err(Error::Damaged { reason, .. }) => {
                 assert_eq!(reason, "it does not go on with state.bin");
             }
