@@ -66,6 +66,14 @@ pub enum CommitError {
         /// What it does.
         status: Status,
     },
+    /// Another one has taken the place already.
+    #[error("VM {id} is about to be removed: VM {by} has taken its parent's place")]
+    Discarded {
+        /// Which.
+        id: String,
+        /// Who has.
+        by: String,
+    },
     /// Records.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -83,27 +91,10 @@ impl Engine {
     pub fn commit(&self, child: &Entry) -> Result<Committed, CommitError> {
         let id = child.dir.id();
         let status = life::info(child).status;
-        let record = match &child.record {
-            Ok(record) if status == Status::Running => record,
-            _ => return Err(CommitError::NotRunning { id, status }),
-        };
-        let Some(from) = &record.parent else {
-            return Err(CommitError::NoChild(id));
-        };
-        let entries = self.store().list()?;
-        let records: Vec<&Record> = entries
-            .iter()
-            .filter_map(|entry| entry.record.as_ref().ok())
-            .collect();
-        let vms = others(&records, &id, from);
-        let parent = from.vm.as_ref();
-        let parent = parent.and_then(|parent| records.iter().find(|it| it.id == *parent));
-        let replaces = Replaces {
-            by: ProcessRef::current(),
-            vms: vms.clone(),
-        };
-        let parent = parent.map(|it| it.id.as_str());
-        let name = self.store().succeed(&child.dir, parent, replaces)?;
+        if child.record.is_err() || status != Status::Running {
+            return Err(CommitError::NotRunning { id, status });
+        }
+        let (name, vms) = self.store().succeed(&child.dir, replace)?;
         if let Err(error) = end_all(self.store(), &vms) {
             // This process may live on: the next command is to do the rest all the same.
             let _ = self.store().update(&child.dir, |record| {
@@ -123,6 +114,29 @@ impl Engine {
             discarded: vms.into_iter().collect(),
         })
     }
+}
+
+/// Whose place a child takes, and who goes.
+fn replace(child: &Record, records: &[&Record]) -> Result<(Option<String>, Replaces), CommitError> {
+    let id = child.id.clone();
+    let Some(from) = &child.parent else {
+        return Err(CommitError::NoChild(id));
+    };
+    let goes = |it: &&&Record| {
+        let replaces = it.replaces.as_ref();
+        replaces.is_some_and(|replaces| replaces.vms.contains(&id))
+    };
+    if let Some(other) = records.iter().find(goes) {
+        let by = other.id.clone();
+        return Err(CommitError::Discarded { id, by });
+    }
+    let parent = from.vm.clone();
+    let parent = parent.filter(|parent| records.iter().any(|it| it.id == *parent));
+    let replaces = Replaces {
+        by: ProcessRef::current(),
+        vms: others(records, &id, from),
+    };
+    Ok((parent, replaces))
 }
 
 /// Does the rest for a VM that has taken its parent's place, when whoever was at it was killed.
@@ -287,8 +301,12 @@ mod tests {
     fn succeed(store: &Store, dirs: &[VmDir], by: Option<ProcessRef>) {
         let root = dirs[0].id();
         let vms = BTreeSet::from([root.clone(), dirs[2].id()]);
-        let name = store.succeed(&dirs[1], Some(&root), Replaces { by, vms });
-        assert_eq!(name.unwrap().as_deref(), Some("root"));
+        let choose = |_: &Record, _: &[&Record]| {
+            let vms = vms.clone();
+            Ok::<_, StoreError>((Some(root), Replaces { by, vms }))
+        };
+        let (name, gone) = store.succeed(&dirs[1], choose).unwrap();
+        assert_eq!((name.as_deref(), gone), (Some("root"), vms));
     }
 
     #[test]
@@ -323,5 +341,35 @@ mod tests {
             store.find("root").unwrap().dir == dirs[1],
             "it has the name"
         );
+    }
+
+    #[test]
+    fn of_siblings_that_are_committed_at_once_one_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::new(temp.path());
+        let (dirs, _vmms) = family(&store);
+        let (name, gone) = store.succeed(&dirs[1], replace).unwrap();
+        assert_eq!(name.as_deref(), Some("root"));
+        assert_eq!(gone, BTreeSet::from([dirs[0].id(), dirs[2].id()]));
+        match store.succeed(&dirs[2], replace) {
+            Err(CommitError::Discarded { id, by }) => {
+                assert_eq!((id, by), (dirs[2].id(), dirs[1].id()));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_was_put_back_meanwhile_ends_with_the_vmm_that_it_has_now() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::new(temp.path());
+        let (dirs, mut vmms) = family(&store);
+        let known = store.find("root").unwrap();
+        let mut now = Vmm::new();
+        let update = store.update(&dirs[0], |record| record.vmm = now.process());
+        update.unwrap();
+        life::remove(&store, &known, true).unwrap();
+        assert!(!now.lives() && !vmms[0].lives() && vmms[1].lives());
+        assert!(!dirs[0].path().exists());
     }
 }

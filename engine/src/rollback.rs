@@ -19,8 +19,8 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub(crate) use self::note::mend;
 use self::note::{Note, set_aside};
+pub(crate) use self::note::{before, mend};
 use crate::engine::Engine;
 use crate::fork::ForkError;
 use crate::lineage::ROOT;
@@ -151,7 +151,7 @@ impl Engine {
             .group
             .as_ref()
             .map(|group| (group.family.clone(), group.limits));
-        let mut note = Note::new(record, status == Status::Paused);
+        let mut note = Note::new(dir, record, status == Status::Paused);
         // Before the links: they are removed by it when we are killed.
         note.write(dir).map_err(file(dir.path()))?;
         let links = match &target.holder {

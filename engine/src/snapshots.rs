@@ -530,7 +530,15 @@ fn write(
             writer.memory_plain(&parts, &memory, &memory.populated()?, progress)?;
         }
     }
-    let kernel = File::open(&config.kernel).map_err(failed(&config.kernel))?;
+    // Started from a snapshot it has that one's kernel, whatever file is here now.
+    let kernel = match (&base, &record.restored_from) {
+        (Some(base), _) => base.snapshot.manifest.about.kernel,
+        (None, Some(_)) => None,
+        (None, None) => match File::open(&config.kernel) {
+            Ok(kernel) => Some(hash_file(&kernel, &config.kernel, progress)?),
+            Err(_) => None,
+        },
+    };
     let mut labels = BTreeMap::new();
     if let Some(image) = &record.image {
         labels.insert(label::IMAGE.to_owned(), image.name.clone());
@@ -560,7 +568,7 @@ fn write(
     }
     let about = About {
         cpu: cpu::here(),
-        kernel: hash_file(&kernel, &config.kernel, progress)?,
+        kernel,
         image: None,
         runtime: runtime.and_then(|runtime| runtime.digest.parse().ok()),
         vcpus: config.vcpus,

@@ -65,8 +65,9 @@ pub struct Manifest {
 pub struct About {
     /// What the guest saw of the CPU.
     pub cpu: Cpu,
-    /// BLAKE3 of the kernel file.
-    pub kernel: Digest,
+    /// BLAKE3 of the kernel file, if that was there: a machine that runs has its kernel in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Digest>,
     /// The root disk's image, if it came from one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Digest>,

@@ -32,6 +32,9 @@ pub(super) struct Note {
     /// The VM's record, with the old VMM.
     before: Record,
     was_paused: bool,
+    /// The layers in its folder then. Its birth's may be among them, which no record names once they are merged.
+    #[serde(default)]
+    layers: Vec<PathBuf>,
     /// The new VMM lives without whoever started it.
     is_replaced: bool,
 }
@@ -54,10 +57,11 @@ pub(super) fn set_aside(dir: &VmDir) -> Result<(), RollbackError> {
 }
 
 impl Note {
-    pub(super) fn new(before: Record, was_paused: bool) -> Self {
+    pub(super) fn new(dir: &VmDir, before: Record, was_paused: bool) -> Self {
         Self {
             before,
             was_paused,
+            layers: dir.layers(),
             is_replaced: false,
         }
     }
@@ -106,7 +110,9 @@ impl Note {
         }
         restored?;
         given_up.extend(dir.borrowed_layers());
-        remove_but(given_up, &layers(&self.before, dir));
+        let mut kept = layers(&self.before, dir);
+        kept.extend_from_slice(&self.layers);
+        remove_but(given_up, &kept);
         if !self.was_paused
             && let Err(error) = Control::new(dir.control_socket(), CONTROL_TIMEOUT).resume()
         {
@@ -140,6 +146,12 @@ pub(crate) fn mend(store: &Store) -> Result<(), StoreError> {
         }
     }
     Ok(())
+}
+
+/// The old VMM of a VM that is being put back, or was when somebody was killed over it.
+pub(crate) fn before(dir: &VmDir) -> Option<ProcessRef> {
+    let json = std::fs::read(dir.rollback_note()).ok()?;
+    serde_json::from_slice::<Note>(&json).ok()?.before.vmm
 }
 
 fn mend_one(store: &Store, dir: &VmDir) -> Result<(), RollbackError> {
@@ -237,13 +249,14 @@ mod tests {
             };
             let before = record("layer.qcow2", old_process);
             let now = record("layer-1.qcow2", new_process);
-            for name in [
-                "layer.qcow2",
-                "layer-1.qcow2",
-                "joined-0.qcow2",
-                "back-abc-0.qcow2",
-            ] {
-                std::fs::write(dir.path().join(name), name).unwrap();
+            let write = |name: &str| std::fs::write(dir.path().join(name), name).unwrap();
+            // The last: its birth's, from a rollback before, and merged since.
+            for name in ["layer.qcow2", "joined-0.qcow2", "back-old-0.qcow2"] {
+                write(name);
+            }
+            let layers = dir.layers();
+            for name in ["layer-1.qcow2", "back-abc-0.qcow2"] {
+                write(name);
             }
             for (path, aside) in sockets(&dir) {
                 std::fs::write(path, "new").unwrap();
@@ -253,6 +266,7 @@ mod tests {
             let note = Note {
                 before: before.clone(),
                 was_paused: true,
+                layers,
                 is_replaced,
             };
             note.write(&dir).unwrap();
@@ -298,6 +312,7 @@ mod tests {
         assert_eq!(
             killed.files(),
             [
+                "back-old-0.qcow2",
                 "control.sock",
                 "joined-0.qcow2",
                 "layer.qcow2",

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::control::Control;
 use super::end::EndCause;
 use super::process::{ProcessHandle, ProcessRef};
-use super::record::RecordError;
+use super::record::{RecordError, VmDir};
 use super::standstill;
 use super::store::{Entry, Store, StoreError};
 
@@ -280,7 +280,7 @@ pub fn kill_all<'a>(entries: impl IntoIterator<Item = &'a Entry>) {
 /// [`LifeError::Live`] and [`LifeError::Broken`] without `force`.
 pub fn remove(store: &Store, entry: &Entry, force: bool) -> Result<(), LifeError> {
     if force {
-        end_for_good(entry)?;
+        return end_and_remove(store, entry);
     } else {
         live_process(entry)?;
         let status = info(entry).status;
@@ -304,9 +304,7 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
     crate::rollback::mend(store)?;
     let left = store.sweep()?;
     for entry in left.abandoned {
-        end_for_good(&entry)?;
-        crate::bridge::forget(store, &entry.dir);
-        store.remove(&entry.dir)?;
+        end_and_remove(store, &entry)?;
     }
     for entry in left.committed {
         // Who cannot be ended now is no reason to refuse all commands.
@@ -316,6 +314,28 @@ pub fn sweep(store: &Store) -> Result<(), LifeError> {
     }
     super::cgroup::sweep(store.root());
     Ok(())
+}
+
+/// Ends it and removes it. It may be another VMM's by now: a rollback that began before has put it in the place of
+/// the one that this process knew.
+fn end_and_remove(store: &Store, entry: &Entry) -> Result<(), LifeError> {
+    end_for_good(entry)?;
+    crate::bridge::forget(store, &entry.dir);
+    while let Some(vmm) = store.remove_unless(&entry.dir, living)? {
+        if let Some(process) = vmm.open() {
+            finish(entry, &process, vmm.pid)?;
+        }
+    }
+    Ok(())
+}
+
+/// A VMM that a folder's record, or what a rollback has noted, names, and that has not ended.
+fn living(dir: &VmDir) -> Option<ProcessRef> {
+    let record = dir.read_record().ok();
+    let named = record.and_then(|record| record.vmm);
+    let before = crate::rollback::before(dir);
+    let mut vmms = named.into_iter().chain(before);
+    vmms.find(ProcessRef::is_alive)
 }
 
 /// Kills the VMM, also one that no usable record names.

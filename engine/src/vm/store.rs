@@ -10,6 +10,7 @@
 //! A process that dies in between drops the lock with it; what it leaves under a dotted name is
 //! swept by the next command ([`Store::sweep`]).
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -236,19 +237,26 @@ impl Store {
         Ok(record)
     }
 
-    /// A VM takes the name of `before`, if that has one and is still there, and its place below what that came
-    /// from; `replaces` is noted with it, at once. Returns what it is called then.
+    /// A VM takes another's name, if that has one and is still there, and its place below what that came from. `choose`
+    /// says whose, of the VM's record and all that there are, and who goes for it, which is noted with it at once:
+    /// nobody changes a record meanwhile. Returns what the VM is called then, and who goes.
     ///
     /// # Errors
-    /// As [`Store::update`].
-    pub fn succeed(
+    /// Those of `choose`, and as [`Store::update`].
+    pub fn succeed<E: From<StoreError>>(
         &self,
         dir: &VmDir,
-        before: Option<&str>,
-        replaces: Replaces,
-    ) -> Result<Option<String>, StoreError> {
+        choose: impl FnOnce(&Record, &[&Record]) -> Result<(Option<String>, Replaces), E>,
+    ) -> Result<(Option<String>, BTreeSet<String>), E> {
         let _lock = self.lock()?;
-        let mut record = dir.read_record()?;
+        let mut record = dir.read_record().map_err(StoreError::from)?;
+        let entries = self.list()?;
+        let records: Vec<_> = entries
+            .iter()
+            .filter_map(|it| it.record.as_ref().ok())
+            .collect();
+        let (before, replaces) = choose(&record, &records)?;
+        let vms = replaces.vms.clone();
         record.parent = None;
         record.replaces = Some(replaces);
         let before = before.map(|id| VmDir::new(self.root.join(id)));
@@ -258,11 +266,11 @@ impl Store {
             record.name = old.name.take().or(record.name);
         }
         // Whoever is killed here: from now on it is the one that stays.
-        dir.write_record(&record)?;
+        dir.write_record(&record).map_err(StoreError::from)?;
         if let Some((old, before)) = old {
-            before.write_record(&old)?;
+            before.write_record(&old).map_err(StoreError::from)?;
         }
-        Ok(record.name)
+        Ok((record.name, vms))
     }
 
     /// All VMs, oldest first, broken ones last.
@@ -318,20 +326,36 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`] when a file cannot be removed.
     pub fn remove(&self, dir: &VmDir) -> Result<(), StoreError> {
+        self.remove_unless(dir, |_| None::<()>).map(drop)
+    }
+
+    /// As [`Store::remove`], unless `needed` says why not of the VM's folder as it is then: nobody changes a record
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// See there.
+    pub(crate) fn remove_unless<T>(
+        &self,
+        dir: &VmDir,
+        needed: impl FnOnce(&VmDir) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
         let trash = self.root.join(format!(".trash-{}", dir.id()));
-        let group = dir.read_record().ok().and_then(|record| record.group);
-        if let Some(group) = group {
-            group.remove();
-        }
         {
             let _lock = self.lock()?;
+            if let Some(why) = needed(dir) {
+                return Ok(Some(why));
+            }
+            let group = dir.read_record().ok().and_then(|record| record.group);
+            if let Some(group) = group {
+                group.remove();
+            }
             match std::fs::rename(dir.path(), &trash) {
                 Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(StoreError::io("removing", dir.path())(error)),
             }
         }
-        remove_tree(&trash)
+        remove_tree(&trash).map(|()| None)
     }
 
     /// Removes what dead processes have left: half-made and half-removed directories, and VMs

@@ -162,7 +162,7 @@ fn about(parent: Option<Digest>) -> About {
             vendor: "GenuineIntel".into(),
             features: vec!["1.ecx=fffa3203".into(), "7.ebx=219c95a9".into()],
         },
-        kernel: Digest::of(b"kernel"),
+        kernel: Some(Digest::of(b"kernel")),
         image: Some(Digest::of(b"image")),
         runtime: Some(Digest::of(b"runtime")),
         vcpus: 2,
