@@ -223,7 +223,8 @@ impl Engine {
     /// # Errors
     /// When the store's directory cannot be made.
     pub fn images(&self) -> image::Result<ImageStore> {
-        ImageStore::open(self.dirs.cache())
+        let store = ImageStore::open(self.dirs.cache())?;
+        Ok(store.kept_for(self.dirs.state().join("snapshots")))
     }
 
     /// All VMs, oldest first. One that a killed command left frozen goes on, and what that left in its folder

@@ -67,6 +67,19 @@ pub fn image_of(snapshot: &Snapshot) -> Option<&str> {
     labels.get(label::IMAGE).map(String::as_str)
 }
 
+/// The snapshots in this folder that stand on an image, by name or else id.
+pub(crate) fn standing_on(folder: &Path, image: &str) -> Vec<String> {
+    let store = folder.is_dir().then(|| Store::open(folder));
+    let listing = store.and_then(|store| store.ok()?.list().ok());
+    let snapshots = listing.map_or_else(Vec::new, |listing| listing.snapshots);
+    let on_it = snapshots
+        .into_iter()
+        .filter(|it| image_digest_of(it) == Some(image));
+    on_it
+        .map(|it| it.names.first().cloned().unwrap_or(it.id.to_string()))
+        .collect()
+}
+
 /// Why a snapshot could not be taken or started.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {

@@ -106,6 +106,16 @@ pub enum Error {
         /// The image.
         digest: String,
     },
+    /// Snapshots stand on the image.
+    #[error(
+        "image {digest} is needed by {by}: remove those first (`ratoon snapshots rm`), or use --force"
+    )]
+    Needed {
+        /// The image.
+        digest: String,
+        /// The snapshots, joined.
+        by: String,
+    },
     /// Asked to remove by digest what several names share.
     #[error("image {digest} has the names {names}: remove those, or use --force")]
     SeveralNames {

@@ -32,6 +32,7 @@ use super::config::{
 use super::error::{Context, Error, Result};
 use super::ext4;
 use super::scratch::{Scratch, sweep};
+use crate::snapshots;
 
 /// What [`ImageStore::remove`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub struct Removed {
 #[derive(Debug, Clone)]
 pub struct ImageStore {
     root: PathBuf,
+    /// Where snapshots are that may stand on images.
+    snapshots: Option<PathBuf>,
 }
 
 /// A disk that is ready to enter the store.
@@ -86,9 +89,25 @@ impl ImageStore {
             Error::Io { .. } => Ok(0),
             other => Err(other),
         })?;
-        let store = Self { root };
+        let store = Self {
+            root,
+            snapshots: None,
+        };
         store.sweep_making();
         Ok(store)
+    }
+
+    /// The same; images on which a snapshot in this folder stands are kept.
+    #[must_use]
+    pub fn kept_for(mut self, snapshots: PathBuf) -> Self {
+        self.snapshots = Some(snapshots);
+        self
+    }
+
+    /// The snapshots that stand on an image, by name or id.
+    fn needed_by(&self, digest: &str) -> Vec<String> {
+        let folder = self.snapshots.as_deref();
+        folder.map_or_else(Vec::new, |folder| snapshots::standing_on(folder, digest))
     }
 
     /// The store's folder.
@@ -154,10 +173,11 @@ impl ImageStore {
 
     /// Removes a name, and with the last name the disk; given a digest, removes the image with its
     /// one name. `force` removes the disk with all names, and also while a VM reads it (that VM
-    /// goes on; it cannot be started again from this image).
+    /// goes on; it cannot be started again from this image) or a snapshot stands on it (that cannot
+    /// be restored then).
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::InUse`], [`Error::SeveralNames`], [`Error::Io`].
+    /// [`Error::NotFound`], [`Error::InUse`], [`Error::Needed`], [`Error::SeveralNames`], [`Error::Io`].
     pub fn remove(&self, wanted: &str, force: bool) -> Result<Removed> {
         let _lock = self.lock()?;
         let digest = self.resolve(wanted)?;
@@ -181,6 +201,12 @@ impl ImageStore {
                 names,
                 disk: false,
             });
+        }
+        if !force {
+            let by = self.needed_by(&digest).join(", ");
+            if !by.is_empty() {
+                return Err(Error::Needed { digest, by });
+            }
         }
         let disk = self.blob(&digest).join("disk.ext4");
         // Held until the disk is gone, so that no VM starts from it meanwhile.
@@ -333,9 +359,10 @@ impl ImageStore {
         self.load(&digest, &self.names()?)
     }
 
-    /// Removes an image that lost its last name, unless a VM reads it.
+    /// Removes an image that lost its last name, unless a VM reads it or a snapshot stands on it.
     fn drop_if_unused(&self, digest: &str) -> Result<()> {
-        if self.names()?.iter().any(|(_, of)| of == digest) {
+        let has_name = self.names()?.iter().any(|(_, of)| of == digest);
+        if has_name || !self.needed_by(digest).is_empty() {
             return Ok(());
         }
         let Ok(file) = File::open(self.blob(digest).join("disk.ext4")) else {

@@ -123,6 +123,53 @@ fn force_removes_an_image_in_use_and_its_reader_goes_on() {
 }
 
 #[test]
+fn an_image_on_which_a_snapshot_stands_is_removed_by_force_alone() {
+    use ratoon_snapshot::{About, Cpu, Region};
+    let lab = Lab::new();
+    let folder = lab.path("snapshots");
+    let image = lab.import(&small(&lab, "one"), None).unwrap();
+    let snapshots = ratoon_snapshot::Store::open(&folder).unwrap();
+    let mut writer = snapshots.begin().unwrap();
+    writer.state(b"state").unwrap();
+    let (memory, region) = (
+        vec![1; 1 << 20],
+        Region {
+            guest_address: 0,
+            length: 1 << 20,
+        },
+    );
+    let quiet = ratoon_snapshot::Quiet;
+    writer
+        .memory_plain(&[region], &memory.as_slice(), &[], &quiet)
+        .unwrap();
+    let about = About {
+        cpu: Cpu {
+            vendor: "x".into(),
+            features: Vec::new(),
+        },
+        kernel: None,
+        image: None,
+        runtime: None,
+        vcpus: 1,
+        memory_mib: 1,
+        parent: None,
+        labels: [("ratoon.image-digest".to_owned(), image.digest().to_owned())].into(),
+    };
+    writer.finish(about, Some("asleep"), None).unwrap();
+    let store = lab.store.clone().kept_for(folder);
+    match store.remove("it", false) {
+        Err(Error::Needed { digest, by }) => {
+            assert_eq!((digest.as_str(), by.as_str()), (image.digest(), "asleep"));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(store.get("it").unwrap().names, ["it"]);
+    snapshots.remove("asleep").unwrap();
+    assert!(store.remove("it", false).unwrap().disk);
+    lab.assert_untouched();
+}
+
+#[test]
 fn the_disk_goes_with_the_last_name() {
     let lab = Lab::new();
     let source = small(&lab, "one");
