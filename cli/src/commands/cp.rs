@@ -19,9 +19,10 @@ use crate::guest;
 
 /// Copy files and directories into a running VM, or out of it.
 ///
-/// As `cp -a`: a directory is copied with all that is in it, symlinks as they are. If the destination
-/// is a directory, the source is put into it; otherwise the destination is the copy's name. `-` is a tar
-/// archive on standard input or output. A file appears whole under its name, or not at all.
+/// A directory is copied with all that is in it, symlinks as they are; modes and times are kept, and hard
+/// links out of the VM. A single file keeps its mode, not its time. If the destination is a directory, the
+/// source is put into it; otherwise the destination is the copy's name. `-` is a tar archive on standard
+/// input or output. A file appears whole under its name, or not at all.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   ratoon cp notes.txt web:/srv/

@@ -50,7 +50,7 @@ const MOST: u32 = 64;
 #[command(after_help = "Examples:
   ratoon agent fork r1a2b3c4 -n 4 --score 'make test && echo 1'
   ratoon agent fork box -n 2 --steer ideas.txt --keep all     # a line --- between what is for one and the next
-  ratoon agent fork r1a2b3c4 --at 3 --steer other-way.txt     # once more from step 3 on, if that was kept
+  ratoon agent fork r1a2b3c4 --at 3 -n 1 --steer other-way.txt   # once more from step 3 on, if that was kept
 
 The scorer runs in /work of each child when its agent has ended. The last number that it prints is the score, if it
 ends with 0; the highest is the best, the first of equals.")]
@@ -58,7 +58,7 @@ pub struct Args {
     /// The run's id, the beginning of it, or its machine's name.
     #[arg(value_name = "RUN")]
     run: String,
-    /// How many children.
+    /// How many children, 1 to 64.
     #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 2,
         value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST)))]
     count: u32,

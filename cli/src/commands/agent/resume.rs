@@ -15,10 +15,11 @@ use crate::failure::Failure;
 use crate::output;
 use crate::progress::Spinner;
 
-/// Start an agent again whose machine was suspended, or has died, and leave it at work.
+/// Start an agent again whose machine was suspended, or has died; prints the new machine's id.
 ///
 /// It goes on as the same branch, with what is left of its budget; answers of the model that it had
-/// are given again from the record, and not paid for twice. `ratoon agent attach` takes up its stream.
+/// are given again from the record, and not paid for twice. From a kept step it waits until `ratoon
+/// agent attach` takes it up; from a suspended machine it works on at once.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   ratoon suspend box && ratoon agent resume r1a2b3c4 --from box

@@ -96,8 +96,9 @@ pub struct Args {
     /// Hold before this step (from 1), for `ratoon agent fork`; may be given several times.
     #[arg(long, value_name = "STEP")]
     hold_before: Vec<u32>,
-    /// Keep the machine as it is before each step, for `ratoon agent fork --at STEP`: at least the last N, and at most
-    /// twice as many. An attached command does it (this one, `attach`); without one the agent waits.
+    /// Keep the machine as it is before each step, for `ratoon agent fork --at STEP`: at least the last N (1 to 64), and
+    /// at most twice as many. An attached command does it (this one, `attach`; so not with -d); without one the agent
+    /// waits.
     #[arg(long, value_name = "N", conflicts_with = "detach", value_parser = clap::value_parser!(u32).range(1..=64))]
     keep_steps: Option<u32>,
     /// Leave the machine at the end.
@@ -300,6 +301,7 @@ fn not_started(error: StartError, stop: &Stop) -> Failure {
         (StartError::Launch(LaunchError::Cancelled), stopped) => {
             Failure::silent(stopped.map_or(FAILED, Stopped::code))
         }
+        (StartError::Launch(LaunchError::Config(error)), _) => Failure::from(error).code(2),
         (StartError::Launch(error), _) => {
             let console = error.serial().to_vec();
             Failure::from(error).console(&console)
