@@ -82,9 +82,17 @@ impl Engine {
         // It comes by here again, after a rollback: what came after then is another future.
         let again = steps.iter().position(|it| it.step >= step);
         let gone = steps.split_off(again.unwrap_or(steps.len()));
+        let note = |steps: &[KeptStep]| {
+            write_json(&dir.steps_note(), &steps).map_err(failed(dir.steps_note()))
+        };
+        // Written first: what is named there is there.
+        if !gone.is_empty() {
+            note(&steps)?;
+        }
         for step in gone.iter().rev() {
             remove(&store, &step.snapshot);
         }
+        put_aside(&store, &name)?;
         let whole = is_next_whole(&steps, wanted);
         let keep = Keep {
             name: Some(&name),
@@ -99,13 +107,41 @@ impl Engine {
             pause_us: taken.pause.as_micros() as u64,
         });
         let old: Vec<_> = steps.drain(..surplus(&steps, wanted)).collect();
-        // Written first: what is named there is there.
-        write_json(&dir.steps_note(), &steps).map_err(failed(dir.steps_note()))?;
+        note(&steps)?;
         for step in old.iter().rev() {
             remove(&store, &step.snapshot);
         }
         Ok(taken)
     }
+}
+
+/// Whoever uses a step of this name, be it the machine that comes by here again, has it under another one.
+fn put_aside(store: &ratoon_snapshot::Store, name: &str) -> Result<(), ratoon_snapshot::Error> {
+    let Ok(there) = store.get(name) else {
+        return Ok(());
+    };
+    let id = there.id.to_string();
+    store.set_name(&id, &format!("{name}.old-{}", &id[..8]), true)?;
+    // It has two names: this one alone goes.
+    store.remove(name).map(drop)
+}
+
+/// The machine in `dir` goes on from one of these boundaries of another that has gone, before `step`: it has those
+/// until there.
+///
+/// # Errors
+/// [`SnapshotError`]: its folder cannot be written to.
+pub fn inherit(
+    engine: &Engine,
+    dir: &VmDir,
+    kept: Vec<KeptStep>,
+    step: u32,
+) -> Result<(), SnapshotError> {
+    let store = engine.snapshots()?;
+    let is_there = |it: &KeptStep| it.step <= step && store.get(&it.snapshot).is_ok();
+    let steps: Vec<_> = kept.into_iter().filter(is_there).collect();
+    let path = dir.steps_note();
+    write_json(&path, &steps).map_err(|source| SnapshotError::File { path, source })
 }
 
 /// What cannot be removed now, since somebody uses it, is removed with the run's last machine.

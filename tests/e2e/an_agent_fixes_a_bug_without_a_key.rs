@@ -370,6 +370,8 @@ fn a_machine_that_dies_in_a_call_goes_on_from_its_last_step_and_nothing_is_paid_
     scene.ratoon.run(resumed).ok();
     let attached = scene.ratoon.run(["agent", "attach", run]).ok();
     assert_eq!(attached.stdout, PATCH, "{}", attached.stderr);
+    // The boundary that it went on from among them.
+    assert!(!attached.stderr.contains("is not kept"), "{attached:?}");
     assert_eq!(
         scene.model.seen().len(),
         4,

@@ -66,7 +66,9 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
     let kept = old
         .as_ref()
         .map_or_else(Vec::new, |old| steps::kept(&old.dir));
-    let snapshot = from(args, &run, kept)?;
+    let snapshot = from(args, &run, &kept)?;
+    let step = kept.iter().find(|it| it.snapshot == snapshot);
+    let step = step.map(|it| it.step);
     let stop = Stop::listen()?;
     let bridge = engine.bridge();
     bridge.ensure_any(&config, &keys)?;
@@ -107,13 +109,17 @@ pub fn run(engine: &Engine, args: &Args) -> Result<ExitCode, Failure> {
         Some(child) => child.map_err(|error| hint(error.into()))?,
         None => return Err(hint(Failure::new("no machine was started"))),
     };
-    let id = vm.dir().id();
+    let dir = vm.dir().clone();
+    let id = dir.id();
     vm.detach();
     engine.runs().update(&run.id, |run| {
         if let Some(branch) = run.branch_mut(&branch.name) {
             branch.vm.clone_from(&id);
         }
     })?;
+    if let Some(step) = step {
+        steps::inherit(engine, &dir, kept, step)?;
+    }
     eprintln!(
         "run {} goes on in machine {id}: `ratoon agent attach {}`",
         run.id, run.id
@@ -134,15 +140,15 @@ fn branch<'r>(run: &'r Run, named: Option<&str>) -> Result<&'r Branch, Failure> 
     }
 }
 
-fn from(args: &Args, run: &Run, kept: Vec<KeptStep>) -> Result<String, Failure> {
+fn from(args: &Args, run: &Run, kept: &[KeptStep]) -> Result<String, Failure> {
     if let Some(named) = &args.from {
         return Ok(named.clone());
     }
     let found = match args.at {
-        Some(step) => kept.into_iter().find(|it| it.step == step),
-        None => kept.into_iter().next_back(),
+        Some(step) => kept.iter().find(|it| it.step == step),
+        None => kept.last(),
     };
-    found.map(|kept| kept.snapshot).ok_or_else(|| {
+    found.map(|kept| kept.snapshot.clone()).ok_or_else(|| {
         let what = args.at.map_or_else(
             || format!("no step of run {} is kept", run.id),
             |step| format!("step {step} of run {} is not kept", run.id),
