@@ -27,7 +27,7 @@ use ratoon_vmm_api::{MemoryLayerConfig, layers_within};
 
 use crate::snapshots::SnapshotError;
 use crate::vm::freeze::{Generation, MemoryLayer};
-use crate::vm::record::{Ancestor, Record};
+use crate::vm::record::{Ancestor, Record, VmDir};
 
 /// Differences that lie over each other: each costs a restore mappings, and the reader of a page
 /// nothing.
@@ -345,19 +345,17 @@ pub(crate) fn memory_layers(
     Ok((layers.collect(), chunks))
 }
 
-/// Keeps the snapshots in which these layers lie, for as long as the descriptors live. `vms` is where VMs have
-/// their folders: a layer in one of those is in no snapshot.
+/// Keeps the snapshots in which these layers lie, for as long as the descriptors live. A VM's own are in none: its
+/// folder has a record.
 ///
 /// # Errors
 /// [`ratoon_snapshot::Error::NotFound`] for one that has gone.
-pub(crate) fn hold_layers(
-    layers: &[PathBuf],
-    vms: &Path,
-) -> Result<Vec<OwnedFd>, ratoon_snapshot::Error> {
-    let stored = layers.iter().filter(|layer| !layer.starts_with(vms));
-    let folders: BTreeSet<_> = stored.filter_map(|layer| layer.parent()).collect();
-    let held = folders.into_iter().map(|it| Ok(hold(it)?.into()));
-    held.collect()
+pub(crate) fn hold_layers(layers: &[PathBuf]) -> Result<Vec<OwnedFd>, ratoon_snapshot::Error> {
+    let folders: BTreeSet<_> = layers.iter().filter_map(|layer| layer.parent()).collect();
+    let stored = folders
+        .into_iter()
+        .filter(|folder| !VmDir::new(*folder).record().exists());
+    stored.map(|folder| Ok(hold(folder)?.into())).collect()
 }
 
 #[cfg(test)]
@@ -465,28 +463,28 @@ mod tests {
     fn a_layer_of_a_snapshot_keeps_it_and_one_of_a_machine_keeps_nothing() {
         use rustix::fs::{FlockOperation, flock};
         let temp = tempfile::tempdir().unwrap();
-        let [vms, one, other] = ["vms", "one", "other"].map(|name| temp.path().join(name));
-        for folder in [&vms, &one, &other] {
+        let [vm, one, other] = ["0123456789ab", "one", "other"].map(|name| temp.path().join(name));
+        for folder in [&vm, &one, &other] {
             std::fs::create_dir(folder).unwrap();
             std::fs::write(folder.join("manifest.json"), "{}").unwrap();
         }
+        std::fs::write(vm.join("record.json"), "{}").unwrap();
         let is_kept = |folder: &Path| {
             let manifest = File::open(folder.join("manifest.json")).unwrap();
             flock(manifest, FlockOperation::NonBlockingLockExclusive).is_err()
         };
         let layer = |folder: &Path, number| folder.join(format!("root-{number}.qcow2"));
-        let in_vm = layer(&vms.join("0123456789ab"), 2);
-        let layers = [layer(&one, 0), layer(&one, 1), in_vm];
-        let held = hold_layers(&layers, &vms).unwrap();
+        let layers = [layer(&one, 0), layer(&one, 1), layer(&vm, 2)];
+        let held = hold_layers(&layers).unwrap();
         assert_eq!(held.len(), 1);
         assert_eq!(
-            [&vms, &one, &other].map(|it| is_kept(it)),
+            [&vm, &one, &other].map(|it| is_kept(it)),
             [false, true, false]
         );
         drop(held);
         assert!(!is_kept(&one));
         std::fs::remove_dir_all(&one).unwrap();
-        let gone = hold_layers(&layers, &vms).unwrap_err();
+        let gone = hold_layers(&layers).unwrap_err();
         assert!(
             matches!(gone, ratoon_snapshot::Error::NotFound { .. }),
             "{gone}"

@@ -89,6 +89,7 @@ impl Store {
     /// [`Error::Cancelled`].
     pub fn export(&self, wanted: &str, to: &Path, progress: &dyn Progress) -> Result<Snapshot> {
         let snapshot = self.get(wanted)?;
+        let _held = snapshot.hold()?;
         let folder = match to.parent() {
             Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
             Some(parent) => parent,
@@ -118,6 +119,7 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let snapshot = self.get(wanted)?;
+        let _held = snapshot.hold()?;
         write_bundle(&snapshot, to, label, progress)?;
         Ok(snapshot)
     }

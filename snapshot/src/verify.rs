@@ -20,6 +20,7 @@ impl Store {
     /// [`Store::get`] and [`Store::memory`] besides.
     pub fn verify(&self, wanted: &str, progress: &dyn Progress) -> Result<Snapshot> {
         let snapshot = self.get(wanted)?;
+        let _held = snapshot.hold()?;
         drop(self.memory(&snapshot)?);
         for layer in self.chain(&snapshot)? {
             layer.state()?;

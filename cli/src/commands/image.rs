@@ -83,10 +83,10 @@ pub struct Inspect {
     image: String,
 }
 
-/// Remove images, with their warm generations. One that a VM uses is refused.
+/// Remove images, with their warm generations. One that a VM uses, or that a stored snapshot stands on, is refused.
 #[derive(clap::Args)]
 pub struct Rm {
-    /// All names of an image that is named by its digest.
+    /// All names of an image, whoever uses it: a VM goes on, a snapshot cannot be restored any more.
     #[arg(long, short)]
     force: bool,
     /// Names, digests, or at least 12 digits of them.

@@ -193,7 +193,10 @@ impl Work {
             } else {
                 "not in the patch"
             };
-            eprintln!("note: no text, so {what}: {}", names.join(", "));
+            eprintln!(
+                "note: no text, or too large, so {what}: {}",
+                names.join(", ")
+            );
         }
         match (apply, file) {
             (true, _) => eprintln!("{} changed in {}", files(count), told(run)),
