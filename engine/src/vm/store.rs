@@ -368,16 +368,29 @@ impl Store {
         if !self.root.exists() {
             return Ok(left);
         }
-        let mut trash = Vec::new();
+        let (mut half, mut trash) = (Vec::new(), Vec::new());
+        let mut throw = |dir: &VmDir| {
+            let target = self.root.join(format!(".trash-{}", dir.id()));
+            std::fs::rename(dir.path(), &target).map_err(StoreError::io("removing", dir.path()))?;
+            trash.push(target);
+            Ok::<_, StoreError>(())
+        };
         {
             let _lock = self.lock()?;
             for name in self.names()? {
                 // Under the lock nobody is making one.
                 if name.starts_with(".new-") || name.starts_with(".trash-") {
-                    trash.push(self.root.join(name));
+                    half.push(self.root.join(name));
                 } else if is_id(&name) {
                     let entry = Entry::read(VmDir::new(self.root.join(&name)));
-                    let Ok(record) = &entry.record else { continue };
+                    let Ok(record) = &entry.record else {
+                        // A VMM without an owner removes its folder, but for what another made there meanwhile.
+                        let dir = &entry.dir;
+                        if !dir.record().exists() && !dir.control_socket().exists() {
+                            throw(dir)?;
+                        }
+                        continue;
+                    };
                     if record.replaces.as_ref().is_some_and(Replaces::is_left) {
                         left.committed.push(entry);
                         continue;
@@ -393,14 +406,11 @@ impl Store {
                     if let Some(group) = &record.group {
                         group.remove();
                     }
-                    let target = self.root.join(format!(".trash-{name}"));
-                    std::fs::rename(entry.dir.path(), &target)
-                        .map_err(StoreError::io("removing", entry.dir.path()))?;
-                    trash.push(target);
+                    throw(&entry.dir)?;
                 }
             }
         }
-        for path in trash {
+        for path in half.into_iter().chain(trash) {
             remove_tree(&path)?;
         }
         Ok(left)

@@ -194,6 +194,11 @@ fn the_sweep_removes_what_dead_processes_left_and_nothing_else() {
     for half in [".new-0123456789ab", ".trash-0123456789ab"] {
         std::fs::create_dir(store.root().join(half)).unwrap();
     }
+    let unknown = ["0123456789ab", "ba9876543210"].map(|id| VmDir::new(store.root().join(id)));
+    for (dir, file) in unknown.iter().zip(["layers.lock", "control.sock"]) {
+        std::fs::create_dir(dir.path()).unwrap();
+        std::fs::write(dir.path().join(file), "").unwrap();
+    }
 
     let left = store.sweep().unwrap();
 
@@ -204,6 +209,8 @@ fn the_sweep_removes_what_dead_processes_left_and_nothing_else() {
         assert!(dir.read_record().is_ok());
     }
     assert!(!gone.path().exists());
+    // The other may have a VMM still.
+    assert_eq!(unknown.map(|dir| dir.path().exists()), [false, true]);
     assert!(!store.root().join(".new-0123456789ab").exists());
     assert!(!store.root().join(".trash-0123456789ab").exists());
 }
