@@ -110,6 +110,17 @@ fn the_wires_own_fields_are_checked() {
 }
 
 #[test]
+fn what_a_program_says_of_its_surroundings_in_the_middle_is_passed_on() {
+    let surroundings =
+        json!([{"type": "text", "text": "It is Monday.", "cache_control": {"type": "ephemeral"}}]);
+    let messages = json!([
+        {"role": "user", "content": "x"}, {"role": "system", "content": surroundings},
+    ]);
+    let body = json!({"model": "m", "max_tokens": 9, "messages": messages});
+    assert_eq!(finished(Wire::Messages, body)["messages"], messages);
+}
+
+#[test]
 fn the_same_request_has_the_same_digest_and_another_has_another() {
     let digest = |body: &Value| {
         parse(Wire::Chat, body.to_string().as_bytes())

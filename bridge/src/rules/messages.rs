@@ -45,7 +45,8 @@ pub const COUNT_TOKENS: &[Field] = &[
 ];
 
 const MESSAGE: Shape = Shape::Object(&[
-    need("role", Shape::Is(&["user", "assistant"])),
+    // `system` in the middle of a conversation is what newer programs say of their surroundings.
+    need("role", Shape::Is(&["user", "assistant", "system"])),
     need(
         "content",
         Shape::Either(&[Shape::Text, Shape::List(&BLOCK)]),

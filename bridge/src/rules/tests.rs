@@ -123,8 +123,8 @@ fn a_breach_is_told_with_its_place() {
     for (table, body, told) in [
         (
             messages::MESSAGES,
-            r#"{"messages":[{"role":"system","content":"x"}]}"#,
-            "messages[0].role: is \"system\"; allowed: user, assistant",
+            r#"{"messages":[{"role":"tool","content":"x"}]}"#,
+            "messages[0].role: is \"tool\"; allowed: user, assistant, system",
         ),
         (
             messages::MESSAGES,
