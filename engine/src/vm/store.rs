@@ -386,7 +386,8 @@ impl Store {
                     let Ok(record) = &entry.record else {
                         // A VMM without an owner removes its folder, but for what another made there meanwhile.
                         let dir = &entry.dir;
-                        if !dir.record().exists() && !dir.control_socket().exists() {
+                        let known = [dir.record(), dir.control_socket(), dir.serial_log()];
+                        if !known.iter().any(|path| path.exists()) {
                             throw(dir)?;
                         }
                         continue;
