@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use libtest_mimic::{Arguments, Trial};
 use ratoon_bridge::confine::{ConfineError, Confined, OWN_ID};
 
 /// What the confined process is to try.
@@ -17,30 +18,47 @@ const FOLDER: &str = "RATOON_TEST_FOLDER";
 
 fn confined(what: &str, folder: &Path) -> Output {
     Command::new(std::env::current_exe().expect("this program"))
-        .args([
-            "--exact",
-            "the_confined_process",
-            "--ignored",
-            "--nocapture",
-        ])
         .env(TRY, what)
         .env(FOLDER, folder)
         .output()
         .expect("this program")
 }
 
-/// Not a test: it is what the others start.
-#[test]
-#[ignore = "started by the others"]
-fn the_confined_process() {
-    let (Ok(what), Ok(folder)) = (std::env::var(TRY), std::env::var(FOLDER)) else {
-        return;
-    };
-    let folder = Path::new(&folder);
+fn main() {
+    if let Ok(what) = std::env::var(TRY) {
+        let folder = std::env::var_os(FOLDER).expect("a folder");
+        return confined_process(&what, Path::new(&folder));
+    }
+    let trials = vec![
+        trial(
+            "a_confined_process_does_its_work_and_nothing_else",
+            a_confined_process_does_its_work_and_nothing_else,
+        ),
+        trial(
+            "what_only_an_attacker_tries_ends_the_process",
+            what_only_an_attacker_tries_ends_the_process,
+        ),
+        trial(
+            "records_of_roots_are_handed_over_and_nothing_else_is_as_root",
+            records_of_roots_are_handed_over_and_nothing_else_is_as_root,
+        ),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+fn trial(name: &str, test: fn()) -> Trial {
+    Trial::test(name, move || {
+        test();
+        Ok(())
+    })
+}
+
+/// What the tests start.
+fn confined_process(what: &str, folder: &Path) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let there = listener.local_addr().expect("an address");
     let _confined = Confined::now(&folder.join("records")).expect("confined");
-    let done: io::Result<()> = match what.as_str() {
+    let done: io::Result<()> = match what {
         "write a record" => fs::create_dir("run").and_then(|()| fs::write("run/main.jsonl", "x")),
         "read the resolver's files" => fs::read("/etc/hosts").map(drop),
         "start a thread" => std::thread::Builder::new()
@@ -99,7 +117,6 @@ fn folder() -> tempfile::TempDir {
     folder
 }
 
-#[test]
 fn a_confined_process_does_its_work_and_nothing_else() {
     for (what, may) in [
         ("write a record", true),
@@ -122,7 +139,6 @@ fn a_confined_process_does_its_work_and_nothing_else() {
     }
 }
 
-#[test]
 fn what_only_an_attacker_tries_ends_the_process() {
     for what in ["trace", "start a program", "become root"] {
         let output = confined(what, folder().path());
@@ -134,7 +150,6 @@ fn what_only_an_attacker_tries_ends_the_process() {
     }
 }
 
-#[test]
 fn records_of_roots_are_handed_over_and_nothing_else_is_as_root() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: only root can be somebody else");

@@ -148,12 +148,15 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// What `ratoon` with these words is to do.
+    fn parsed(words: &[&str]) -> Result<Command, clap::Error> {
+        let words = ["ratoon"].iter().chain(words);
+        Cli::try_parse_from(words).map(|cli| cli.command)
+    }
+
     #[test]
     fn what_follows_two_dashes_is_the_command_untouched() {
-        let cli = Cli::try_parse_from(["ratoon", "run", "--image", "x", "--", "sh", "-c", "--net"])
-            .ok()
-            .map(|cli| cli.command);
-        match cli {
+        match parsed(&["run", "--image", "x", "--", "sh", "-c", "--net"]).ok() {
             Some(Command::Run(args)) => assert_eq!(args.command, ["sh", "-c", "--net"]),
             _ => panic!("not a run"),
         }
@@ -166,15 +169,12 @@ mod tests {
             (&["vm", "-u", "nobody", "--", "-u"], &["-u"]),
             (&["vm", "sh", "--", "--help"], &["sh", "--", "--help"]),
         ] {
-            let cli = Cli::try_parse_from(["ratoon", "exec"].iter().chain(words))
-                .ok()
-                .map(|cli| cli.command);
-            match cli {
+            match parsed(&[&["exec"], words].concat()).ok() {
                 Some(Command::Exec(args)) => assert_eq!(args.command, command),
                 _ => panic!("not an exec: {words:?}"),
             }
         }
-        let error = Cli::try_parse_from(["ratoon", "exec", "vm", "--tt", "ls"]).err();
+        let error = parsed(&["exec", "vm", "--tt", "ls"]).err();
         assert_eq!(error.map(|error| error.exit_code()), Some(2));
     }
 
@@ -185,10 +185,7 @@ mod tests {
             &["--help"],
             &["compare", "a", "b"],
         ] {
-            let cli = Cli::try_parse_from(["ratoon", "bench"].iter().chain(words))
-                .ok()
-                .map(|cli| cli.command);
-            match cli {
+            match parsed(&[&["bench"], words].concat()).ok() {
                 Some(Command::Bench(args)) => assert_eq!(args.args, words),
                 _ => panic!("not a bench"),
             }
@@ -197,9 +194,7 @@ mod tests {
 
     #[test]
     fn a_command_without_two_dashes_is_wrong_usage() {
-        let error = Cli::try_parse_from(["ratoon", "run", "ls"])
-            .err()
-            .map(|e| e.exit_code());
+        let error = parsed(&["run", "ls"]).err().map(|e| e.exit_code());
         assert_eq!(error, Some(2));
     }
 }

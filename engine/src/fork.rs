@@ -312,7 +312,7 @@ impl Engine {
         }
         let root = config.disks.iter().find(|disk| disk.id == ROOT);
         let layers = root.map_or(&[][..], |root| &root.frozen);
-        let held = lineage::hold_layers(layers);
+        let held = lineage::hold_layers(layers, record.restored_from.as_deref());
         keep_open.extend(held.map_err(SnapshotError::from)?);
         let words = config.kernel_args.split_whitespace();
         // Its name is its own.

@@ -345,16 +345,19 @@ pub(crate) fn memory_layers(
     Ok((layers.collect(), chunks))
 }
 
-/// Keeps the snapshots in which these layers lie, for as long as the descriptors live. A VM's own are in none: its
-/// folder has a record.
+/// Keeps the snapshots in which these layers lie, for as long as the descriptors live, but for the one that is `held`
+/// already. A VM's own are in none: its folder has a record.
 ///
 /// # Errors
 /// [`ratoon_snapshot::Error::NotFound`] for one that has gone.
-pub(crate) fn hold_layers(layers: &[PathBuf]) -> Result<Vec<OwnedFd>, ratoon_snapshot::Error> {
+pub(crate) fn hold_layers(
+    layers: &[PathBuf],
+    held: Option<&Path>,
+) -> Result<Vec<OwnedFd>, ratoon_snapshot::Error> {
     let folders: BTreeSet<_> = layers.iter().filter_map(|layer| layer.parent()).collect();
     let stored = folders
         .into_iter()
-        .filter(|folder| !VmDir::new(*folder).record().exists());
+        .filter(|folder| Some(*folder) != held && !VmDir::new(*folder).record().exists());
     stored.map(|folder| Ok(hold(folder)?.into())).collect()
 }
 
@@ -475,7 +478,8 @@ mod tests {
         };
         let layer = |folder: &Path, number| folder.join(format!("root-{number}.qcow2"));
         let layers = [layer(&one, 0), layer(&one, 1), layer(&vm, 2)];
-        let held = hold_layers(&layers).unwrap();
+        assert!(hold_layers(&layers, Some(&one)).unwrap().is_empty());
+        let held = hold_layers(&layers, None).unwrap();
         assert_eq!(held.len(), 1);
         assert_eq!(
             [&vm, &one, &other].map(|it| is_kept(it)),
@@ -484,7 +488,7 @@ mod tests {
         drop(held);
         assert!(!is_kept(&one));
         std::fs::remove_dir_all(&one).unwrap();
-        let gone = hold_layers(&layers).unwrap_err();
+        let gone = hold_layers(&layers, None).unwrap_err();
         assert!(
             matches!(gone, ratoon_snapshot::Error::NotFound { .. }),
             "{gone}"

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use self::note::{Note, set_aside};
-pub(crate) use self::note::{before, mend};
+pub(crate) use self::note::{mend, old_vmm};
 use crate::engine::Engine;
 use crate::fork::ForkError;
 use crate::lineage::ROOT;

@@ -402,7 +402,7 @@ impl Engine {
         let (memory, chunks) = lineage::memory_layers(store, snapshot)?;
         let frozen = store.layer_files(snapshot, ROOT)?;
         // By path: others that have the same layer do not keep it there.
-        keep_open.extend(lineage::hold_layers(&frozen)?);
+        keep_open.extend(lineage::hold_layers(&frozen, Some(&snapshot.folder))?);
         let ancestor = Ancestor {
             snapshot: id,
             memory_layers: memory.len() + usize::from(chunks.is_some()),

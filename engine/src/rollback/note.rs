@@ -66,6 +66,11 @@ impl Note {
         }
     }
 
+    fn read(dir: &VmDir) -> std::io::Result<Self> {
+        let json = std::fs::read(dir.rollback_note())?;
+        Ok(serde_json::from_slice(&json)?)
+    }
+
     /// The old one or the new one is there, never half of it.
     pub(super) fn write(&self, dir: &VmDir) -> std::io::Result<()> {
         let path = dir.rollback_note();
@@ -149,9 +154,8 @@ pub(crate) fn mend(store: &Store) -> Result<(), StoreError> {
 }
 
 /// The old VMM of a VM that is being put back, or was when somebody was killed over it.
-pub(crate) fn before(dir: &VmDir) -> Option<ProcessRef> {
-    let json = std::fs::read(dir.rollback_note()).ok()?;
-    serde_json::from_slice::<Note>(&json).ok()?.before.vmm
+pub(crate) fn old_vmm(dir: &VmDir) -> Option<ProcessRef> {
+    Note::read(dir).ok()?.before.vmm
 }
 
 fn mend_one(store: &Store, dir: &VmDir) -> Result<(), RollbackError> {
@@ -159,13 +163,11 @@ fn mend_one(store: &Store, dir: &VmDir) -> Result<(), RollbackError> {
     if alone.try_lock().is_err() {
         return Ok(());
     }
-    let path = dir.rollback_note();
-    let json = match std::fs::read(&path) {
+    let note = match Note::read(dir) {
         // Over, meanwhile.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        read => read.map_err(file(&path))?,
+        read => read.map_err(file(&dir.rollback_note()))?,
     };
-    let note: Note = serde_json::from_slice(&json).map_err(|error| file(&path)(error.into()))?;
     if note.is_replaced {
         note.forward(dir);
         return Ok(());

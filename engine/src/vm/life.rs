@@ -281,15 +281,14 @@ pub fn kill_all<'a>(entries: impl IntoIterator<Item = &'a Entry>) {
 pub fn remove(store: &Store, entry: &Entry, force: bool) -> Result<(), LifeError> {
     if force {
         return end_and_remove(store, entry);
-    } else {
-        live_process(entry)?;
-        let status = info(entry).status;
-        if status.is_live() {
-            return Err(LifeError::Live {
-                id: entry.dir.id(),
-                status,
-            });
-        }
+    }
+    live_process(entry)?;
+    let status = info(entry).status;
+    if status.is_live() {
+        return Err(LifeError::Live {
+            id: entry.dir.id(),
+            status,
+        });
     }
     crate::bridge::forget(store, &entry.dir);
     store.remove(&entry.dir)?;
@@ -333,8 +332,7 @@ fn end_and_remove(store: &Store, entry: &Entry) -> Result<(), LifeError> {
 fn living(dir: &VmDir) -> Option<ProcessRef> {
     let record = dir.read_record().ok();
     let named = record.and_then(|record| record.vmm);
-    let before = crate::rollback::before(dir);
-    let mut vmms = named.into_iter().chain(before);
+    let mut vmms = named.into_iter().chain(crate::rollback::old_vmm(dir));
     vmms.find(ProcessRef::is_alive)
 }
 

@@ -252,8 +252,7 @@ fn an_export_goes_through_a_pipe() {
 fn importing_again_mends_a_damaged_snapshot() {
     let lab = Lab::new();
     let snapshot = lab.snapshot("it", MemoryKind::Chunks).unwrap();
-    let bundle = lab.folder.path().join("bundle.tar");
-    lab.store.export("it", &bundle, &Quiet).unwrap();
+    let bundle = lab.exported("it");
     flip_at(&writable(&snapshot.folder.join("state.bin")), 0, 1);
     match snapshot.state() {
         Err(Error::Damaged { .. }) => {}
@@ -268,8 +267,7 @@ fn importing_again_mends_a_damaged_snapshot() {
 fn importing_again_leaves_a_snapshot_to_who_holds_it() {
     let lab = Lab::new();
     let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
-    let bundle = lab.folder.path().join("bundle.tar");
-    lab.store.export("it", &bundle, &Quiet).unwrap();
+    let bundle = lab.exported("it");
     let held = snapshot.hold().unwrap();
     let imported = lab.store.import(&bundle, Some("again"), &[], &Quiet);
     assert_eq!(imported.unwrap().names, ["again", "it"]);
@@ -292,8 +290,7 @@ fn importing_again_leaves_a_snapshot_to_who_holds_it() {
 fn an_import_that_nobody_trusted_signed_changes_nothing() {
     let lab = Lab::new();
     let snapshot = lab.snapshot("it", MemoryKind::Plain).unwrap();
-    let bundle = lab.folder.path().join("bundle.tar");
-    lab.store.export("it", &bundle, &Quiet).unwrap();
+    let bundle = lab.exported("it");
     let key = SigningKey::create(&lab.folder.path().join("key")).unwrap();
     let other = Store::open(&lab.folder.path().join("other")).unwrap();
     for store in [&lab.store, &other] {
@@ -326,8 +323,7 @@ fn an_import_without_its_base_is_refused() {
     let mut lab = Lab::new();
     let base = lab.snapshot("base", MemoryKind::Plain).unwrap();
     lab.difference("top", &base).unwrap();
-    let bundle = lab.folder.path().join("bundle.tar");
-    lab.store.export("top", &bundle, &Quiet).unwrap();
+    let bundle = lab.exported("top");
     let other = Store::open(&lab.folder.path().join("other")).unwrap();
     match other.import(&bundle, None, &[], &Quiet) {
         Err(Error::MissingBase { path, .. }) => assert_eq!(path, bundle),
@@ -341,8 +337,7 @@ fn a_changed_or_cut_export_is_refused_or_made_no_difference() {
     for kind in [MemoryKind::Plain, MemoryKind::Chunks] {
         let mut lab = Lab::new();
         let snapshot = lab.snapshot("it", kind).unwrap();
-        let bundle = lab.folder.path().join("bundle.tar");
-        lab.store.export("it", &bundle, &Quiet).unwrap();
+        let bundle = lab.exported("it");
         let whole = fs::read(&bundle).unwrap();
         let other = Store::open(&lab.folder.path().join("other")).unwrap();
         for round in 0..120 {

@@ -7,7 +7,7 @@ mod stores;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -117,6 +117,13 @@ impl Lab {
         disk.write_all_at(b"a layer's end", 100_000).unwrap();
         writer.layer("root", "root-0.qcow2", &disk, &Quiet)?;
         writer.finish(about(None), Some(name), None)
+    }
+
+    /// A snapshot as one file.
+    fn exported(&self, name: &str) -> PathBuf {
+        let bundle = self.folder.path().join("bundle.tar");
+        self.store.export(name, &bundle, &Quiet).unwrap();
+        bundle
     }
 
     /// Changes some pages, then writes those alone.
