@@ -174,11 +174,15 @@ fn note_disks(dir: &VmDir) {
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixListener;
+    use std::path::Path;
     use std::thread::JoinHandle;
 
     use ratoon_protocol::{ErrorCode, ErrorReply, Frame, Kind};
+    use ratoon_vmm_api::HostClass;
 
     use super::*;
+    use crate::vm::record::Record;
+    use crate::vm::record::tests::config;
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -251,6 +255,47 @@ mod tests {
         assert!(!dir.standstill().exists());
         // It is mended once.
         mend(&dir, PATIENCE).unwrap();
+    }
+
+    /// A VMM's stand-in behind the control socket: says once that its disk goes on in `layer`, over `frozen`.
+    fn vmm(dir: &VmDir, frozen: &Path, layer: &Path) -> JoinHandle<()> {
+        let listener = UnixListener::bind(dir.control_socket()).unwrap();
+        let status = serde_json::json!({
+            "id": dir.id(), "state": "running", "version": "0", "pid": 1, "vcpus": 1, "memory_mib": 1,
+            "host_class": HostClass::Hardware, "uptime_ms": 1,
+            "disks": [{"id": "root", "frozen": [frozen], "layer": layer}],
+        });
+        let body = status.to_string();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut bytes = [0; 4096];
+            let len = stream.read(&mut bytes).unwrap();
+            assert!(bytes[..len].starts_with(b"GET /v1/status"));
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close";
+            write!(
+                stream,
+                "{head}\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .unwrap();
+        })
+    }
+
+    #[test]
+    fn where_a_vm_goes_on_whose_freezer_was_killed_is_written_down() {
+        let (_temp, dir) = folder();
+        let [before, now] = ["layer.qcow2", "layer-1.qcow2"].map(|name| dir.path().join(name));
+        let mut record = Record::new(config(&dir.id()), None, None);
+        let disk = serde_json::json!({"id": "root", "path": "/d", "layer": before});
+        record.config.disks = vec![serde_json::from_value(disk).unwrap()];
+        dir.write_record(&record).unwrap();
+        std::fs::write(dir.standstill(), "abc123").unwrap();
+        let (runtime, vmm) = (runtime(&dir, 0), vmm(&dir, &before, &now));
+        mend(&dir, PATIENCE).unwrap();
+        let disk = dir.read_record().unwrap().config.disks.swap_remove(0);
+        assert_eq!((disk.frozen, disk.layer), (vec![before], Some(now)));
+        runtime.join().unwrap();
+        vmm.join().unwrap();
     }
 
     #[test]
